@@ -1,0 +1,48 @@
+# make demo · make test · make lint · make protos · make bench
+# Everything works from a bare clone: Python 3.11 and make are all that is needed.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# More options for pip, an index of CPU-only torch builds for instance.
+PIP_OPTIONS ?=
+TOMOGRAM ?=
+OUT ?= demo-out
+
+.PHONY: setup demo test lint protos protos-check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Cryofleet needs Python 3.11; name yours with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt \
+		-e ".[io,picking,alignment,learning,simulation,orchestrator,dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(TOMOGRAM),--tomogram "$(TOMOGRAM)")
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY) protos-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/baseline.binpb
+
+protos: $(READY)
+	PYTHON=$(BIN)/python ./protos/generate.sh
+
+protos-check: $(READY)
+	PYTHON=$(BIN)/python ./protos/generate.sh --check
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out

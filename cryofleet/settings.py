@@ -1,0 +1,168 @@
+"""Settings of a process, from CRYOFLEET_* environment variables, with defaults for one machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryofleet.errors import InvalidArgument
+
+SERVICES = ("io", "picking", "alignment", "learning", "simulation")
+PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+DEFAULT_PROJECT = "default"
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of mutual TLS: this process's certificate and key, and the authority of its peers."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    endpoint: str = "localhost:9000"
+    """Host and port, without scheme."""
+    access_key: str = ""
+    secret_key: str = field(default="", repr=False)
+    secure: bool = True
+    region: str = "us-east-1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One process's settings; `from_environment` reads them."""
+
+    home: Path
+    """Everything of the local platform lies under it. CRYOFLEET_HOME"""
+    store: str
+    """URI of the root that results are written under. CRYOFLEET_STORE"""
+    read_only_roots: tuple[str, ...] = ()
+    """Further roots that inputs may be read from, separated by spaces. CRYOFLEET_READ_ONLY_ROOTS"""
+    address: str = ""
+    """What to listen on: unix:/path or host:port. CRYOFLEET_ADDRESS"""
+    instance: str = field(default_factory=socket.gethostname)
+    """This instance's own name, the same after a restart. CRYOFLEET_INSTANCE"""
+    pools: Mapping[str, str] = field(default_factory=dict)
+    """Where each service's instances are. CRYOFLEET_POOL_IO and so on:
+    unix:/path, host:port, several separated by commas, or dns:///name:port."""
+    orchestrator: str = ""
+    """Where the orchestrator is. CRYOFLEET_ORCHESTRATOR"""
+    database: str = ""
+    """The orchestrator's database: sqlite:///path or postgresql://… CRYOFLEET_DATABASE"""
+    pipelines: tuple[Path, ...] = ()
+    """Folders of further pipelines, separated by colons. CRYOFLEET_PIPELINES"""
+    slots: int = 1
+    """Operations that an instance works on at a time. CRYOFLEET_SLOTS"""
+    threads: int = 1
+    """Cores that one operation may use. CRYOFLEET_THREADS"""
+    memory_bytes: int = 0
+    """Memory that an instance's operations may use together; 0 for three quarters of the machine's. CRYOFLEET_MEMORY_BYTES"""
+    scratch: Path | None = None
+    """Folder for temporary files. CRYOFLEET_SCRATCH"""
+    drain_seconds: float = 30.0
+    """How long a stopping instance lets running operations go on. CRYOFLEET_DRAIN_SECONDS"""
+    metrics_port: int = 0
+    """Port of Prometheus metrics on loopback (CRYOFLEET_METRICS_HOST for another interface); 0 for none. CRYOFLEET_METRICS_PORT"""
+    metrics_host: str = "127.0.0.1"
+    pool_wait_seconds: float = 300.0
+    """How long a task waits for a pool that has no instance. CRYOFLEET_POOL_WAIT_SECONDS"""
+    log_level: str = "INFO"
+    """CRYOFLEET_LOG_LEVEL"""
+    tls: TlsFiles | None = None
+    """CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY, CRYOFLEET_TLS_AUTHORITY"""
+    s3: S3Settings = field(default_factory=S3Settings)
+    """CRYOFLEET_S3_ENDPOINT, _ACCESS_KEY, _SECRET_KEY, _SECURE, _REGION"""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the local platform's sockets are; only its owner may enter it."""
+        return self.home / "run"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.home / "logs"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Raises InvalidArgument naming the variable whose value can't be read."""
+        read = _Reader(os.environ if environment is None else environment)
+        home = Path(read.text("HOME", str(Path.home() / ".cryofleet"))).expanduser().absolute()
+        run_folder = home / "run"
+        pools = {name: read.text(f"POOL_{name.upper()}", f"unix:{run_folder / name}.sock") for name in SERVICES}
+        tls_files = [read.text(f"TLS_{name}", "") for name in ("CERTIFICATE", "KEY", "AUTHORITY")]
+        if any(tls_files) and not all(tls_files):
+            raise InvalidArgument(
+                "CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY and CRYOFLEET_TLS_AUTHORITY must be set together"
+            )
+        scratch = read.text("SCRATCH", "")
+        return cls(
+            home=home,
+            store=read.text("STORE", f"file://{home}/store").rstrip("/"),
+            read_only_roots=tuple(root.rstrip("/") for root in read.text("READ_ONLY_ROOTS", "").split()),
+            address=read.text("ADDRESS", ""),
+            instance=read.text("INSTANCE", socket.gethostname()),
+            pools=pools,
+            orchestrator=read.text("ORCHESTRATOR", f"unix:{run_folder}/orchestrator.sock"),
+            database=read.text("DATABASE", f"sqlite:///{home}/orchestrator.sqlite"),
+            pipelines=tuple(Path(folder) for folder in read.text("PIPELINES", "").split(":") if folder),
+            slots=read.integer("SLOTS", os.cpu_count() or 1, least=1),
+            threads=read.integer("THREADS", 1, least=1),
+            memory_bytes=read.integer("MEMORY_BYTES", 0, least=0),
+            scratch=Path(scratch) if scratch else None,
+            drain_seconds=read.number("DRAIN_SECONDS", 30.0),
+            metrics_port=read.integer("METRICS_PORT", 0, least=0),
+            metrics_host=read.text("METRICS_HOST", "127.0.0.1"),
+            pool_wait_seconds=read.number("POOL_WAIT_SECONDS", 300.0),
+            log_level=read.text("LOG_LEVEL", "INFO").upper(),
+            tls=TlsFiles(*(Path(name) for name in tls_files)) if all(tls_files) else None,
+            s3=S3Settings(
+                endpoint=read.text("S3_ENDPOINT", "localhost:9000"),
+                access_key=read.text("S3_ACCESS_KEY", ""),
+                secret_key=read.text("S3_SECRET_KEY", ""),
+                secure=read.boolean("S3_SECURE", True),
+                region=read.text("S3_REGION", "us-east-1"),
+            ),
+        )
+
+
+class _Reader:
+    """Reads CRYOFLEET_* variables and says which one is wrong."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def text(self, name: str, default: str) -> str:
+        return self._environment.get(f"CRYOFLEET_{name}", default)
+
+    def integer(self, name: str, default: int, least: int) -> int:
+        value = self.text(name, str(default))
+        try:
+            number = int(value)
+        except ValueError:
+            raise InvalidArgument(f"CRYOFLEET_{name} is {value!r}; it must be a whole number") from None
+        if number < least:
+            raise InvalidArgument(f"CRYOFLEET_{name} is {number}; it must be at least {least}")
+        return number
+
+    def number(self, name: str, default: float) -> float:
+        value = self.text(name, str(default))
+        try:
+            number = float(value)
+        except ValueError:
+            raise InvalidArgument(f"CRYOFLEET_{name} is {value!r}; it must be a number") from None
+        if not 0 <= number < float("inf"):
+            raise InvalidArgument(f"CRYOFLEET_{name} is {value}; it must be a finite number, 0 or more")
+        return number
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.text(name, "true" if default else "false").lower()
+        if value not in ("true", "false", "1", "0", "yes", "no"):
+            raise InvalidArgument(f"CRYOFLEET_{name} is {value!r}; it must be true or false")
+        return value in ("true", "1", "yes")
