@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # More options for pip, an index of CPU-only torch builds for instance.
 PIP_OPTIONS ?=
-TOMOGRAM ?=
 OUT ?= demo-out
 
 .PHONY: setup demo test lint protos protos-check bench clean
@@ -21,8 +20,17 @@ $(READY): pyproject.toml constraints.txt
 		-e ".[io,picking,alignment,learning,simulation,orchestrator,dev]"
 	touch $@
 
+# The main job, on a simulated tomogram or on TOMOGRAM=path.mrc; OPTIONS="--set voxel_size_angstrom=10" and the like.
+ifdef TOMOGRAM
 demo: $(READY)
-	$(BIN)/python -m benchmarks.demo --out $(OUT) $(if $(TOMOGRAM),--tomogram "$(TOMOGRAM)")
+	$(BIN)/cryofleet run discover --tomogram "$(TOMOGRAM)" --out "$(OUT)" $(OPTIONS)
+else
+demo: $(READY)
+	$(BIN)/cryofleet run simulate --out "$(OUT)/simulation"
+	$(BIN)/cryofleet run discover --tomogram "$(OUT)/simulation/tomogram.mrc" \
+		--set truth="$(OUT)/simulation/truth.parquet" --out "$(OUT)" $(OPTIONS)
+endif
+	@echo "Open $(OUT)/report.html. The platform is still up; stop it with: $(BIN)/cryofleet down"
 
 test: $(READY)
 	$(BIN)/python -m pytest

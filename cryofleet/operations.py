@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from google.protobuf import json_format, message_factory
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 
 from cryofleet.errors import InvalidArgument
@@ -94,7 +94,11 @@ def _options(field: FieldDescriptor) -> options_pb2.Parameter:
 
 def _enum_prefix(field: FieldDescriptor) -> str:
     """What all value names of the field's enum begin with: CONTRAST_ of CONTRAST_DARK."""
-    return field.enum_type.values[0].name.removesuffix("UNSPECIFIED")
+    return _enum(field).values[0].name.removesuffix("UNSPECIFIED")
+
+
+def _enum(field: FieldDescriptor) -> EnumDescriptor:
+    return cast(EnumDescriptor, field.enum_type)
 
 
 def _default(field: FieldDescriptor) -> object:
@@ -152,16 +156,14 @@ def _is_required(field: FieldDescriptor) -> bool:
             return 0 in rules.enum.not_in
         case "double" | "int32" | "int64" as kind:
             numbers = getattr(rules, kind)
-            return bool(
-                (numbers.HasField("gt") and numbers.gt >= 0) or (numbers.HasField("gte") and numbers.gte > 0)
-            )
+            return bool((numbers.HasField("gt") and numbers.gt >= 0) or (numbers.HasField("gte") and numbers.gte > 0))
         case _:
             return False
 
 
 def _operation(service: str, method: MethodDescriptor) -> Operation:
     documented = method.GetOptions().Extensions[options_pb2.operation]
-    result = method.output_type.fields_by_name["result"].message_type
+    result = cast(Descriptor, method.output_type.fields_by_name["result"].message_type)
     return Operation(
         name=f"{service}.{method.name}",
         service=service,
@@ -287,7 +289,7 @@ def inputs_of(request: Message) -> dict[str, list[str]]:
 
 
 def parameters_of(request: Message) -> dict[str, Any]:
-    """What of `request` belongs to its result's identity besides the inputs: all parameters, defaults resolved, as JSON."""
+    """What makes a result's identity besides the inputs: the request's parameters, defaults resolved, as JSON."""
     resolved = resolve_defaults(request)
     for path in _artifact_paths(resolved.DESCRIPTOR):
         for holder, name in _reach(resolved, path):
@@ -365,14 +367,14 @@ def _fill(message: Message, mapping: Mapping[str, Any], where: str, prefix: str)
                         raise InvalidArgument(f"{label}[{index}] is {item!r}; it must be a mapping")
                     _fill(getattr(message, name).add(), item, where, f"{prefix}{name}[{index}].")
                 else:
-                    getattr(message, name).append(_scalar(field, item, f"{label}[{index}]"))
+                    getattr(message, name).append(_scalar(cast(FieldDescriptor, field), item, f"{label}[{index}]"))
         elif field.message_type is not None:
             if not isinstance(value, Mapping):
                 raise InvalidArgument(f"{label} is {value!r}; it must be a mapping")
             getattr(message, name).SetInParent()
             _fill(getattr(message, name), value, where, f"{prefix}{name}.")
         else:
-            setattr(message, name, _scalar(field, value, label))
+            setattr(message, name, _scalar(cast(FieldDescriptor, field), value, label))
 
 
 def _scalar(field: FieldDescriptor, value: Any, label: str) -> Any:

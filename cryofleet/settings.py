@@ -27,6 +27,8 @@ class TlsFiles:
 
 @dataclass(frozen=True)
 class S3Settings:
+    """Where the S3 (MinIO) server is, and the account to use there."""
+
     endpoint: str = "localhost:9000"
     """Host and port, without scheme."""
     access_key: str = ""
@@ -63,14 +65,16 @@ class Settings:
     threads: int = 1
     """Cores that one operation may use. CRYOFLEET_THREADS"""
     memory_bytes: int = 0
-    """Memory that an instance's operations may use together; 0 for three quarters of the machine's. CRYOFLEET_MEMORY_BYTES"""
+    """Memory that an instance's operations may use together; 0 for three quarters of the machine's.
+    CRYOFLEET_MEMORY_BYTES"""
     scratch: Path | None = None
     """Folder for temporary files. CRYOFLEET_SCRATCH"""
     drain_seconds: float = 30.0
     """How long a stopping instance lets running operations go on. CRYOFLEET_DRAIN_SECONDS"""
     metrics_port: int = 0
-    """Port of Prometheus metrics on loopback (CRYOFLEET_METRICS_HOST for another interface); 0 for none. CRYOFLEET_METRICS_PORT"""
+    """Port of Prometheus metrics; 0 for none. CRYOFLEET_METRICS_PORT"""
     metrics_host: str = "127.0.0.1"
+    """Interface of the metrics' port. CRYOFLEET_METRICS_HOST"""
     pool_wait_seconds: float = 300.0
     """How long a task waits for a pool that has no instance. CRYOFLEET_POOL_WAIT_SECONDS"""
     log_level: str = "INFO"

@@ -1,17 +1,17 @@
 """Fourier transforms and filters of volumes.
 
-Everything works on the last three axes, so a stack of boxes `[n, z, y, x]` is filtered in one call. Frequencies are in cycles per
-voxel (Nyquist is 0.5) where no voxel size is given, and resolutions in Å where one is. Transforms are real to complex in
-single precision; volumes are taken as periodic, which is what a discrete transform does.
+Everything works on the last three axes, so a stack of boxes `[n, z, y, x]` is filtered in one call. Frequencies are in
+cycles per voxel (Nyquist is 0.5) where no voxel size is given, and resolutions in Å where one is. Transforms are real
+to complex in single precision; volumes are taken as periodic, which is what a discrete transform does.
 
-A radial filter is given by its profile, a function of the frequency, and is applied plane by plane: a filter of a large tomogram needs no second
-array of the tomogram's size.
+A radial filter is given by its profile, a function of the frequency, and is applied plane by plane: a filter of a large
+tomogram needs no second array of the tomogram's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy.fft
@@ -38,8 +38,8 @@ def fast_length(length: int) -> int:
 
 def forward(volume: NDArray[np.floating[Any]], workers: int = 1) -> Spectrum:
     """The half spectrum `[..., z, y, x // 2 + 1]` of real volumes `[..., z, y, x]`, the origin first on each axis."""
-    spectrum: Spectrum = scipy.fft.rfftn(np.asarray(volume, np.float32), axes=AXES, workers=workers)
-    return spectrum
+    # SciPy's types know of double precision alone; single stays single
+    return cast(Spectrum, scipy.fft.rfftn(np.asarray(volume, np.float32), axes=AXES, workers=workers))
 
 
 def inverse(spectrum: Spectrum, shape: tuple[int, ...], workers: int = 1, overwrite: bool = False) -> Array:
@@ -65,14 +65,16 @@ def axis_frequencies(shape: tuple[int, ...], half: bool = True) -> tuple[Array, 
 
 
 def radial_frequency(shape: tuple[int, ...], voxel_size_angstrom: float = 1.0, half: bool = True) -> Array:
-    """|k| on the FFT grid of a volume of `shape`, float32 `[z, y, x]`: in 1/Å, or in cycles per voxel for a voxel size of 1."""
+    """|k| on the FFT grid of a volume of `shape`, float32 `[z, y, x]`: in 1/Å, or in cycles per voxel for a voxel size
+    of 1."""
     kz, ky, kx = axis_frequencies(shape, half)
     radius: Array = np.sqrt(kz * kz + ky * ky + kx * kx)
     return radius / np.float32(voxel_size_angstrom)
 
 
 def apply_profile(spectrum: Spectrum, shape: tuple[int, ...], profile: Profile) -> Spectrum:
-    """Multiply a half spectrum of volumes of `shape`, in place, by `profile(|k|)`, |k| in cycles per voxel; returns it."""
+    """Multiply a half spectrum of volumes of `shape`, in place, by `profile(|k|)`, |k| in cycles per voxel; returns
+    it."""
     kz, ky, kx = axis_frequencies(shape)
     in_plane = ky[0] * ky[0] + kx[0] * kx[0]
     for index, frequency in enumerate(kz.ravel()):
@@ -81,10 +83,13 @@ def apply_profile(spectrum: Spectrum, shape: tuple[int, ...], profile: Profile) 
 
 
 def apply_transfer(volume: NDArray[np.floating[Any]], transfer: NDArray[np.floating[Any]], workers: int = 1) -> Array:
-    """Volumes `[..., z, y, x]` times a real transfer function on their half FFT grid `[z, y, x // 2 + 1]` (a wedge mask, say)."""
+    """Volumes `[..., z, y, x]` times a real transfer function on their half FFT grid `[z, y, x // 2 + 1]` (a wedge
+    mask, say)."""
     spectrum = forward(volume, workers)
     if transfer.shape != spectrum.shape[-3:]:
-        raise InvalidArgument(f"the transfer function has shape {transfer.shape}, the half spectrum {spectrum.shape[-3:]}")
+        raise InvalidArgument(
+            f"the transfer function has shape {transfer.shape}, the half spectrum {spectrum.shape[-3:]}"
+        )
     spectrum *= transfer.astype(np.float32, copy=False)
     return inverse(spectrum, volume.shape, workers, overwrite=True)
 
@@ -157,8 +162,8 @@ def low_pass(
 ) -> Array:
     """Volumes `[..., z, y, x]` without detail finer than `resolution_angstrom`.
 
-    |k| <= 1/resolution is kept whole and falls to zero over `edge` cycles per voxel (raised cosine). A resolution finer than the
-    voxels hold changes nothing but what lies in the corners of Fourier space.
+    |k| <= 1/resolution is kept whole and falls to zero over `edge` cycles per voxel (raised cosine). A resolution finer
+    than the voxels hold changes nothing but what lies in the corners of Fourier space.
     """
     return filter_radially(volume, band_profile(voxel_size_angstrom, None, resolution_angstrom, edge), workers)
 
@@ -171,7 +176,8 @@ def high_pass(
     edge: float = EDGE,
     workers: int = 1,
 ) -> Array:
-    """Volumes `[..., z, y, x]` without anything coarser than `resolution_angstrom`, the mean included (raised-cosine edge)."""
+    """Volumes `[..., z, y, x]` without anything coarser than `resolution_angstrom`, the mean included (raised-cosine
+    edge)."""
     return filter_radially(volume, band_profile(voxel_size_angstrom, resolution_angstrom, None, edge), workers)
 
 
@@ -190,7 +196,8 @@ def band_pass(
 
 
 def gaussian(volume: NDArray[np.floating[Any]], sigma: float, *, workers: int = 1) -> Array:
-    """Volumes `[..., z, y, x]` convolved (periodically) with a normalised Gaussian of `sigma` voxels: exp(-2 pi^2 sigma^2 k^2)."""
+    """Volumes `[..., z, y, x]` convolved (periodically) with a normalised Gaussian of `sigma` voxels: exp(-2 pi^2
+    sigma^2 k^2)."""
     if sigma < 0:
         raise InvalidArgument(f"sigma is {sigma:g} voxels, it must not be negative")
     exponent = np.float32(-2 * np.pi**2 * sigma**2)
@@ -198,20 +205,22 @@ def gaussian(volume: NDArray[np.floating[Any]], sigma: float, *, workers: int = 
 
 
 def fourier_crop(volume: NDArray[np.floating[Any]], factor: int, workers: int = 1) -> Array:
-    """Volumes `[..., z, y, x]` binned by an integer factor through the removal of the frequencies above the new Nyquist.
+    """Volumes `[..., z, y, x]` binned by an integer factor through the removal of the frequencies above the new
+    Nyquist.
 
-    No aliasing, unlike averaging blocks. The mean is kept. Voxel 0 stays at voxel 0: a position p becomes p / factor. Sides that the factor
-    does not divide lose their last voxels first, so that the new voxel size is exactly `factor` times the old on every axis.
+    No aliasing, unlike averaging blocks. The mean is kept. Voxel 0 stays at voxel 0: a position p becomes p / factor.
+    Sides that the factor does not divide lose their last voxels first, so that the new voxel size is exactly `factor`
+    times the old on every axis.
 
-    Separable, so each axis is transformed alone and in chunks: the memory needed besides the input and the output is one array
-    of the input's size over the factor, and a few chunks of 16 MiB.
+    Separable, so each axis is transformed alone and in chunks: the memory needed besides the input and the output is
+    one array of the input's size over the factor, and a few chunks of 16 MiB.
     """
     if factor < 1:
         raise InvalidArgument(f"the binning factor is {factor}, it must be at least 1")
     if min(volume.shape[-3:]) < factor:
         raise InvalidArgument(f"a volume of shape {volume.shape} can't be binned by {factor}")
-    kept = tuple(slice(0, side // factor * factor) for side in volume.shape[-3:])
-    cropped: Array = np.asarray(volume, np.float32)[(..., *kept)]
+    z, y, x = (side // factor * factor for side in volume.shape[-3:])
+    cropped: Array = np.asarray(volume, np.float32)[..., :z, :y, :x]
     if factor == 1:
         return np.ascontiguousarray(cropped)
     for axis in (-1, -2, -3):
@@ -222,7 +231,9 @@ def fourier_crop(volume: NDArray[np.floating[Any]], factor: int, workers: int = 
 def _crop_axis(volume: Array, axis: int, factor: int, workers: int) -> Array:
     """Bin one axis; its length is a multiple of the factor. Chunks run over the first axis of the other two."""
     length = volume.shape[axis] // factor
-    result = np.empty([side // factor if a - volume.ndim == axis else side for a, side in enumerate(volume.shape)], np.float32)
+    result = np.empty(
+        [side // factor if a - volume.ndim == axis else side for a, side in enumerate(volume.shape)], np.float32
+    )
     lines, cropped = np.moveaxis(volume, axis, -1), np.moveaxis(result, axis, -1)
     step = max(1, CHUNK_VOXELS // max(1, int(np.prod(lines.shape[1:]))))
     for start in range(0, len(lines), step):

@@ -1,0 +1,101 @@
+"""Opening channels to instances: Unix sockets, or TCP with mutual TLS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from cryofleet.errors import FailedPrecondition, Failure, failure_from_status
+from cryofleet.settings import TlsFiles
+
+MESSAGE_LIMIT_BYTES = 16 * 2**20
+"""Largest message either side takes."""
+
+REASON_KEY = "cryofleet-reason"
+"""Trailing metadata that says why a call was refused or failed: one of the words below."""
+REASON_BUSY = "busy"
+"""RESOURCE_EXHAUSTED since all slots or the memory are taken at present: the call was not tried."""
+REASON_NEVER_FITS = "never-fits"
+"""FAILED_PRECONDITION since the call needs more than the whole instance has."""
+REASON_MEMORY = "memory"
+"""RESOURCE_EXHAUSTED since the operation ran out of memory."""
+REASON_DRAINING = "draining"
+"""UNAVAILABLE since the instance is stopping; another one will do."""
+
+_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    # A peer that vanished without closing its connection is noticed within 40 s, even in a silent stream.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Instances restart within seconds; the default back-off of up to two minutes would outlast them.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+def is_unix(address: str) -> bool:
+    """Whether the address is a Unix socket's: unix:/path."""
+    return address.startswith("unix:")
+
+
+def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        root_certificates=tls.authority.read_bytes(),
+        private_key=tls.key.read_bytes(),
+        certificate_chain=tls.certificate.read_bytes(),
+    )
+
+
+def _target(
+    address: str, tls: TlsFiles | None, server_name: str | None
+) -> tuple[str, list[tuple[str, str | int]], grpc.ChannelCredentials | None]:
+    options = list(_OPTIONS)
+    if is_unix(address):
+        # Otherwise the socket's path would be the HTTP/2 authority, which some peers refuse.
+        options.append(("grpc.default_authority", "localhost"))
+        return address, options, None
+    if tls is None:
+        raise FailedPrecondition(
+            f"{address} is reached over TCP, which needs mutual TLS: set CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY "
+            "and CRYOFLEET_TLS_AUTHORITY, or use a Unix socket (unix:/path)"
+        )
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    return address, options, _credentials(tls)
+
+
+def open_channel(address: str, tls: TlsFiles | None = None, server_name: str | None = None) -> grpc.aio.Channel:
+    """A channel for asyncio to `address`: unix:/path, host:port or dns:///name:port.
+
+    `server_name` is the name that the server's certificate must bear where it isn't the one in the
+    address: an instance that is reached by its IP bears its service's name.
+
+    Raises FailedPrecondition where a TCP address is given without TLS files.
+    """
+    target, options, credentials = _target(address, tls, server_name)
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+def open_blocking_channel(address: str, tls: TlsFiles | None = None, server_name: str | None = None) -> grpc.Channel:
+    """The same for code without an event loop."""
+    target, options, credentials = _target(address, tls, server_name)
+    if credentials is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, credentials, options=options)
+
+
+def failure_from_rpc(error: grpc.RpcError) -> Failure:
+    """The failure that the other side raised."""
+    code = error.code() if hasattr(error, "code") else None
+    details = error.details() if hasattr(error, "details") else None
+    return failure_from_status(code.name if code else "INTERNAL", details or str(error))
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """The word under `cryofleet-reason` in the call's trailing metadata; empty where there is none."""
+    metadata: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    return next((str(value) for key, value in metadata or () if key == REASON_KEY), "")

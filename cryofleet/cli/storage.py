@@ -1,0 +1,115 @@
+"""ls, get, put, provenance, gc, pin: what is in the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cryofleet.cli.options import json_option, project_option
+from cryofleet.cli.output import print_json, print_table, size_text
+from cryofleet.client import Client
+from cryofleet.errors import NotFound
+from cryofleet.provenance import Origin, trace
+
+
+@click.command()
+@click.argument("uri", required=False)
+@project_option
+@json_option
+def ls(uri: str | None, project: str, as_json: bool) -> None:
+    """List stored objects under URI; all of the project where left out."""
+    with Client(project=project, start=False) as client:
+        found = list(client.list(uri or f"{client.settings.store}/{project}"))
+    if as_json:
+        print_json([{"uri": entry.uri, "size_bytes": entry.size_bytes} for entry in found])
+    else:
+        print_table(["size", "uri"], [[size_text(entry.size_bytes), entry.uri] for entry in found])
+
+
+@click.command()
+@click.argument("uri")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+def get(uri: str, path: Path | None) -> None:
+    """Bring one object to PATH, or all objects under a URI to the folder PATH."""
+    with Client(start=False) as client:
+        found = [entry.uri for entry in client.list(uri)]
+        if not found:
+            raise NotFound(f"nothing is stored at {uri}")
+        base = Path() if path is None else path
+        for each in found:
+            if each == uri:
+                target = base / Path(each).name if path is None or base.is_dir() else base
+            else:
+                target = base / each.removeprefix(uri).lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            click.echo(str(client.artifact(each).save(target)))
+
+
+@click.command()
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@project_option
+def put(path: Path, project: str) -> None:
+    """Store the file PATH and print its URI."""
+    with Client(project=project) as client:
+        click.echo(client.upload(path))
+
+
+@click.command()
+@click.argument("uri")
+@json_option
+def provenance(uri: str, as_json: bool) -> None:
+    """Trace a result back to the raw data: every operation, its version, parameters and inputs."""
+    with Client(start=False) as client:
+        origin = trace(client, uri)
+    if as_json:
+        print_json(origin.to_mapping())
+    else:
+        _print_origin(origin, 0)
+
+
+def _print_origin(origin: Origin, depth: int) -> None:
+    indent = "  " * depth
+    if origin.operation is None:
+        click.echo(f"{indent}{origin.uri} (outside the results)")
+        return
+    click.echo(f"{indent}{origin.operation} v{origin.version}  {origin.uri}")
+    for name, value in sorted(origin.parameters.items()):
+        if value not in ("", [], {}):
+            click.echo(f"{indent}  {name} = {json.dumps(value, ensure_ascii=False)}")
+    if origin.repeated:
+        click.echo(f"{indent}  (its inputs are shown above)")
+    for field, sources in origin.inputs.items():
+        for source in sources:
+            click.echo(f"{indent}  {field}:")
+            _print_origin(source, depth + 2)
+
+
+@click.command()
+@click.option("--older-than-hours", default=24.0, show_default=True, help="Only what is older than this.")
+@click.option("--delete", is_flag=True, help="Delete; without it nothing is changed.")
+@project_option
+@json_option
+def gc(older_than_hours: float, delete: bool, project: str, as_json: bool) -> None:
+    """Find results that no run and no pin needs; with --delete, delete them."""
+    with Client(project=project, start=False) as client:
+        answer = client.collect_garbage(older_than_hours, delete)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(["size", "operation", "uri"], [[size_text(g.size_bytes), g.operation, g.uri] for g in answer.results])
+    verb = "deleted" if answer.deleted else "would delete (with --delete)"
+    click.echo(f"{verb} {len(answer.results)} results, {size_text(answer.size_bytes)}", err=True)
+
+
+@click.command()
+@click.argument("uri")
+@click.option("--remove", is_flag=True, help="Take the pin away.")
+def pin(uri: str, remove: bool) -> None:
+    """Keep a result, and all that it was made from, from gc."""
+    with Client(start=False) as client:
+        client.pin(uri, unpin=remove)
+
+
+COMMANDS = (ls, get, put, provenance, gc, pin)

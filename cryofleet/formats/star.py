@@ -1,0 +1,121 @@
+"""RELION 5 particle files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from cryofleet.errors import InvalidArgument
+from cryofleet.formats.euler import to_euler
+
+CentreRule = Literal["size/2", "floor(size/2)", "size/2-1"]
+CENTRE_RULES: tuple[CentreRule, ...] = get_args(CentreRule)
+_CENTRES: dict[CentreRule, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "size/2": lambda size: size / 2,
+    "floor(size/2)": lambda size: np.floor(size / 2),
+    "size/2-1": lambda size: size / 2 - 1,
+}
+_ROWS_AT_ONCE = 50_000
+
+
+def tomogram_centre(shape: tuple[int, int, int], rule: CentreRule = "size/2") -> NDArray[np.float64]:
+    """The point of a tomogram that centred coordinates count from, (x, y, z) in voxels, the first voxel's centre at 0.
+
+    RELION 5 holds three rules, by name here:
+
+    - ``size/2``: what RELION adds when it reads particles (``TomogramSet::loadTomogram``), hence what reconstruction
+      and extraction see. Half a voxel beside the middle of the array for even sizes, and a half-integer for odd ones.
+    - ``floor(size/2)``: its projection matrices. The same for even sizes.
+    - ``size/2-1``: its Python picker, in unbinned pixels.
+
+    RELION counts in pixels of the tilt series: a voxel i of a tomogram binned by b lies at b i, and the centre at
+    b size/2, so that the rule "size/2" gives the same Å at every binning.
+    """
+    if rule not in _CENTRES:
+        raise InvalidArgument(f"unknown rule of the tomogram's centre {rule!r}; known are {', '.join(CENTRE_RULES)}")
+    return _CENTRES[rule](np.array(shape[::-1], dtype=np.float64))
+
+
+def encode_relion5_particles(
+    tomogram_name: str,
+    tomogram_shape: tuple[int, int, int],
+    voxel_size_angstrom: float,
+    positions: NDArray[np.float64],
+    *,
+    rotations: Rotation | None = None,
+    shifts: NDArray[np.float64] | None = None,
+    ids: NDArray[np.int64] | None = None,
+    scores: NDArray[np.float64] | None = None,
+    class_numbers: NDArray[np.int64] | None = None,
+    random_subsets: NDArray[np.int64] | None = None,
+    centre_rule: CentreRule = "size/2",
+) -> Iterator[bytes]:
+    """The text of a particles.star as RELION 5 imports it, in pieces.
+
+    Coordinates are ``rlnCenteredCoordinate[XYZ]Angst`` = (position + shift - centre) * voxel size. A shift moves the
+    reference onto the particle, in the tomogram's frame, so it is part of where the particle is; RELION's own origins
+    have the other sign (coordinate - origin) and are written as zero beside the angles. ``rlnAngle[Rot,Tilt,Psi]`` are
+    RELION's convention, those of the inverse rotation (`cryofleet.formats.euler`). What is not known of the microscope
+    is left out: RELION adds the optics table from its tomograms.star on import.
+
+    Args:
+        tomogram_name: rlnTomoName, without white space, as RELION's tomograms.star has it.
+        tomogram_shape: (z, y, x) in voxels.
+        voxel_size_angstrom: of the tomogram that positions and shifts are in voxels of.
+        positions: (n, 3), (x, y, z) in voxels from the first voxel's centre.
+        rotations: n rotations, reference onto particle.
+        shifts: (n, 3), voxels, (x, y, z).
+        ids: n numbers; particle i is named "TOMOGRAM/id". From 1 where left out.
+        scores: n figures of merit.
+        class_numbers: n classes, from 1.
+        random_subsets: n half sets, 1 or 2.
+        centre_rule: see `tomogram_centre`.
+
+    Raises:
+        InvalidArgument: the name cannot stand in a STAR file, or a coordinate is not finite.
+    """
+    if not tomogram_name or any(character.isspace() or character in "\"'#" for character in tomogram_name):
+        raise InvalidArgument(
+            f"the tomogram's name {tomogram_name!r} cannot stand in a STAR file: "
+            "give one without spaces, quotes and # with --set tomogram_name=..."
+        )
+    count = len(positions)
+    placed = positions if shifts is None else positions + shifts
+    centred = (placed - tomogram_centre(tomogram_shape, centre_rule)) * voxel_size_angstrom
+    if not np.isfinite(centred).all():
+        row = int(np.argmin(np.isfinite(centred).all(axis=1)))
+        raise InvalidArgument(f"particle in row {row} has a position or shift that is not finite")
+    numbers = np.arange(1, count + 1) if ids is None else ids
+
+    columns: dict[str, NDArray[np.generic] | list[str] | str | float] = {
+        "rlnTomoName": tomogram_name,
+        "rlnTomoParticleName": [f"{tomogram_name}/{number}" for number in numbers],
+        "rlnCenteredCoordinateXAngst": centred[:, 0],
+        "rlnCenteredCoordinateYAngst": centred[:, 1],
+        "rlnCenteredCoordinateZAngst": centred[:, 2],
+    }
+    if rotations is not None:
+        angles = to_euler(rotations, "relion")
+        columns |= {f"rlnAngle{name}": angles[:, i] for i, name in enumerate(("Rot", "Tilt", "Psi"))}
+        columns |= {f"rlnOrigin{axis}Angst": 0.0 for axis in "XYZ"}
+    if class_numbers is not None:
+        columns["rlnClassNumber"] = class_numbers
+    if random_subsets is not None:
+        columns["rlnRandomSubset"] = random_subsets
+    if scores is not None:
+        columns["rlnAutopickFigureOfMerit"] = scores
+
+    labels = "".join(f"_{label} #{i}\n" for i, label in enumerate(columns, start=1))
+    yield f"\n# version 50001\n\ndata_particles\n\nloop_\n{labels}".encode()
+    table = pd.DataFrame(columns, index=range(count))
+    for start in range(0, count, _ROWS_AT_ONCE):
+        rows = table.iloc[start : start + _ROWS_AT_ONCE]
+        yield rows.to_csv(
+            None, sep="\t", header=False, index=False, float_format="%.6f", na_rep="nan", lineterminator="\n"
+        ).encode()
+    yield b"\n"

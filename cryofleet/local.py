@@ -1,0 +1,280 @@
+"""The platform on one machine: every service and the orchestrator as supervised processes.
+
+`python -m cryofleet.local` is the supervisor. It starts one process for each service, restarts what
+ends, and stops all of them on SIGTERM. Sockets, logs, store and database lie under CRYOFLEET_HOME.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cryofleet.channels import open_blocking_channel
+from cryofleet.errors import FailedPrecondition, Internal, Unavailable
+from cryofleet.settings import SERVICES, Settings
+
+_LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its final NUL
+_RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0)
+_STABLE_SECONDS = 30.0
+_STOP_MARGIN_SECONDS = 15.0
+# One slot with all cores suits a training or a simulation; short tasks go side by side.
+_ALL_CORES = ("learning", "simulation")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of the local platform."""
+
+    name: str
+    module: str
+    socket: Path
+    environment: Mapping[str, str]
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.socket}"
+
+
+def members(settings: Settings) -> list[Member]:
+    """The processes that make up the platform on this machine."""
+    cores = os.cpu_count() or 1
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = []
+    for name in (*SERVICES, "orchestrator"):
+        threads = cores if name in _ALL_CORES else 1
+        socket = settings.run_folder / f"{name}.sock"
+        environment = {
+            "CRYOFLEET_HOME": str(settings.home),
+            "CRYOFLEET_ADDRESS": f"unix:{socket}",
+            "CRYOFLEET_INSTANCE": name,
+            "CRYOFLEET_SLOTS": str(max(1, cores // threads)),
+            "CRYOFLEET_THREADS": str(threads),
+            "CRYOFLEET_MEMORY_BYTES": str(settings.memory_bytes or machine_bytes // 2),
+            "OMP_NUM_THREADS": str(threads),
+        }
+        module = "orchestrator" if name == "orchestrator" else f"services.{name}"
+        found.append(Member(name, module, socket, environment))
+    return found
+
+
+def is_up(settings: Settings) -> bool:
+    """Whether a supervisor holds this home."""
+    try:
+        with _lock(settings):
+            return False
+    except BlockingIOError:
+        return True
+
+
+@contextmanager
+def _lock(settings: Settings) -> Iterator[None]:
+    """Held by the supervisor for its whole life; raises BlockingIOError where another one has it."""
+    settings.run_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (settings.run_folder / "supervisor.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def process_ids(settings: Settings) -> dict[str, int]:
+    """Process ids by member, of the supervisor too, as the supervisor wrote them last."""
+    try:
+        return dict(json.loads((settings.run_folder / "processes.json").read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def start(settings: Settings, wait_seconds: float = 60.0) -> None:
+    """Start the platform in the background and wait until every process answers.
+
+    Raises FailedPrecondition where the services' code is not installed, Internal where a process does not come up.
+    """
+    missing = [m.module for m in members(settings) if find_spec(m.module.split(".")[0]) is None]
+    if missing:
+        raise FailedPrecondition(
+            "only the client is installed here: set CRYOFLEET_ORCHESTRATOR to a platform's address, or install "
+            "the services from the repository (make setup)"
+        )
+    longest = max(len(str(member.socket)) for member in members(settings))
+    if longest > _LONGEST_SOCKET_PATH:
+        raise FailedPrecondition(
+            f"CRYOFLEET_HOME {settings.home} is too long for Unix sockets by {longest - _LONGEST_SOCKET_PATH} "
+            "characters; choose a shorter folder"
+        )
+    if not is_up(settings):
+        settings.log_folder.mkdir(parents=True, exist_ok=True)
+        with (settings.log_folder / "supervisor.log").open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "cryofleet.local"],
+                env={**os.environ, "CRYOFLEET_HOME": str(settings.home)},
+                cwd=settings.home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    deadline = time.monotonic() + wait_seconds
+    waiting = members(settings)
+    while waiting:
+        waiting = [member for member in waiting if not is_serving(member.address, settings)]
+        if waiting and time.monotonic() > deadline:
+            names = ", ".join(member.name for member in waiting)
+            raise Internal(f"{names} did not come up within {wait_seconds:.0f} s; see {settings.log_folder}")
+        time.sleep(0.1 if waiting else 0)
+
+
+def is_serving(address: str, settings: Settings) -> bool:
+    """Whether the instance at `address` answers its health check with SERVING."""
+    with open_blocking_channel(address, settings.tls) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def stop(settings: Settings) -> bool:
+    """Stop the platform and wait until all its processes have ended. False where none was up.
+
+    Raises Unavailable where the supervisor does not end.
+    """
+    if not is_up(settings):
+        return False
+    supervisor = process_ids(settings).get("supervisor")
+    if supervisor is None:
+        raise Unavailable(f"the supervisor of {settings.home} is starting; try again")
+    os.kill(supervisor, signal.SIGTERM)
+    deadline = time.monotonic() + settings.drain_seconds + 2 * _STOP_MARGIN_SECONDS
+    while is_up(settings):
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"the supervisor (process {supervisor}) does not end; its log is in {settings.log_folder}"
+            )
+        time.sleep(0.05)
+    return True
+
+
+@dataclass
+class _Child:
+    """A member's running process, and when it may be started again."""
+
+    member: Member
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    start_at: float = 0.0
+    failures: int = 0
+    log: Path = field(default_factory=Path)
+
+
+class Supervisor:
+    """Starts the members, restarts those that end, and stops all on request."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._children = [
+            _Child(member, log=settings.log_folder / f"{member.name}.log") for member in members(settings)
+        ]
+        self._stopping = False
+
+    def run(self) -> None:
+        """Supervise until `stop` is called."""
+        self._settings.log_folder.mkdir(parents=True, exist_ok=True)
+        while not self._stopping:
+            changed = [child for child in self._children if self._look_after(child)]
+            if changed:
+                self._write_process_ids()
+            time.sleep(0.1)
+        self._stop_all()
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def _look_after(self, child: _Child) -> bool:
+        """Start `child` if it is not running and its time has come; true where its process changed."""
+        now = time.monotonic()
+        if child.process is not None:
+            code = child.process.poll()
+            if code is None:
+                return False
+            lasted = now - child.started
+            child.failures = 0 if lasted > _STABLE_SECONDS else child.failures + 1
+            pause = _RESTART_SECONDS[min(child.failures, len(_RESTART_SECONDS)) - 1] if child.failures else 0.0
+            child.start_at = now + pause
+            child.process = None
+            _say(f"{child.member.name} ended with {code} after {lasted:.1f} s; starting it again in {pause:g} s")
+        if now < child.start_at:
+            return False
+        with child.log.open("ab") as log:
+            child.process = subprocess.Popen(
+                [sys.executable, "-m", child.member.module],
+                env={**os.environ, **child.member.environment},
+                cwd=self._settings.home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,
+            )
+        child.started = now
+        return True
+
+    def _write_process_ids(self) -> None:
+        running = {child.member.name: child.process.pid for child in self._children if child.process is not None}
+        path = self._settings.run_folder / "processes.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"supervisor": os.getpid(), **running}))
+        temporary.replace(path)
+
+    def _stop_all(self) -> None:
+        running = [child.process for child in self._children if child.process is not None]
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + self._settings.drain_seconds + _STOP_MARGIN_SECONDS
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _say(f"process {process.pid} does not end; killing it")
+                process.kill()
+                process.wait()
+        (self._settings.run_folder / "processes.json").unlink(missing_ok=True)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the supervisor dies, so that none is left behind unsupervised."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _say(message: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Supervise this home's platform until SIGTERM or SIGINT."""
+    settings = Settings.from_environment()
+    try:
+        with _lock(settings):
+            supervisor = Supervisor(settings)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: supervisor.stop())
+            supervisor.run()
+    except BlockingIOError:
+        _say(f"the platform of {settings.home} is up already")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

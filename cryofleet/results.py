@@ -1,0 +1,87 @@
+"""A run's outputs as a folder of files."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from cryofleet.client import Artifact, RunHandle, state_name
+from cryofleet.v1 import orchestrator_pb2
+
+RUN_DETAILS_MARK = "<!-- run-details -->"
+"""Where a report's page leaves place for what its run took."""
+
+
+def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
+    """Bring a run's outputs to `folder` and return the files written.
+
+    Each artifact is named by its output and keeps its ending; a list's items are numbered from 1.
+    Figures and what each step took go into metrics.json; a report shows the latter too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    figures: dict[str, Any] = {}
+    for name, value in sorted(handle.outputs.items()):
+        items = value if isinstance(value, list) else [value]
+        artifacts = [item for item in items if isinstance(item, Artifact)]
+        if not artifacts:
+            figures[name] = value
+            continue
+        for number, artifact in enumerate(artifacts, start=1):
+            suffix = f"_{number}" if isinstance(value, list) else ""
+            written.append(artifact.save(folder / f"{name}{suffix}{Path(artifact.name).suffix}"))
+    for path in written:
+        if path.suffix == ".html":
+            page = path.read_text()
+            path.write_text(page.replace(RUN_DETAILS_MARK, run_details(handle.record), 1))
+    metrics = folder / "metrics.json"
+    steps = [_step_figures(step) for step in handle.record.steps]
+    set_aside = [f"{s.step} {s.item}: {s.status}: {s.cause}" for s in handle.record.set_aside]
+    document = {
+        "run": handle.id,
+        "pipeline": handle.record.pipeline,
+        "state": state_name(handle.record),
+        **figures,
+        "set_aside": set_aside,
+        "steps": steps,
+    }
+    metrics.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return [*written, metrics]
+
+
+def _step_figures(step: orchestrator_pb2.StepStatus) -> dict[str, Any]:
+    seconds = step.finished_at.ToNanoseconds() / 1e9 - step.started_at.ToNanoseconds() / 1e9
+    return {
+        "step": step.id,
+        "operation": step.operation,
+        "state": orchestrator_pb2.StepState.Name(step.state).removeprefix("STEP_STATE_").lower(),
+        "tasks": step.tasks_total,
+        "tasks_from_store": step.tasks_cached,
+        "seconds": round(seconds, 3) if step.HasField("started_at") and step.HasField("finished_at") else None,
+        "compute_seconds": round(step.compute_seconds, 3),
+    }
+
+
+def run_details(run: orchestrator_pb2.Run) -> str:
+    """What each step of the run took, as an HTML section."""
+    rows = []
+    for figures in (_step_figures(step) for step in run.steps):
+        took = "" if figures["seconds"] is None else f"{figures['seconds']:.1f}"
+        cells = (
+            figures["step"],
+            figures["operation"],
+            figures["state"],
+            str(figures["tasks"]),
+            str(figures["tasks_from_store"]),
+            took,
+            f"{figures['compute_seconds']:.1f}",
+        )
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    headings = ("step", "operation", "state", "tasks", "from the store", "seconds", "seconds computed")
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    return (
+        f"<section><h2>Run {html.escape(run.id)}</h2>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></section>"
+    )

@@ -1,0 +1,112 @@
+"""RuntimeService: what every instance answers besides its own service."""
+
+from __future__ import annotations
+
+import time
+
+from google.protobuf.message import DecodeError
+
+from cryofleet.artifacts import manifest_for
+from cryofleet.errors import Failure, InvalidArgument, failure_from_status
+from cryofleet.server.admission import Needs
+from cryofleet.server.calls import CallContext
+from cryofleet.server.computation import Question, identify, look_up
+from cryofleet.server.service import Service
+from cryofleet.server.task import Reader, Task
+from cryofleet.server.validation import validate
+from cryofleet.v1 import options_pb2, runtime_pb2
+
+service = Service(runtime_pb2.DESCRIPTOR.services_by_name["RuntimeService"])
+
+_STEP_SECONDS = 0.02
+
+
+@service.rpc("GetCapacity")
+async def get_capacity(
+    request: runtime_pb2.GetCapacityRequest, context: CallContext
+) -> runtime_pb2.GetCapacityResponse:
+    """Slots, memory and devices as they are now."""
+    instance = context.instance
+    admission = instance.admission
+    return runtime_pb2.GetCapacityResponse(
+        service=instance.service_name,
+        instance=instance.name,
+        version=instance.version,
+        slots_total=admission.slots_total,
+        slots_free=admission.slots_free,
+        memory_total_bytes=admission.memory_total_bytes,
+        memory_free_bytes=admission.memory_free_bytes,
+        devices=instance.devices(),
+        draining=instance.draining,
+        operations=list(instance.methods),
+    )
+
+
+@service.rpc("Estimate")
+async def estimate(request: runtime_pb2.EstimateRequest, context: CallContext) -> runtime_pb2.EstimateResponse:
+    """What a request of an operation of this instance would need; nothing is computed."""
+    return await context.in_thread(_estimate, request, context)
+
+
+def _estimate(request: runtime_pb2.EstimateRequest, context: CallContext) -> runtime_pb2.EstimateResponse:
+    instance = context.instance
+    method = instance.methods.get(request.operation)
+    if method is None:
+        known = ", ".join(instance.methods)
+        raise InvalidArgument(f"operation {request.operation!r} is not of this instance, which has {known}")
+    try:
+        wanted = method.operation.request_class.FromString(request.request)
+    except DecodeError:
+        raise InvalidArgument(
+            f"request is not a serialised {method.operation.request_class.DESCRIPTOR.full_name}"
+        ) from None
+    validate(wanted)
+    question = identify(method, wanted, instance.store)
+    with Reader(question.store, question.project, instance.scratch.new_folder) as reader:
+        needs = method.needs(question.request, reader)
+    return runtime_pb2.EstimateResponse(
+        key=question.key,
+        cached=look_up(question) is not None,
+        memory_bytes=needs.memory_bytes,
+        slots=needs.slots,
+        pool=options_pb2.POOL_GPU if method.operation.pool == "gpu" else options_pb2.POOL_CPU,
+        input_bytes=_input_bytes(question),
+    )
+
+
+def _input_bytes(question: Question) -> int:
+    """Bytes of the inputs; of a folder, those of its objects."""
+    total = 0
+    for uri in {entry["uri"] for entries in question.inputs.values() for entry in entries if entry["uri"]}:
+        manifest = manifest_for(question.store, uri)
+        if manifest is None:
+            total += sum(found.size_bytes for found in question.store.list(uri))
+            continue
+        name = uri.removeprefix(manifest.uri).strip("/")
+        for blob in manifest.blobs:
+            if not name or blob["name"] == name or blob["name"].startswith(name + "/"):
+                total += blob["size_bytes"]
+    return total
+
+
+def _self_test_needs(request: runtime_pb2.SelfTestRequest, reader: Reader) -> Needs:
+    return Needs(memory_bytes=0)
+
+
+@service.operation(needs=_self_test_needs)
+def self_test(request: runtime_pb2.SelfTestRequest, task: Task) -> runtime_pb2.SelfTestResult:
+    """Takes the time asked for, then fails or succeeds as asked for."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < request.seconds:
+        task.progress(passed / request.seconds, "waiting", seconds=passed)
+        time.sleep(min(_STEP_SECONDS, request.seconds - passed))
+    if request.fail_with:
+        raise _failure_named(request.fail_with)
+    return runtime_pb2.SelfTestResult(index=request.index, first_row=request.rows.first, instance=task.instance)
+
+
+def _failure_named(status: str) -> Failure:
+    failure = failure_from_status(status, f"failed with {status}, as asked for")
+    if failure.status != status:
+        return InvalidArgument(f"fail_with is {status!r}; it must be the name of a gRPC status that is an error")
+    return failure

@@ -1,0 +1,431 @@
+"""The orchestrator at work: DBOS, the record of runs, placement, and what keeps an eye on them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
+
+from cryofleet.artifacts import open_blob
+from cryofleet.errors import Failure
+from cryofleet.operations import Operation
+from cryofleet.particles import row_count
+from cryofleet.settings import Settings
+from cryofleet.storage import Store
+from cryofleet.volumes import open_subtomograms
+from orchestrator import workflows
+from orchestrator.cache import ResultCache
+from orchestrator.pipeline import Pipeline, Step, load
+from orchestrator.placement import Placement
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Tracker, Unit, retrying
+from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
+
+logger = logging.getLogger(__name__)
+
+APPLICATION_VERSION = "1"
+"""Of the order of steps in `workflows`."""
+HEARTBEAT_SECONDS = 3.0
+EXPIRY_SECONDS = 20.0
+"""An orchestrator whose heartbeat is older is taken for dead, and its runs are adopted."""
+PROGRESS_SECONDS = 1.0
+QUEUE_WORKERS = 16
+"""Chunks that an orchestrator works on at a time, for each pool."""
+QUEUE_POLL_SECONDS = 0.2
+_DATABASE_THREADS = 12
+_LOST_SECONDS = 15.0
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as its workflows need it: it follows from the run's unchanging record."""
+
+    run_id: str
+    project: str
+    pipeline: Pipeline
+    values: dict[str, Any]
+
+    def step(self, path: str) -> Step:
+        """The step at a path as tomograms.boxes."""
+        steps = self.pipeline.steps
+        found: Step | None = None
+        for name in path.split("."):
+            found = next(step for step in steps if step.id == name)
+            steps = found.steps
+        assert found is not None
+        return found
+
+    def task(self, attempt: int, place: str, operation: Operation, fields: Mapping[str, Any]) -> TaskRequest:
+        """The task of an operation at a place in the run."""
+        return TaskRequest(f"{self.run_id}:{attempt}/{place}", self.run_id, self.project, operation.name, dict(fields))
+
+
+def make_database(url: str) -> sa.Engine:
+    """The database that URL names: sqlite:///path or postgresql://…"""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(
+            parsed.set(drivername="postgresql+psycopg"), pool_size=4, max_overflow=4, pool_pre_ping=True
+        )
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine = sa.create_engine(parsed, pool_size=_DATABASE_THREADS, max_overflow=8)
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        # As DBOS itself sets it: writers queue up, instead of failing when a read becomes a write.
+        connection.isolation_level = "IMMEDIATE"
+        connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute("PRAGMA foreign_keys=ON")
+        # A killed process loses nothing so. A machine that loses its power may lose the last steps, which are then
+        # done again and found in the store.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    return engine
+
+
+class _Quiet(logging.Filter):
+    """Drops what DBOS says of workflows that were cancelled or taken over, which is as it should be."""
+
+    _EXPECTED = ("DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError", "DBOSWorkflowConflictIDError")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+        return kind not in self._EXPECTED and not record.getMessage().startswith("Asyncio task cancelled")
+
+
+class Engine:
+    """One orchestrator. There can be one in a process, since DBOS is one per process."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        self.cache = ResultCache(store)
+        self.placement = Placement(settings)
+        self.tasks = TaskRunner(settings, self.cache, self.placement)
+        self._database: sa.Engine | None = None
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
+        self._plans: dict[str, Plan] = {}
+        self._running: set[asyncio.Task[Any]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self._changed: dict[str, asyncio.Event] = {}
+        self._left: dict[str, int] = {}
+        self._unstarted: dict[str, float] = {}
+        self._stopping = False
+
+    # Life
+
+    async def start(self) -> None:
+        """Opens the database, takes up the runs that this orchestrator had, and begins to look after all."""
+        self._database = make_database(self.settings.database)
+        self.runs: RunStore = await self.in_thread(RunStore, self._database)
+        self.tracker = Tracker(self.runs)
+        await self.placement.start()
+        workflows.use_engine(self)
+        config: DBOSConfig = {
+            "name": "cryofleet",
+            "system_database_url": self.settings.database,
+            "application_version": APPLICATION_VERSION,
+            "executor_id": self.settings.instance,
+            "serializer": DBOSPortableJSONSerializer(),
+            "enable_otlp": False,
+            "log_level": "WARNING",
+            "max_executor_threads": _DATABASE_THREADS,
+            "sys_db_pool_size": _DATABASE_THREADS + 4,
+        }
+        if self._database.dialect.name == "sqlite":
+            config["system_database_engine"] = self._database
+        await self.in_thread(self.runs.beat, self.settings.instance)
+        DBOS(config=config)
+        _use_own_logs()
+        # Launched on the loop, so that workflows run here, beside the channels they use.
+        DBOS.launch()
+        await DBOS.register_queue_async(
+            workflows.QUEUE,
+            partition_worker_concurrency=QUEUE_WORKERS,
+            polling_interval_sec=QUEUE_POLL_SECONDS,
+            on_conflict="always_update",
+        )
+        self._background = [asyncio.create_task(self._write_progress()), asyncio.create_task(self._look_after_runs())]
+
+    async def stop(self) -> None:
+        """Leaves the runs to others, or to the next start: nothing of them is recorded as failed."""
+        self._stopping = True
+        for task in (*self._background, *self._running):
+            task.cancel()
+        await asyncio.gather(*self._background, *self._running, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, DBOS.destroy)
+        # DBOS had made its own executor the loop's, and has just closed it.
+        loop.set_default_executor(ThreadPoolExecutor())
+        workflows.use_engine(None)
+        await self.placement.close()
+        self.tasks.close()
+        if self._database is not None:
+            try:
+                await self.in_thread(self.runs.leave, self.settings.instance)
+            except sa.exc.DBAPIError as error:
+                logger.warning("the database is away: %s", error.orig)
+            self._database.dispose()
+        self._threads.shutdown(wait=False)
+
+    async def in_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """Runs blocking work on the database."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    # What the workflows use
+
+    async def plan(self, run_id: str) -> Plan:
+        """The run's pipeline and arguments."""
+        plan = self._plans.get(run_id)
+        if plan is None:
+            row = await self.in_thread(retrying, functools.partial(self.runs.run, run_id))
+            pipeline = load(row.definition, row.source)
+            plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments))
+            if len(self._plans) >= 256:
+                self._plans.clear()
+            self._plans[run_id] = plan
+        return plan
+
+    def unit(self, run_id: str, attempt: int, name: str, path: str, state: str) -> Unit:
+        """A fresh unit of progress."""
+        unit = self.tracker.unit(run_id, attempt, name, path)
+        unit.state = state
+        if state == RUNNING:
+            unit.started_at = time.time()
+        return unit
+
+    async def settle(self, run_id: str) -> None:
+        """Writes the run's progress now, since what follows may run elsewhere."""
+        await self.in_thread(retrying, functools.partial(self.tracker.flush, run_id))
+
+    async def do(self, task: TaskRequest, unit: Unit) -> Outcome:
+        """The body of a task's step."""
+        fraction = 0.0
+
+        def report(now: float, phase: str) -> None:
+            nonlocal fraction
+            unit.partial += now - fraction
+            fraction = now
+            if phase:
+                unit.phase = phase
+
+        with self._stoppable():
+            try:
+                return await self.tasks.run(task, report)
+            finally:
+                unit.partial -= fraction
+
+    async def count(self, project: str, place: str, kind: str, uri: str) -> dict[str, Any]:
+        """The body of a step that counts the rows of particles or subtomograms."""
+        with self._stoppable():
+            try:
+                count = await self.tasks.in_thread(count_rows, self.store.for_project(project), kind, uri)
+                return {"task": place, "status": "OK", "count": count}
+            except Failure as failure:
+                return {"task": place, "status": failure.status, "cause": str(failure)}
+
+    async def begin(self, run_id: str, attempt: int) -> dict[str, Any]:
+        """The body of a run's first step."""
+        await self.in_thread(retrying, functools.partial(self.runs.set_started, run_id, attempt))
+        self._announce(run_id)
+        return {}
+
+    async def finish(
+        self, run_id: str, attempt: int, state: str, error: str, outputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The body of a run's last step."""
+        await self.settle(run_id)
+        await self.in_thread(
+            retrying, functools.partial(self.runs.set_finished, run_id, attempt, state, error, outputs)
+        )
+        self.tracker.forget(run_id)
+        self._announce(run_id)
+        return {}
+
+    def stoppable(self, body: Callable[[], Coroutine[Any, Any, ResultT]]) -> Callable[[], Coroutine[Any, Any, ResultT]]:
+        """The step's body, ended without a result when this orchestrator stops."""
+
+        async def run() -> ResultT:
+            with self._stoppable():
+                return await body()
+
+        return run
+
+    def _stoppable(self) -> _Registered:
+        if self._stopping:
+            raise asyncio.CancelledError
+        return _Registered(self._running)
+
+    # Changes
+
+    def _announce(self, run_id: str) -> None:
+        event = self._changed.get(run_id)
+        if event is not None:
+            event.set()
+
+    async def wait_for_change(self, run_id: str, seconds: float) -> None:
+        """Returns when the run has changed here, or after `seconds`: it may have changed elsewhere."""
+        event = self._changed.setdefault(run_id, asyncio.Event())
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            pass
+        event.clear()
+
+    async def start_attempt(self, run_id: str, attempt: int) -> None:
+        """Starts an attempt's workflow; nothing happens where it was started already."""
+        with SetWorkflowID(workflows.workflow_id(run_id, attempt)):
+            await DBOS.start_workflow_async(workflows.run_workflow, run_id, attempt)
+
+    async def cancel_attempt(self, run_id: str, attempt: int) -> bool:
+        """Ends an attempt: its workflows and the calls they make. False where it had ended."""
+        changed = await self.in_thread(self.runs.set_finished, run_id, attempt, CANCELLED, "the run was cancelled")
+        await self._cancel_workflows(run_id, attempt)
+        if changed:
+            await self.settle(run_id)
+            self.tracker.forget(run_id)
+            self._announce(run_id)
+        return changed
+
+    async def _cancel_workflows(self, run_id: str, attempt: int) -> None:
+        whole = workflows.workflow_id(run_id, attempt)
+        # A part that was being started escapes the first look.
+        for _ in range(5):
+            found = await DBOS.list_workflows_async(
+                workflow_id_prefix=whole,
+                status=["PENDING", "ENQUEUED", "DELAYED"],
+                load_input=False,
+                load_output=False,
+            )
+            active = [w.workflow_id for w in found if w.workflow_id == whole or w.workflow_id.startswith(whole + "/")]
+            if not active:
+                return
+            await DBOS.cancel_workflows_async(active)
+            await asyncio.sleep(0.1)
+
+    # Looking after runs
+
+    async def _write_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            try:
+                await self.in_thread(self.tracker.flush)
+            except sa.exc.DBAPIError as error:
+                logger.warning("progress waits for the database: %s", error.orig)
+
+    async def _look_after_runs(self) -> None:
+        while True:
+            try:
+                await self.in_thread(self.runs.beat, self.settings.instance)
+                await self._adopt()
+                await self._put_right()
+                await self.count_tasks()
+            except sa.exc.DBAPIError as error:
+                logger.warning("the database is away: %s", error.orig)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def count_tasks(self) -> None:
+        """Counts what is left to do for each pool, in the record of all runs."""
+        left: dict[str, int] = {}
+        for attempt in await self.in_thread(self.runs.in_state, ACTIVE):
+            plan = await self.plan(attempt.run_id)
+            units = await self.in_thread(self.runs.units, attempt.run_id, attempt.attempt)
+            for unit in units.values():
+                operation = plan.step(unit.path).operation
+                if operation is not None:
+                    left[operation.service] = left.get(operation.service, 0) + unit.total - unit.done - unit.set_aside
+        self._left = left
+
+    def tasks_left(self, pool: str) -> int:
+        """Tasks that wait for the pool or run there, as last counted."""
+        return max(0, self._left.get(pool, 0))
+
+    async def _adopt(self) -> None:
+        """Takes over the workflows of orchestrators that are gone."""
+        pending = await DBOS.list_workflows_async(
+            status="PENDING", app_version=APPLICATION_VERSION, load_input=False, load_output=False
+        )
+        owners = {workflow.executor_id for workflow in pending if workflow.executor_id}
+        if not owners - {self.settings.instance}:
+            return
+        for owner in await self.in_thread(self.runs.claim_expired, self.settings.instance, owners, EXPIRY_SECONDS):
+            logger.warning("orchestrator %s is gone; its runs go on here", owner)
+            # DBOS's own recovery takes only what still belongs to that owner; `resume_workflow` does not check that.
+            await asyncio.to_thread(DBOS._recover_pending_workflows, [owner])
+
+    async def _put_right(self) -> None:
+        """Attempts whose workflow never started, or ended without saying so."""
+        active = await self.in_thread(self.runs.in_state, ACTIVE)
+        by_id = {workflows.workflow_id(each.run_id, each.attempt): each for each in active}
+        self.tracker.keep({each.run_id for each in active})
+        if not by_id:
+            return
+        found = await DBOS.list_workflows_async(workflow_ids=list(by_id), load_input=False, load_output=True)
+        status = {workflow.workflow_id: workflow for workflow in found}
+        now = asyncio.get_running_loop().time()
+        for name, attempt in by_id.items():
+            workflow = status.get(name)
+            if workflow is None:
+                # Its orchestrator died between the record and the start.
+                first_seen = self._unstarted.setdefault(name, now)
+                if attempt.state == QUEUED and now - first_seen > _LOST_SECONDS:
+                    await self.start_attempt(attempt.run_id, attempt.attempt)
+                continue
+            self._unstarted.pop(name, None)
+            if workflow.status in ("ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"):
+                error = f"the orchestrator failed: {workflow.error or workflow.status}"
+                logger.error("run %s: %s", attempt.run_id, error)
+                await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
+                self._announce(attempt.run_id)
+            elif workflow.status == "CANCELLED":
+                await self.in_thread(
+                    self.runs.set_finished, attempt.run_id, attempt.attempt, CANCELLED, "the run was cancelled"
+                )
+                self._announce(attempt.run_id)
+
+
+class _Registered:
+    """Holds the current task in a set while it runs."""
+
+    def __init__(self, tasks: set[asyncio.Task[Any]]) -> None:
+        self._tasks = tasks
+        self._task = asyncio.current_task()
+
+    def __enter__(self) -> None:
+        if self._task is not None:
+            self._tasks.add(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._tasks.discard(self._task)
+
+
+def _use_own_logs() -> None:
+    """Sends what DBOS logs where all other logs go."""
+    dbos_logger = logging.getLogger("dbos")
+    for handler in dbos_logger.handlers[:]:
+        dbos_logger.removeHandler(handler)
+    dbos_logger.addHandler(logging.NullHandler())  # so that DBOS does not add its own again
+    dbos_logger.propagate = True
+    if not any(isinstance(known, _Quiet) for known in dbos_logger.filters):
+        dbos_logger.addFilter(_Quiet())
+
+
+def count_rows(store: Store, kind: str, uri: str) -> int:
+    """Rows of a particle table, or boxes of a set of subtomograms. Reads no more than their headers."""
+    if kind == "subtomograms":
+        return open_subtomograms(store, uri).count
+    return row_count(open_blob(store, uri), uri)

@@ -1,0 +1,310 @@
+"""Where tasks run: the instances of each pool, their slots, and who waits for one.
+
+gRPC's own balancing sees neither new instances nor slots, so each instance has a channel of its own; `GetCapacity`
+tells its slots, and a task goes to the instance with the largest share of them free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import grpc
+
+from cryofleet.channels import open_channel
+from cryofleet.errors import Failure, Unavailable
+from cryofleet.settings import Settings
+from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+RESOLVE_SECONDS = 5.0
+"""How often the names of pools are resolved anew."""
+POLL_SECONDS = 1.0
+"""How often instances are asked for their capacity."""
+_POLL_TIMEOUT_SECONDS = 3.0
+_AWAY_SECONDS = 0.1
+_BUSY_SECONDS = (0.05, 2.0)
+
+
+@dataclass
+class Instance:
+    """One instance of a service, as far as this orchestrator knows it."""
+
+    address: str
+    channel: grpc.aio.Channel
+    name: str = ""
+    ready: bool = False
+    slots_total: int = 0
+    running: int = 0
+    """Tasks that this orchestrator has there."""
+    others: int = 0
+    """Slots that others have taken, as last reported."""
+    devices: tuple[str, ...] = ()
+    version: str = ""
+    error: str = ""
+    busy_until: float = 0.0
+    refusals: int = 0
+    watcher: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def free(self) -> int:
+        return self.slots_total - self.running - self.others if self.ready else 0
+
+    def set_away(self, error: str) -> None:
+        """The instance did not answer, or is stopping; its next good answer makes it ready again."""
+        self.ready = False
+        self.error = error
+
+
+@dataclass(eq=False)
+class _Waiter:
+    instance: asyncio.Future[Instance]
+    avoid: frozenset[str]
+    gpu: bool
+    since: float
+
+
+class Pool:
+    """The instances of one service."""
+
+    def __init__(self, name: str, addresses: str, settings: Settings) -> None:
+        """`addresses` are unix:/path or host:port, separated by commas, or dns:///name:port."""
+        self.name = name
+        self.instances: dict[str, Instance] = {}
+        self.running = 0
+        self._addresses = [address.strip() for address in addresses.split(",") if address.strip()]
+        self._settings = settings
+        self._waiters: deque[_Waiter] = deque()
+        self._last_ready = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._resolution_error = ""
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
+    @property
+    def slots(self) -> int:
+        """Slots of all ready instances."""
+        return sum(instance.slots_total for instance in self.instances.values() if instance.ready)
+
+    async def start(self) -> None:
+        """Finds the instances and keeps watching them."""
+        await self._resolve()
+        self._tasks = [asyncio.create_task(self._keep_resolving()), asyncio.create_task(self._keep_patience())]
+
+    async def close(self) -> None:
+        """Stops watching and closes the channels."""
+        tasks = [*self._tasks, *(i.watcher for i in self.instances.values() if i.watcher is not None)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for waiter in self._waiters:
+            waiter.instance.cancel()
+        for instance in self.instances.values():
+            await instance.channel.close(None)
+
+    @contextlib.asynccontextmanager
+    async def slot(self, avoid: frozenset[str] = frozenset(), gpu: bool = False) -> AsyncIterator[Instance]:
+        """A slot of the least loaded instance; waits for one.
+
+        Instances whose address is in `avoid` are taken only where no other is ready. `gpu` prefers instances with one.
+
+        Raises Unavailable where the pool has had no ready instance for the settings' time.
+        """
+        instance = await self._acquire(avoid, gpu)
+        self.running += 1
+        try:
+            yield instance
+        finally:
+            self.running -= 1
+            instance.running -= 1
+            self._serve()
+
+    async def _acquire(self, avoid: frozenset[str], gpu: bool) -> Instance:
+        instance = None if self._waiters else self._choose(avoid, gpu)
+        if instance is not None:
+            instance.running += 1
+            return instance
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, gpu, time.monotonic())
+        self._waiters.append(waiter)
+        self._serve()
+        try:
+            return await waiter.instance
+        except asyncio.CancelledError:
+            if waiter.instance.done() and not waiter.instance.cancelled() and waiter.instance.exception() is None:
+                waiter.instance.result().running -= 1
+            with contextlib.suppress(ValueError):
+                self._waiters.remove(waiter)
+            self._serve()
+            raise
+
+    def _choose(self, avoid: frozenset[str], gpu: bool) -> Instance | None:
+        now = time.monotonic()
+        ready = [instance for instance in self.instances.values() if instance.ready]
+        fresh = [instance for instance in ready if instance.address not in avoid] or ready
+        free = [instance for instance in fresh if instance.free > 0 and instance.busy_until <= now]
+        if not free:
+            return None
+        random.shuffle(free)
+        return max(free, key=lambda i: (gpu and "cuda" in i.devices, i.free / max(1, i.slots_total)))
+
+    def _serve(self) -> None:
+        """Gives free slots to those who wait, first come first served."""
+        left: deque[_Waiter] = deque()
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if waiter.instance.done():
+                continue
+            instance = self._choose(waiter.avoid, waiter.gpu)
+            if instance is not None:
+                instance.running += 1
+                waiter.instance.set_result(instance)
+                continue
+            left.append(waiter)
+            if not waiter.avoid:
+                # Nothing at all is free, so nobody behind can be served either.
+                break
+        left.extend(self._waiters)
+        self._waiters = left
+
+    def refused(self, instance: Instance) -> None:
+        """The instance was full after all: others use it too. It is left alone for a moment."""
+        shortest, longest = _BUSY_SECONDS
+        pause = min(longest, shortest * 2**instance.refusals) * random.uniform(0.5, 1.5)
+        instance.refusals += 1
+        instance.busy_until = time.monotonic() + pause
+        asyncio.get_running_loop().call_later(pause, self._serve)
+
+    # Instances come and go
+
+    async def _keep_resolving(self) -> None:
+        while True:
+            await asyncio.sleep(RESOLVE_SECONDS)
+            await self._resolve()
+
+    async def _resolve(self) -> None:
+        found: dict[str, str | None] = {}
+        complete = True
+        for address in self._addresses:
+            if not address.startswith("dns:///"):
+                found[address] = None
+                continue
+            host, _, port = address.removeprefix("dns:///").rpartition(":")
+            try:
+                answers = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            except socket.gaierror as error:
+                # A name without addresses is a pool at zero, and a name server that is away changes nothing either:
+                # whether the instances known so far still live is seen from their answers.
+                self._resolution_error = f"{host}: {error.strerror}"
+                complete = False
+                continue
+            self._resolution_error = ""
+            for family, *_, sockaddr in answers:
+                ip = str(sockaddr[0])
+                found[f"[{ip}]:{port}" if family is socket.AF_INET6 else f"{ip}:{port}"] = host
+        for address, server_name in found.items():
+            if address not in self.instances:
+                try:
+                    channel = open_channel(address, self._settings.tls, server_name)
+                except Failure as failure:
+                    if str(failure) != self._resolution_error:
+                        logger.error("pool %s: %s", self.name, failure)
+                    self._resolution_error = str(failure)
+                    continue
+                instance = Instance(address, channel)
+                self.instances[address] = instance
+                instance.watcher = asyncio.create_task(self._watch(instance))
+        for address, instance in list(self.instances.items()):
+            gone = address not in found and (complete or not instance.ready)
+            if gone and instance.running == 0:
+                del self.instances[address]
+                if instance.watcher is not None:
+                    instance.watcher.cancel()
+                await instance.channel.close(None)
+
+    async def _watch(self, instance: Instance) -> None:
+        stub = runtime_pb2_grpc.RuntimeServiceStub(instance.channel)
+        while True:
+            running_before = instance.running
+            try:
+                answer = await stub.GetCapacity(
+                    runtime_pb2.GetCapacityRequest(), timeout=_POLL_TIMEOUT_SECONDS, wait_for_ready=not instance.ready
+                )
+            except grpc.aio.AioRpcError as error:
+                instance.set_away(f"{error.code().name}: {error.details()}")
+                await asyncio.sleep(_AWAY_SECONDS)
+                continue
+            except grpc.aio.UsageError:
+                return
+            self._heard(instance, answer, running_before)
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _heard(self, instance: Instance, answer: runtime_pb2.GetCapacityResponse, running_before: int) -> None:
+        instance.name = answer.instance
+        instance.version = answer.version
+        instance.devices = tuple(answer.devices)
+        instance.slots_total = answer.slots_total
+        # While the answer was under way tasks of our own came or went; the larger number errs on the side of sending
+        # one more, which the instance may refuse.
+        mine = max(running_before, instance.running)
+        instance.others = max(0, answer.slots_total - answer.slots_free - mine)
+        instance.ready = not answer.draining
+        instance.error = "is stopping" if answer.draining else ""
+        instance.refusals = 0
+        if instance.ready:
+            self._last_ready = time.monotonic()
+            self._serve()
+
+    async def _keep_patience(self) -> None:
+        """Tells those who have waited too long for any instance at all."""
+        while True:
+            await asyncio.sleep(min(1.0, self._settings.pool_wait_seconds / 4 + 0.01))
+            if any(instance.ready for instance in self.instances.values()):
+                self._last_ready = time.monotonic()
+                continue
+            now = time.monotonic()
+            for waiter in list(self._waiters):
+                waited = now - max(waiter.since, self._last_ready)
+                if waited >= self._settings.pool_wait_seconds and not waiter.instance.done():
+                    waiter.instance.set_exception(Unavailable(self._why_nothing(waited)))
+                    self._waiters.remove(waiter)
+
+    def _why_nothing(self, waited: float) -> str:
+        told = "; ".join(f"{i.address}: {i.error}" for i in self.instances.values() if i.error)
+        reason = told or self._resolution_error or "it has no instances"
+        return f"pool {self.name} ({', '.join(self._addresses)}) has had no ready instance for {waited:.0f} s: {reason}"
+
+
+class Placement:
+    """All pools by their service's name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.pools: Mapping[str, Pool] = {
+            name: Pool(name, addresses, settings) for name, addresses in settings.pools.items()
+        }
+
+    async def start(self) -> None:
+        await asyncio.gather(*(pool.start() for pool in self.pools.values()))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(pool.close() for pool in self.pools.values()))
+
+    def pool(self, service: str) -> Pool:
+        """The pool that runs a service's operations. `runtime`, which every instance answers, runs where there is room.
+
+        Raises Unavailable where no such pool is configured.
+        """
+        if service == "runtime" and self.pools:
+            return max(self.pools.values(), key=lambda pool: (pool.slots > 0, pool.slots - pool.running - pool.waiting))
+        if service not in self.pools:
+            raise Unavailable(f"there is no pool {service!r}: set CRYOFLEET_POOL_{service.upper()}")
+        return self.pools[service]

@@ -1,0 +1,558 @@
+"""The record of runs: small tables beside those of DBOS, in the same database.
+
+What a run is (`cryofleet_runs`) never changes. What became of it is kept by attempt (`cryofleet_attempts`). How far it
+is, is kept by unit of work (`cryofleet_progress`): a step, an item of a foreach, a chunk of shards. Each unit has one
+writer at a time, whichever orchestrator works on it, and a replay of its workflow writes the same again; so the run is
+the sum of its units, and any orchestrator can tell it. All units that changed are written together, once a second.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cryofleet.errors import AlreadyExists, NotFound
+from cryofleet.v1 import orchestrator_pb2 as pb
+from orchestrator.pipeline import Pipeline, Step
+
+logger = logging.getLogger(__name__)
+
+QUEUED, RUNNING, SUCCEEDED, PARTIAL, FAILED, CANCELLED = (
+    "queued",
+    "running",
+    "succeeded",
+    "partial",
+    "failed",
+    "cancelled",
+)
+WAITING, SKIPPED = "waiting", "skipped"
+ACTIVE = (QUEUED, RUNNING)
+
+_metadata = sa.MetaData()
+_runs = sa.Table(
+    "cryofleet_runs",
+    _metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, nullable=False, index=True),
+    sa.Column("pipeline", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("definition", sa.Text, nullable=False),
+    sa.Column("arguments", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float(53), nullable=False, index=True),
+)
+_attempts = sa.Table(
+    "cryofleet_attempts",
+    _metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("error", sa.Text, nullable=False, default=""),
+    sa.Column("outputs", sa.Text, nullable=False, default="{}"),
+    sa.Column("queued_at", sa.Float(53), nullable=False),
+    sa.Column("started_at", sa.Float(53)),
+    sa.Column("finished_at", sa.Float(53)),
+)
+_progress = sa.Table(
+    "cryofleet_progress",
+    _metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("unit", sa.Text, primary_key=True),
+    sa.Column("record", sa.Text, nullable=False),
+)
+_orchestrators = sa.Table(
+    "cryofleet_orchestrators",
+    _metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("heartbeat", sa.Float(53), nullable=False),
+)
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What a run is."""
+
+    run_id: str
+    project: str
+    pipeline: str
+    source: str
+    definition: str
+    arguments: dict[str, Any]
+    created_at: float
+
+
+@dataclass(frozen=True)
+class AttemptRow:
+    """What became of one attempt at a run."""
+
+    run_id: str
+    attempt: int
+    state: str
+    error: str
+    outputs: dict[str, Any]
+    queued_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+@dataclass
+class Unit:
+    """How far a part of a run is."""
+
+    path: str
+    """The step's place in the pipeline, as boxes or tomograms.boxes."""
+    state: str = ""
+    """Empty for a part of a step, which has no state of its own."""
+    total: int = 0
+    done: int = 0
+    cached: int = 0
+    set_aside: int = 0
+    compute_seconds: float = 0.0
+    partial: float = 0.0
+    """Sum of the fractions of the tasks that run."""
+    phase: str = ""
+    started_at: float | None = None
+    finished_at: float | None = None
+    outputs: dict[str, Any] | None = None
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """SetAside records."""
+    results: list[str] = field(default_factory=list)
+    """URIs of the results that its tasks have."""
+
+    def to_json(self) -> str:
+        empty = Unit(self.path)
+        return json.dumps({k: v for k, v in asdict(self).items() if k == "path" or v != getattr(empty, k)})
+
+    @staticmethod
+    def from_json(text: str) -> Unit:
+        known = {f.name for f in fields(Unit)}
+        return Unit(**{k: v for k, v in json.loads(text).items() if k in known})
+
+
+UnitKey = tuple[str, int, str]
+"""Run, attempt, unit."""
+
+
+class RunStore:
+    """Reads and writes the tables. Its methods block; call them from a thread."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
+        self._now: sa.ColumnElement[float] | float
+        self._create()
+
+    def _create(self) -> None:
+        try:
+            _metadata.create_all(self._engine)
+        except (sa.exc.OperationalError, sa.exc.ProgrammingError, sa.exc.IntegrityError):
+            # Another orchestrator that starts at the same time made them first.
+            _metadata.create_all(self._engine)
+
+    def _clock(self, connection: sa.Connection) -> float:
+        """Unix time by the database's clock, which all orchestrators share; SQLite's is this machine's."""
+        if connection.dialect.name == "sqlite":
+            return time.time()
+        return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+    # Runs and attempts
+
+    def create(self, run: RunRow) -> bool:
+        """Keeps a new run with its first attempt. False where it is there already.
+
+        Raises AlreadyExists where another run has the id.
+        """
+        with self._engine.begin() as connection:
+            inserted = connection.execute(
+                self._insert(_runs)
+                .values(**{**asdict(run), "arguments": json.dumps(run.arguments)})
+                .on_conflict_do_nothing()
+            ).rowcount
+            if inserted:
+                self._add_attempt(connection, run.run_id, 1)
+                return True
+        known = self.run(run.run_id)
+        if (known.project, known.definition, known.arguments) != (run.project, run.definition, run.arguments):
+            raise AlreadyExists(f"run {run.run_id} exists, with another pipeline or other arguments")
+        return False
+
+    def _add_attempt(self, connection: sa.Connection, run_id: str, attempt: int) -> int:
+        return connection.execute(
+            self._insert(_attempts)
+            .values(run_id=run_id, attempt=attempt, state=QUEUED, error="", outputs="{}", queued_at=time.time())
+            .on_conflict_do_nothing()
+        ).rowcount
+
+    def next_attempt(self, run_id: str, after: int) -> bool:
+        """Adds the attempt that follows; false where somebody else just did."""
+        with self._engine.begin() as connection:
+            return bool(self._add_attempt(connection, run_id, after + 1))
+
+    def run(self, run_id: str) -> RunRow:
+        """Raises NotFound."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(_runs).where(_runs.c.run_id == run_id)).mappings().one_or_none()
+        if row is None:
+            raise NotFound(f"there is no run {run_id!r}")
+        return _run_row(row)
+
+    def attempt(self, run_id: str, attempt: int | None = None) -> AttemptRow:
+        """One attempt, the last where none is named. Raises NotFound."""
+        query = sa.select(_attempts).where(_attempts.c.run_id == run_id).order_by(_attempts.c.attempt.desc()).limit(1)
+        if attempt is not None:
+            query = query.where(_attempts.c.attempt == attempt)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise NotFound(f"there is no run {run_id!r}")
+        return _attempt_row(row)
+
+    def newest(self, project: str, limit: int) -> list[tuple[RunRow, AttemptRow]]:
+        """The newest runs of a project, or of all, each with its last attempt."""
+        last = sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt")).group_by(
+            _attempts.c.run_id
+        )
+        latest = last.subquery()
+        query = sa.select(_runs).order_by(_runs.c.created_at.desc()).limit(limit)
+        if project:
+            query = query.where(_runs.c.project == project)
+        with self._engine.connect() as connection:
+            runs = [_run_row(row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(
+                sa.select(_attempts)
+                .join(latest, (latest.c.run_id == _attempts.c.run_id) & (latest.c.attempt == _attempts.c.attempt))
+                .where(_attempts.c.run_id.in_([run.run_id for run in runs]))
+            ).mappings()
+            attempts = {row["run_id"]: _attempt_row(row) for row in rows}
+        return [(run, attempts[run.run_id]) for run in runs]
+
+    def in_state(self, states: Iterable[str]) -> list[AttemptRow]:
+        """All attempts in one of the states."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(_attempts).where(_attempts.c.state.in_(tuple(states)))).mappings()
+            return [_attempt_row(row) for row in rows]
+
+    def set_started(self, run_id: str, attempt: int) -> None:
+        self._change(run_id, attempt, (QUEUED,), state=RUNNING, started_at=time.time())
+
+    def set_finished(
+        self, run_id: str, attempt: int, state: str, error: str = "", outputs: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Ends an attempt that has not ended; false where it has."""
+        return self._change(
+            run_id,
+            attempt,
+            ACTIVE,
+            state=state,
+            error=error,
+            outputs=json.dumps(outputs or {}),
+            finished_at=time.time(),
+        )
+
+    def _change(self, run_id: str, attempt: int, states: tuple[str, ...], **values: Any) -> bool:
+        with self._engine.begin() as connection:
+            return bool(
+                connection.execute(
+                    sa.update(_attempts)
+                    .where(_attempts.c.run_id == run_id, _attempts.c.attempt == attempt, _attempts.c.state.in_(states))
+                    .values(**values)
+                ).rowcount
+            )
+
+    # Progress
+
+    def write_units(self, units: Mapping[UnitKey, str]) -> None:
+        """Keeps the units' records, all in one transaction."""
+        if not units:
+            return
+        statement = self._insert(_progress)
+        statement = statement.on_conflict_do_update(
+            index_elements=["run_id", "attempt", "unit"], set_={"record": statement.excluded.record}
+        )
+        rows = [
+            {"run_id": run_id, "attempt": attempt, "unit": unit, "record": record}
+            for (run_id, attempt, unit), record in units.items()
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(statement, rows)
+
+    def units(self, run_id: str, attempt: int) -> dict[str, Unit]:
+        """All units of an attempt by name."""
+        query = sa.select(_progress.c.unit, _progress.c.record).where(
+            _progress.c.run_id == run_id, _progress.c.attempt == attempt
+        )
+        with self._engine.connect() as connection:
+            return {unit: Unit.from_json(record) for unit, record in connection.execute(query)}
+
+    def all_results(self) -> set[str]:
+        """URIs of the results and inputs of all runs that are kept."""
+        found: set[str] = set()
+        with self._engine.connect() as connection:
+            for (record,) in connection.execute(sa.select(_progress.c.record)):
+                unit = json.loads(record)
+                found.update(unit.get("results", ()))
+                found.update(_uris(unit.get("outputs")))
+            for (arguments,) in connection.execute(sa.select(_runs.c.arguments)):
+                found.update(_uris(json.loads(arguments)))
+        return found
+
+    # Orchestrators
+
+    def beat(self, name: str) -> None:
+        """This orchestrator is alive."""
+        with self._engine.begin() as connection:
+            statement = self._insert(_orchestrators).values(name=name, heartbeat=self._clock(connection))
+            connection.execute(
+                statement.on_conflict_do_update(
+                    index_elements=["name"], set_={"heartbeat": statement.excluded.heartbeat}
+                )
+            )
+
+    def leave(self, name: str) -> None:
+        """This orchestrator stops; others may take its runs over at once."""
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(_orchestrators).where(_orchestrators.c.name == name).values(heartbeat=0.0))
+
+    def claim_expired(self, own: str, owners: Iterable[str], expiry_seconds: float) -> list[str]:
+        """Of `owners`, those whose heartbeat has expired, claimed for adoption: no other orchestrator gets them too.
+
+        An owner that never beat counts as expired once it has been seen for the expiry's time.
+        """
+        claimed = []
+        with self._engine.begin() as connection:
+            now = self._clock(connection)
+            for owner in sorted(set(owners) - {own}):
+                connection.execute(
+                    self._insert(_orchestrators).values(name=owner, heartbeat=now).on_conflict_do_nothing()
+                )
+                taken = connection.execute(
+                    sa.update(_orchestrators)
+                    .where(_orchestrators.c.name == owner, _orchestrators.c.heartbeat < now - expiry_seconds)
+                    .values(heartbeat=now)
+                ).rowcount
+                if taken:
+                    claimed.append(owner)
+        return claimed
+
+
+def _run_row(row: Mapping[Any, Any]) -> RunRow:
+    return RunRow(**{**row, "arguments": json.loads(row["arguments"])})
+
+
+def _attempt_row(row: Mapping[Any, Any]) -> AttemptRow:
+    return AttemptRow(**{**row, "outputs": json.loads(row["outputs"])})
+
+
+def _uris(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        if "://" in value:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _uris(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _uris(item)
+
+
+class Tracker:
+    """The units that this orchestrator works on; what has changed is written by `flush`."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._units: dict[UnitKey, Unit] = {}
+        self._written: dict[UnitKey, str] = {}
+        self._lock = threading.Lock()
+
+    def unit(self, run_id: str, attempt: int, name: str, path: str) -> Unit:
+        """A fresh unit; one of the same name is replaced, as its workflow is replayed."""
+        unit = Unit(path)
+        self._units[run_id, attempt, name] = unit
+        return unit
+
+    def flush(self, run_id: str | None = None) -> None:
+        """Writes what has changed, of one run or of all, in one transaction. Blocks."""
+        with self._lock:
+            changed = {}
+            for key, unit in list(self._units.items()):
+                if run_id is not None and key[0] != run_id:
+                    continue
+                record = unit.to_json()
+                if self._written.get(key) != record:
+                    changed[key] = record
+            self._store.write_units(changed)
+            self._written.update(changed)
+
+    def forget(self, run_id: str) -> None:
+        """The run's units are not written any more."""
+        for key in [key for key in self._units if key[0] == run_id]:
+            self._units.pop(key, None)
+            self._written.pop(key, None)
+
+    def keep(self, run_ids: set[str]) -> None:
+        """Forgets the units of all other runs."""
+        for run_id in {key[0] for key in self._units} - run_ids:
+            self.forget(run_id)
+
+
+# The run as the contract has it
+
+_RUN_STATES = {
+    QUEUED: pb.RUN_STATE_QUEUED,
+    RUNNING: pb.RUN_STATE_RUNNING,
+    SUCCEEDED: pb.RUN_STATE_SUCCEEDED,
+    PARTIAL: pb.RUN_STATE_PARTIAL,
+    FAILED: pb.RUN_STATE_FAILED,
+    CANCELLED: pb.RUN_STATE_CANCELLED,
+}
+_STEP_STATES = {
+    WAITING: pb.STEP_STATE_WAITING,
+    RUNNING: pb.STEP_STATE_RUNNING,
+    SUCCEEDED: pb.STEP_STATE_SUCCEEDED,
+    PARTIAL: pb.STEP_STATE_PARTIAL,
+    FAILED: pb.STEP_STATE_FAILED,
+    CANCELLED: pb.STEP_STATE_CANCELLED,
+    SKIPPED: pb.STEP_STATE_SKIPPED,
+}
+ENDED = (pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_PARTIAL, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED)
+
+
+def run_message(
+    run: RunRow, attempt: AttemptRow, pipeline: Pipeline | None = None, units: Mapping[str, Unit] | None = None
+) -> pb.Run:
+    """The run; its steps where pipeline and units are given."""
+    message = pb.Run(
+        id=run.run_id,
+        pipeline=run.pipeline,
+        project=run.project,
+        state=_RUN_STATES[attempt.state],
+        attempt=attempt.attempt,
+        arguments=_struct(run.arguments),
+        error=attempt.error,
+        outputs=_struct(attempt.outputs),
+        created_at=_timestamp(run.created_at),
+        started_at=_timestamp(attempt.started_at),
+        finished_at=_timestamp(attempt.finished_at),
+    )
+    if pipeline is None:
+        return message
+    grouped: dict[str, list[Unit]] = {}
+    for _, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
+        grouped.setdefault(unit.path, []).append(unit)
+        message.set_aside.extend(pb.SetAside(**problem) for problem in unit.problems)
+    for path, step in _paths(pipeline.steps, ""):
+        message.steps.append(_step_message(path, step, grouped.get(path, []), attempt.state))
+    return message
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts item 10 behind item 9."""
+    word = ""
+    parts: list[tuple[int, int | str]] = []
+    for character in name + "\0":
+        if word and character.isdigit() != word[-1].isdigit():
+            parts.append((0, int(word)) if word.isdigit() else (1, word))
+            word = ""
+        word += character
+    return parts
+
+
+def _paths(steps: Iterable[Step], prefix: str) -> Iterable[tuple[str, Step]]:
+    for step in steps:
+        path = prefix + step.id
+        yield path, step
+        yield from _paths(step.steps, path + ".")
+
+
+def _step_message(path: str, step: Step, units: list[Unit], run_state: str) -> pb.StepStatus:
+    leading = [unit for unit in units if unit.state]
+    states = {unit.state for unit in leading}
+    if run_state not in ACTIVE:
+        # Whatever had not ended when the run did never will.
+        states = {CANCELLED if state in (RUNNING, WAITING) else state for state in states} or {CANCELLED}
+    state = _joint_state(states)
+    total = sum(unit.total for unit in units)
+    done = sum(unit.done for unit in units)
+    ended = state not in (RUNNING, WAITING)
+    started = [unit.started_at for unit in leading if unit.started_at is not None]
+    finished = [unit.finished_at for unit in leading if unit.finished_at is not None]
+    fraction = min(1.0, (done + sum(unit.partial for unit in units)) / total) if total else 0.0
+    return pb.StepStatus(
+        id=path,
+        operation=step.operation.name if step.operation is not None else "",
+        state=_STEP_STATES[state],
+        tasks_total=total,
+        tasks_done=done,
+        tasks_cached=sum(unit.cached for unit in units),
+        tasks_set_aside=sum(unit.set_aside for unit in units),
+        fraction=1.0 if state == SUCCEEDED else fraction,
+        phase="" if ended else next((unit.phase for unit in units if unit.phase), ""),
+        started_at=_timestamp(min(started, default=None)),
+        finished_at=_timestamp(max(finished, default=None)) if ended else None,
+        compute_seconds=sum(unit.compute_seconds for unit in units),
+        outputs=_struct(_joint_outputs(leading)),
+    )
+
+
+def _joint_state(states: set[str]) -> str:
+    """Of a step that runs for several items."""
+    if not states:
+        return WAITING
+    if RUNNING in states or (WAITING in states and len(states) > 1):
+        return RUNNING
+    if len(states) == 1:
+        return next(iter(states))
+    if CANCELLED in states:
+        return CANCELLED
+    if states == {SUCCEEDED, SKIPPED}:
+        return SUCCEEDED
+    return PARTIAL
+
+
+def _joint_outputs(units: list[Unit]) -> dict[str, Any]:
+    outputs = [unit.outputs for unit in units if unit.outputs is not None]
+    if len(units) == 1:
+        return outputs[0] if outputs else {}
+    names = dict.fromkeys(name for each in outputs for name in each)
+    return {name: [each[name] for each in outputs if name in each] for name in names}
+
+
+def _struct(values: Mapping[str, Any]) -> Struct:
+    struct = Struct()
+    struct.update({name: value for name, value in values.items() if value is not None})
+    return struct
+
+
+def _timestamp(seconds: float | None) -> Timestamp | None:
+    if seconds is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp
+
+
+def retrying(function: Callable[[], ResultT], seconds: float = 60.0) -> ResultT:
+    """Calls `function`, again and again where the database is away. Blocks."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return function()
+        except sa.exc.DBAPIError as error:
+            if time.monotonic() > deadline or not (
+                error.connection_invalidated or isinstance(error, sa.exc.OperationalError)
+            ):
+                raise
+            logger.warning("the database is away: %s", error.orig)
+            time.sleep(0.5)

@@ -1,0 +1,301 @@
+"""OrchestratorService: turns messages into calls of the engine, and what it knows into messages."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Value
+from prometheus_client import Gauge
+
+from cryofleet.errors import FailedPrecondition, Failure, NotFound
+from cryofleet.server import CallContext, Instance, Service
+from cryofleet.server.failures import Draining
+from cryofleet.settings import DEFAULT_PROJECT
+from cryofleet.storage import Store
+from cryofleet.v1 import orchestrator_pb2 as pb
+from orchestrator import garbage
+from orchestrator.engine import Engine
+from orchestrator.estimate import estimate_run
+from orchestrator.library import Library
+from orchestrator.pipeline import Argument, Pipeline, Step, load
+from orchestrator.runs import ACTIVE, CANCELLED, ENDED, FAILED, PARTIAL, RunRow, run_message
+
+service = Service(pb.DESCRIPTOR.services_by_name["OrchestratorService"])
+
+_WATCH_SECONDS = 1.0
+_DEFAULT_LIMIT = 50
+_engines: dict[int, Engine] = {}
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(instance: Instance) -> AsyncIterator[None]:
+    engine = Engine(instance.settings, instance.store)
+    await engine.start()
+    _engines[id(instance)] = engine
+    tasks = Gauge(
+        "cryofleet_pool_tasks",
+        "Tasks of all runs that wait for a pool or run there.",
+        ("pool",),
+        registry=instance.metrics.registry,
+    )
+    for name in engine.placement.pools:
+        tasks.labels(name).set_function(functools.partial(engine.tasks_left, name))
+    try:
+        yield
+    finally:
+        del _engines[id(instance)]
+        await engine.stop()
+
+
+service.lifespan = _lifespan
+
+
+def _engine(context: CallContext) -> Engine:
+    return _engines[id(context.instance)]
+
+
+# Submitting
+
+
+@service.rpc("SubmitRun")
+async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.SubmitRunResponse:
+    """Checks everything that can be known before, keeps the run, starts it."""
+    engine = _engine(context)
+    project = request.project or DEFAULT_PROJECT
+    pipeline, text = await _pipeline(request.pipeline, request.pipeline_yaml, context)
+    values = pipeline.bind(json_format.MessageToDict(request.arguments))
+    await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
+    run = RunRow(
+        run_id=request.run_id or f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+        project=project,
+        pipeline=pipeline.name,
+        source=pipeline.source,
+        definition=text,
+        arguments={name: value for name, value in values.items() if value is not None},
+        created_at=time.time(),
+    )
+    if await engine.in_thread(engine.runs.create, run):
+        await engine.start_attempt(run.run_id, 1)
+    return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
+
+
+async def _pipeline(name: str, text: str, context: CallContext) -> tuple[Pipeline, str]:
+    """The pipeline with its text."""
+    if text:
+        return await context.in_thread(load, text, "pipeline.yaml"), text
+    pipeline = await context.in_thread(Library(context.settings).get, name)
+    return pipeline, pipeline.document.text
+
+
+def _check_inputs(store: Store, pipeline: Pipeline, values: dict[str, Any]) -> None:
+    for argument in pipeline.arguments:
+        if not argument.is_input or values[argument.name] is None:
+            continue
+        for uri in values[argument.name] if argument.repeated else [values[argument.name]]:
+            try:
+                found = any(True for _ in store.list(uri))
+            except Failure as failure:
+                raise type(failure)(f"input {argument.name}: {failure}") from None
+            if not found:
+                raise NotFound(f"input {argument.name}: {uri} does not exist")
+
+
+@service.rpc("EstimateRun")
+async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.EstimateRunResponse:
+    """The same checks; nothing is kept or started."""
+    engine = _engine(context)
+    project = request.project or DEFAULT_PROJECT
+    pipeline, _ = await _pipeline(request.pipeline, request.pipeline_yaml, context)
+    values = pipeline.bind(json_format.MessageToDict(request.arguments))
+    await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
+    return await estimate_run(engine, pipeline, values, project)
+
+
+# Watching
+
+
+async def _run(engine: Engine, run_id: str) -> pb.Run:
+    def read() -> pb.Run:
+        run = engine.runs.run(run_id)
+        attempt = engine.runs.attempt(run_id)
+        return run_message(run, attempt, load(run.definition, run.source), engine.runs.units(run_id, attempt.attempt))
+
+    return await engine.in_thread(read)
+
+
+@service.rpc("GetRun")
+async def get_run(request: pb.GetRunRequest, context: CallContext) -> pb.GetRunResponse:
+    """As it stands in the record."""
+    return pb.GetRunResponse(run=await _run(_engine(context), request.run_id))
+
+
+@service.rpc("WatchRun")
+async def watch_run(request: pb.WatchRunRequest, context: CallContext) -> AsyncIterator[pb.WatchRunResponse]:
+    """Reads the record once a second, and at once when the run begins or ends here."""
+    engine = _engine(context)
+    last = None
+    while True:
+        run = await _run(engine, request.run_id)
+        if run != last:
+            last = run
+            yield pb.WatchRunResponse(run=run)
+        if run.state in ENDED:
+            return
+        if context.instance.draining:
+            raise Draining(f"instance {context.instance.name} is stopping; the run goes on")
+        await engine.wait_for_change(request.run_id, _WATCH_SECONDS)
+
+
+@service.rpc("ListRuns")
+async def list_runs(request: pb.ListRunsRequest, context: CallContext) -> pb.ListRunsResponse:
+    """The newest first."""
+    engine = _engine(context)
+    found = await engine.in_thread(engine.runs.newest, request.project, request.limit or _DEFAULT_LIMIT)
+    return pb.ListRunsResponse(runs=[run_message(run, attempt) for run, attempt in found])
+
+
+# Ending and beginning again
+
+
+@service.rpc("CancelRun")
+async def cancel_run(request: pb.CancelRunRequest, context: CallContext) -> pb.CancelRunResponse:
+    """Nothing happens to a run that has ended."""
+    engine = _engine(context)
+    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    if attempt.state in ACTIVE:
+        await engine.cancel_attempt(request.run_id, attempt.attempt)
+    return pb.CancelRunResponse(run=await _run(engine, request.run_id))
+
+
+@service.rpc("ResumeRun")
+async def resume_run(request: pb.ResumeRunRequest, context: CallContext) -> pb.ResumeRunResponse:
+    """Nothing happens to a run that is going on or has succeeded."""
+    engine = _engine(context)
+    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    if attempt.state == PARTIAL:
+        raise FailedPrecondition(f"run {request.run_id} ended, with items set aside: retry it instead of resuming it")
+    if attempt.state in (FAILED, CANCELLED):
+        await _next_attempt(engine, request.run_id, attempt.attempt)
+    return pb.ResumeRunResponse(run=await _run(engine, request.run_id))
+
+
+@service.rpc("RetryRun")
+async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.RetryRunResponse:
+    """What is finished is found in the store; only what was set aside, and what needs it, is done."""
+    engine = _engine(context)
+    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    if attempt.state == PARTIAL:
+        await _next_attempt(engine, request.run_id, attempt.attempt)
+    elif attempt.state not in ACTIVE:
+        raise FailedPrecondition(
+            f"run {request.run_id} is {attempt.state}, and has no items set aside to retry"
+            + ("; resume it" if attempt.state in (FAILED, CANCELLED) else "")
+        )
+    return pb.RetryRunResponse(run=await _run(engine, request.run_id))
+
+
+async def _next_attempt(engine: Engine, run_id: str, after: int) -> None:
+    await engine.in_thread(engine.runs.next_attempt, run_id, after)
+    await engine.start_attempt(run_id, after + 1)
+
+
+# Pipelines and pools
+
+
+@service.rpc("ListPipelines")
+async def list_pipelines(request: pb.ListPipelinesRequest, context: CallContext) -> pb.ListPipelinesResponse:
+    """All that are sound."""
+    pipelines = await context.in_thread(Library(context.settings).all)
+    return pb.ListPipelinesResponse(pipelines=[_description(pipeline) for pipeline in pipelines])
+
+
+def _description(pipeline: Pipeline) -> pb.PipelineDescription:
+    return pb.PipelineDescription(
+        name=pipeline.name,
+        help=pipeline.help,
+        parameters=[_parameter(argument) for argument in pipeline.arguments],
+        outputs=list(pipeline.outputs),
+        steps=[line for step in pipeline.steps for line in _lines(step, "")],
+    )
+
+
+def _lines(step: Step, prefix: str) -> list[str]:
+    name = prefix + step.id
+    if step.operation is not None:
+        return [f"{name}: {step.operation.name}"]
+    return [line for inner in step.steps for line in _lines(inner, name + ".")]
+
+
+def _parameter(argument: Argument) -> pb.PipelineParameter:
+    default = None
+    if argument.default is not None:
+        default = json_format.ParseDict(argument.default, Value())
+    return pb.PipelineParameter(
+        name=argument.name,
+        help=argument.help,
+        unit=argument.unit,
+        type="list" if argument.repeated else argument.type,
+        required=argument.required,
+        default_value=default,
+    )
+
+
+@service.rpc("GetPools")
+async def get_pools(request: pb.GetPoolsRequest, context: CallContext) -> pb.GetPoolsResponse:
+    """As this orchestrator sees them; the tasks are those of all."""
+    engine = _engine(context)
+    await engine.count_tasks()
+    response = pb.GetPoolsResponse()
+    for name, pool in engine.placement.pools.items():
+        status = response.pools.add(
+            name=name,
+            tasks_running=pool.running,
+            tasks_queued=max(pool.waiting, engine.tasks_left(name) - pool.running),
+        )
+        for instance in sorted(pool.instances.values(), key=lambda each: each.address):
+            status.instances.add(
+                address=instance.address,
+                instance=instance.name,
+                ready=instance.ready,
+                slots_total=instance.slots_total,
+                slots_free=max(0, instance.free),
+                devices=instance.devices,
+                version=instance.version,
+                error=instance.error,
+            )
+    return response
+
+
+# The store
+
+
+@service.rpc("CollectGarbage")
+async def collect_garbage(request: pb.CollectGarbageRequest, context: CallContext) -> pb.CollectGarbageResponse:
+    """Only lists what it finds, unless it is told to delete it."""
+    engine = _engine(context)
+    found = await context.in_thread(
+        garbage.collect,
+        engine.store,
+        engine.runs.all_results,
+        request.older_than_hours * 3600.0,
+        request.project,
+        request.delete,
+    )
+    return pb.CollectGarbageResponse(
+        results=[pb.Garbage(uri=each.uri, operation=each.operation, size_bytes=each.size_bytes) for each in found],
+        size_bytes=sum(each.size_bytes for each in found),
+        deleted=request.delete,
+    )
+
+
+@service.rpc("PinArtifact")
+async def pin_artifact(request: pb.PinArtifactRequest, context: CallContext) -> pb.PinArtifactResponse:
+    """Of a result that is pinned, all that it was made from is kept too."""
+    await context.in_thread(garbage.pin, _engine(context).store, request.uri, request.unpin)
+    return pb.PinArtifactResponse()

@@ -1,0 +1,370 @@
+"""One task: one operation with its fields, done once, wherever that is possible.
+
+All retries live here, inside the durable step that the task is. A task never raises for what a service or the store
+does; it returns an outcome, which the workflow keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import grpc
+from google.protobuf.message import Message
+
+from cryofleet.artifacts import Manifest
+from cryofleet.channels import (
+    REASON_BUSY,
+    REASON_DRAINING,
+    REASON_NEVER_FITS,
+    reason_of,
+)
+from cryofleet.errors import Failure, InvalidArgument, Unavailable
+from cryofleet.operations import Operation, find_operation, inputs_of, request_from_mapping, result_to_mapping
+from cryofleet.settings import Settings
+from orchestrator.cache import ResultCache, portable
+from orchestrator.placement import Instance, Placement, Pool
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 60.0
+"""A stream without any event, heartbeats included, for so long counts as lost."""
+MAX_FAILED_INSTANCES = 3
+"""A task that failed on so many different instances is given up."""
+_MAX_FAILURES = {"INTERNAL": 2, "UNKNOWN": 2, "DATA_LOSS": 2, "RESOURCE_EXHAUSTED": 2, "STALLED": 2}
+"""How often a task may fail in one way before it is given up."""
+_MAX_LOST = 5
+_BACKOFF_SECONDS = (0.2, 10.0)
+_BEGUN_SECONDS = 1.0
+_aio: Any = grpc.aio
+_EOF = _aio.EOF  # which the stubs of gRPC forgot
+# What gRPC itself says of a connection; a service's own UNAVAILABLE says what is away.
+_TRANSPORT = re.compile(
+    r"socket closed|connect|reset|broken pipe|stream removed|goaway|transport|recvmsg|sendmsg|endpoint|ping|keepalive"
+    r"|name resolution|dns|too_many_pings|cancelling all calls|no such file",
+    re.IGNORECASE,
+)
+
+
+class Outcome(TypedDict, total=False):
+    """What became of a task; plain JSON, kept by DBOS."""
+
+    task: str
+    """The task's own key, so that no result is taken for another's."""
+    status: str
+    """OK, or a gRPC status by name."""
+    cause: str
+    input_uri: str
+    result: dict[str, Any]
+    manifest: str
+    """URI of the result's folder."""
+    cached: bool
+    seconds: float
+    attempts: int
+    instance: str
+    started_at: float
+    finished_at: float
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """A task, ready to be done."""
+
+    key: str
+    run_id: str
+    project: str
+    operation: str
+    fields: dict[str, Any]
+
+
+Report = Callable[[float, str], None]
+"""Takes a running task's fraction and phase."""
+
+
+class _Stalled(Exception):
+    pass
+
+
+class _Silent(Exception):
+    pass
+
+
+@dataclass
+class _History:
+    """How a task has failed so far."""
+
+    failures: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    attempts: int = 0
+    failed_on: set[str] = field(default_factory=set)
+    unfit: set[str] = field(default_factory=set)
+    """Instances that can never do this task."""
+    waiting_since: float | None = None
+    pauses: int = 0
+    begun: bool = False
+    """Whether the running call got so far that its end says something of the task."""
+
+
+@dataclass(frozen=True)
+class _GiveUp(Exception):
+    status: str
+    cause: str
+
+
+class TaskRunner:
+    """Does tasks: looks for the result, finds a slot, calls, retries."""
+
+    def __init__(self, settings: Settings, cache: ResultCache, placement: Placement) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._placement = placement
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="store")
+
+    def close(self) -> None:
+        """Ends the idle threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, task: TaskRequest, report: Report) -> Outcome:
+        """Raises nothing but asyncio.CancelledError."""
+        outcome: Outcome = {"task": task.key, "started_at": time.time(), "attempts": 0}
+        request: Message | None = None
+        try:
+            operation = find_operation(task.operation)
+            request = build_request(operation, task)
+            manifest = await self._look_up(operation, request, task.project)
+            if manifest is not None:
+                outcome.update(_from_manifest(manifest))
+            else:
+                outcome.update(await self._call_until_done(task, operation, request, report))
+        except _GiveUp as error:
+            outcome["status"], outcome["cause"] = error.status, error.cause
+        except Failure as failure:
+            outcome["status"], outcome["cause"] = failure.status, str(failure)
+        if outcome["status"] != "OK" and request is not None:
+            outcome["input_uri"] = _input_concerned(request, outcome["cause"])
+        outcome["finished_at"] = time.time()
+        return outcome
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs blocking work on the store; where the store is away, waits for it.
+
+        Raises the store's failures, Unavailable only after the settings' time.
+        """
+        since = time.monotonic()
+        pauses = 0
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            except Unavailable:
+                if time.monotonic() - since > self._settings.pool_wait_seconds:
+                    raise
+                await _pause(pauses)
+                pauses += 1
+
+    async def _look_up(self, operation: Operation, request: Message, project: str) -> Manifest | None:
+        found: Manifest | None = await self.in_thread(self._cache.find, operation, request, project)
+        return found
+
+    async def _call_until_done(
+        self, task: TaskRequest, operation: Operation, request: Message, report: Report
+    ) -> Outcome:
+        history = _History()
+        while True:
+            pool = self._placement.pool(operation.service)
+            avoid = frozenset(history.failed_on | history.unfit)
+            report(0.0, f"waiting for a slot of {pool.name}")
+            async with pool.slot(avoid, gpu=operation.pool == "gpu") as instance:
+                report(0.0, operation.name)
+                started = time.monotonic()
+                history.attempts += 1
+                history.begun = False
+                try:
+                    outcome = await self._call(task, operation, request, instance, report, history)
+                    outcome["attempts"] = history.attempts
+                    return outcome
+                except grpc.aio.AioRpcError as error:
+                    history.begun |= time.monotonic() - started >= _BEGUN_SECONDS
+                    pause = self._judge(error, pool, instance, history, task)
+                except _Stalled as error:
+                    pause = self._count("STALLED", "DEADLINE_EXCEEDED", str(error), instance, history)
+                except _Silent as error:
+                    instance.set_away(str(error))
+                    pause = self._count_lost(str(error), instance, history)
+            if pause:
+                history.pauses += 1
+                await _pause(history.pauses)
+
+    async def _call(
+        self,
+        task: TaskRequest,
+        operation: Operation,
+        request: Message,
+        instance: Instance,
+        report: Report,
+        history: _History,
+    ) -> Outcome:
+        method = instance.channel.unary_stream(
+            operation.full_name,
+            request_serializer=operation.request_class.SerializeToString,
+            response_deserializer=operation.response_class.FromString,
+        )
+        call = method(request)
+        result: Any = None
+        provenance: Any = None
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(SILENCE_SECONDS):
+                        event: Any = await call.read()
+                except TimeoutError:
+                    raise _Silent(
+                        f"instance {instance.name} ({instance.address}) was silent for {SILENCE_SECONDS:.0f} s"
+                    ) from None
+                if event is _EOF:
+                    break
+                history.begun = True
+                match event.WhichOneof("event"):
+                    case "progress":
+                        report(event.progress.fraction, event.progress.phase)
+                    case "heartbeat":
+                        idle = event.heartbeat.seconds_since_progress
+                        if operation.stall_limit_seconds and idle > operation.stall_limit_seconds:
+                            raise _Stalled(
+                                f"{operation.name} made no progress for {idle:.0f} s on instance {instance.name}"
+                            )
+                    case "result":
+                        result, provenance = event.result, event.provenance
+        finally:
+            if not call.done():
+                call.cancel()
+        if result is None:
+            raise _Silent(f"instance {instance.name} ended {operation.name} without a result")
+        if provenance.task_key != task.key:
+            raise _GiveUp(
+                "INTERNAL", f"instance {instance.name} answered task {task.key} with that of {provenance.task_key!r}"
+            )
+        return {
+            "status": "OK",
+            "result": portable(result_to_mapping(result)),
+            "manifest": provenance.manifest_uri.rpartition("/")[0],
+            "cached": provenance.cached,
+            "seconds": provenance.seconds,
+            "instance": instance.name,
+        }
+
+    def _judge(
+        self,
+        error: grpc.aio.AioRpcError,
+        pool: Pool,
+        instance: Instance,
+        history: _History,
+        task: TaskRequest,
+    ) -> bool:
+        """Whether to pause before the next call after one that failed. Raises _GiveUp where there is no next one."""
+        status, details, reason = error.code().name, error.details() or "", reason_of(error)
+        match status:
+            case "RESOURCE_EXHAUSTED" if reason == REASON_BUSY:
+                history.attempts -= 1
+                pool.refused(instance)
+                return False
+            case "RESOURCE_EXHAUSTED" if not reason:
+                # No disk space, say: waits, as for storage that is away, but not for ever.
+                pool.refused(instance)
+                self._wait_patiently(status, details, history)
+                return True
+            case "UNAVAILABLE" if reason == REASON_DRAINING:
+                history.attempts -= 1
+                instance.set_away(details)
+                return False
+            case "UNAVAILABLE" | "CANCELLED" if status == "CANCELLED" or _TRANSPORT.search(details):
+                instance.set_away(f"{status}: {details}")
+                if not history.begun:
+                    # The instance was away before it began; that says nothing of the task.
+                    history.attempts -= 1
+                    self._wait_patiently(status, details, history)
+                    return True
+                return self._count_lost(f"instance {instance.name} was lost: {details}", instance, history)
+            case "UNAVAILABLE":
+                self._wait_patiently(status, details, history)
+                return True
+            case "FAILED_PRECONDITION" | "UNIMPLEMENTED" if reason == REASON_NEVER_FITS or status == "UNIMPLEMENTED":
+                history.unfit.add(instance.address)
+                if all(i.address in history.unfit for i in pool.instances.values() if i.ready):
+                    raise _GiveUp(status, details)
+                return False
+            case "DEADLINE_EXCEEDED":
+                return self._count_lost(details, instance, history)
+            case _ if status in _MAX_FAILURES:
+                logger.warning("task %s: %s on instance %s: %s", task.key, status, instance.name, details)
+                return self._count(status, status, details, instance, history)
+            case _:
+                raise _GiveUp(status, details)
+
+    def _wait_patiently(self, status: str, details: str, history: _History) -> None:
+        now = time.monotonic()
+        if history.waiting_since is None:
+            history.waiting_since = now
+        if now - history.waiting_since > self._settings.pool_wait_seconds:
+            raise _GiveUp(status, f"{details} (waited {now - history.waiting_since:.0f} s)")
+
+    def _count(self, kind: str, status: str, cause: str, instance: Instance, history: _History) -> bool:
+        history.failures[kind] = history.failures.get(kind, 0) + 1
+        history.failed_on.add(instance.address)
+        if history.failures[kind] >= _MAX_FAILURES[kind]:
+            raise _GiveUp(status, f"{cause} (tried {history.failures[kind]} times)")
+        if len(history.failed_on) >= MAX_FAILED_INSTANCES:
+            raise _GiveUp(status, f"{cause} (failed on {len(history.failed_on)} instances)")
+        return True
+
+    def _count_lost(self, cause: str, instance: Instance, history: _History) -> bool:
+        """A call that broke off: perhaps the task itself ends the processes that try it."""
+        history.lost += 1
+        history.failed_on.add(instance.address)
+        if history.lost >= _MAX_LOST:
+            raise _GiveUp("UNAVAILABLE", f"{cause} (lost {history.lost} times)")
+        if len(history.failed_on) >= MAX_FAILED_INSTANCES:
+            raise _GiveUp("UNAVAILABLE", f"{cause} (failed on {len(history.failed_on)} instances)")
+        return True
+
+
+async def _pause(count: int) -> None:
+    shortest, longest = _BACKOFF_SECONDS
+    await asyncio.sleep(min(longest, shortest * 2 ** min(count, 10)) * random.uniform(0.5, 1.0))
+
+
+def build_request(operation: Operation, task: TaskRequest) -> Message:
+    """The operation's request with its context. Raises InvalidArgument naming the field."""
+    request: Any = request_from_mapping(operation, task.fields)
+    for parameter in operation.parameters:
+        if parameter.required and task.fields.get(parameter.name) in (None, ""):
+            raise InvalidArgument(f"{operation.name} needs {parameter.name}: {parameter.help or parameter.type}")
+    request.context.project = task.project
+    request.context.run_id = task.run_id
+    request.context.task_key = task.key
+    result: Message = request
+    return result
+
+
+def _from_manifest(manifest: Manifest) -> Outcome:
+    return {
+        "status": "OK",
+        "result": portable(manifest.result),
+        "manifest": manifest.uri,
+        "cached": True,
+        "seconds": 0.0,
+        "instance": "",
+    }
+
+
+def _input_concerned(request: Message, cause: str) -> str:
+    """The input that the cause names, else the first."""
+    uris = [uri for found in inputs_of(request).values() for uri in found if uri]
+    named = [uri for uri in uris if uri in cause]
+    return (named or uris or [""])[0]

@@ -1,0 +1,374 @@
+"""Aligning subtomograms to a reference: candidates by rotational matching, their shifts, then local refinement."""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from cryofleet.errors import InvalidArgument
+from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
+from cryofleet.numerics.wedge import check_tilt_range
+from cryofleet.progress import Progress, no_progress
+from services.alignment.band import Band, cycles_per_box, rotation_matrices
+from services.alignment.refinement import Refined, refine
+from services.alignment.rotational_matching import MagnitudeModel, RotationalMatcher
+from services.alignment.translation import ShiftSearch
+
+SEARCH_CYCLES = 9.0
+"""The global search never uses detail finer than this many cycles per box: its grid of 5 degrees could not follow it."""
+REFINED_COARSELY = 6
+REFINED_FINELY = 2
+"""Of the candidates, so many are refined within the band of the search, and so many of those in the full band."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Orientations of particles: `rotations` take the reference onto each, `shifts` (n, 3) are (x, y, z) in voxels, applied
+    after the rotation; `scores` (n,) are the constrained correlations, -1 to 1.
+    """
+
+    rotations: Rotation
+    shifts: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is compared, and how widely it is looked.
+
+    Resolutions in Å; `None` stands for the coarsest or finest sensible: the box, and twice the Nyquist limit (four voxels).
+    `tilt_range_degrees` is None where nothing is missing.
+    """
+
+    box_size: int
+    voxel_size_angstrom: float
+    tilt_range_degrees: tuple[float, float] | None
+    low_pass_angstrom: float | None = None
+    high_pass_angstrom: float | None = None
+    max_candidates: int = 50
+    max_shift_voxels: float | None = None
+
+    def check(self) -> None:
+        """Raise InvalidArgument where a value can't work."""
+        if self.box_size < 8:
+            raise InvalidArgument(f"boxes of {self.box_size} voxels are too small to align: at least 8 are needed")
+        if not self.voxel_size_angstrom > 0:
+            raise InvalidArgument(f"voxel_size_angstrom {self.voxel_size_angstrom:g}: must be positive")
+        if self.tilt_range_degrees is not None:
+            check_tilt_range(*self.tilt_range_degrees)
+        if self.low_pass_angstrom is not None and self.k_max < 2:
+            limit = self.box_size * self.voxel_size_angstrom / 2
+            raise InvalidArgument(
+                f"low_pass_angstrom {self.low_pass_angstrom:g}: leaves nothing to compare in a box of {2 * limit:g} Å; "
+                f"at most {limit:g} is possible"
+            )
+        if self.k_min >= self.k_max:
+            raise InvalidArgument(
+                f"high_pass_angstrom {self.high_pass_angstrom or 0:g}: must be larger than the low-pass, "
+                f"{self.box_size * self.voxel_size_angstrom / self.k_max:g} Å"
+            )
+        if self.max_candidates < 1:
+            raise InvalidArgument(f"max_candidates {self.max_candidates}: must be at least 1")
+
+    @property
+    def k_max(self) -> float:
+        """Low-pass in cycles per box."""
+        return cycles_per_box(
+            self.box_size, self.voxel_size_angstrom, self.low_pass_angstrom or 4 * self.voxel_size_angstrom
+        )
+
+    @property
+    def k_min(self) -> float:
+        """High-pass in cycles per box; at least one."""
+        if self.high_pass_angstrom is None:
+            return 1.0
+        return max(1.0, self.box_size * self.voxel_size_angstrom / self.high_pass_angstrom)
+
+    @property
+    def shift_limit(self) -> float:
+        """`max_shift_voxels`, a quarter of the box where it is left out."""
+        limit = self.box_size / 4 if self.max_shift_voxels is None else self.max_shift_voxels
+        return min(limit, self.box_size / 2)
+
+
+@dataclass(frozen=True)
+class References:
+    """A batch of references, ready to be compared: one for all particles of a batch, or one for each."""
+
+    coarse: SpectrumTable
+    fine: SpectrumTable
+    magnitudes: MagnitudeModel
+
+
+class Aligner:
+    """All tables of one search on one device; cheap to keep, safe to share between threads."""
+
+    def __init__(self, search: Search, device: str = "cpu") -> None:
+        search.check()
+        self.search = search
+        self.device = device
+        n = search.box_size
+        k_coarse = min(search.k_max, max(SEARCH_CYCLES, search.k_min + 2))
+        self.fine = Band(n, search.k_min, search.k_max, search.tilt_range_degrees, device)
+        self.coarse = Band(n, search.k_min, k_coarse, search.tilt_range_degrees, device)
+        self._matcher = RotationalMatcher(self.coarse)
+        self._shifts = ShiftSearch(self.coarse, search.shift_limit)
+        mask = soft_sphere(n, 0.5 * n - max(2.0, n / 16), max(2.0, n / 16))
+        self._mask = torch.from_numpy(mask).to(device)
+
+    def references(self, volumes: torch.Tensor) -> References:
+        """Prepare references (batch, m, m, m); m may be smaller than the box if it still holds the band."""
+        k_coarse = max(self._matcher.reach, self.coarse.k_max)
+        coarse = SpectrumTable(volumes, k_coarse)
+        fine = (
+            coarse
+            if self.fine.k_max <= k_coarse
+            else SpectrumTable(volumes, self.fine.k_max, 4 if volumes.shape[-1] <= 72 else 3)
+        )
+        return References(coarse, fine, self._matcher.model(coarse))
+
+    def spectra(self, particles: torch.Tensor) -> torch.Tensor:
+        """Transforms of particles (batch, n, n, n) as `align` takes them."""
+        return centred_rfft(particles)
+
+    def candidates(self, particles: torch.Tensor, references: References) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidate rotations (batch, candidates, 4) of particles (batch, n, n, n), and which of them are real ones."""
+        # The mask keeps the noise in the box's corners out of the magnitudes.
+        magnitudes = self.coarse.of(centred_rfft(particles * self._mask)).abs()
+        return self._matcher.candidates(magnitudes, references.magnitudes, self.search.max_candidates)
+
+    def align(self, particles: torch.Tensor, references: References) -> Refined:
+        """The best pose of each particle (batch, n, n, n), searched over all rotations."""
+        quaternions, found = self.candidates(particles, references)
+        spectra = centred_rfft(particles)
+        coarse = self.coarse.of(spectra)
+        batch, count = found.shape
+        models = references.coarse.rotated(self.coarse.points, rotation_matrices(quaternions))
+        shifts, overlaps = self._shifts.best((coarse[:, None] * models.conj()).flatten(0, 1))
+        scores = overlaps.view(batch, count) * models.abs().square().sum(-1).clamp(min=1e-30).rsqrt()
+        scores = torch.where(found, scores, -torch.inf)
+        top = torch.topk(scores, min(REFINED_COARSELY, count), dim=1).indices[..., None]
+        quaternions = torch.take_along_dim(quaternions, top, dim=1)
+        shifts = torch.take_along_dim(shifts.view(batch, count, 3), top, dim=1)
+        found = torch.take_along_dim(found, top[..., 0], dim=1)
+        limit = self.search.shift_limit
+        result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4)
+        return self._finish(spectra, references, result, found)
+
+    def refine(
+        self, particles: torch.Tensor, references: References, quaternions: torch.Tensor, shifts: torch.Tensor
+    ) -> Refined:
+        """The best pose near given ones (batch, poses)."""
+        found = torch.ones(quaternions.shape[:-1], dtype=torch.bool, device=self.device)
+        start = Refined(quaternions, shifts, torch.zeros_like(shifts[..., 0]))
+        return self._finish(centred_rfft(particles), references, start, found)
+
+    def _finish(self, spectra: torch.Tensor, references: References, poses: Refined, found: torch.Tensor) -> Refined:
+        scores = torch.where(found, poses.scores, -torch.inf)
+        top = torch.topk(scores, min(REFINED_FINELY, scores.shape[1]), dim=1).indices[..., None]
+        result = refine(
+            self.fine,
+            self.fine.of(spectra),
+            references.fine,
+            torch.take_along_dim(poses.quaternions, top, dim=1),
+            torch.take_along_dim(poses.shifts, top, dim=1),
+            self.search.shift_limit,
+            6,
+        )
+        best = result.scores.argmax(dim=1)[:, None]
+        return Refined(
+            torch.take_along_dim(result.quaternions, best[..., None], dim=1)[:, 0],
+            torch.take_along_dim(result.shifts, best[..., None], dim=1)[:, 0],
+            torch.take_along_dim(result.scores, best, dim=1)[:, 0],
+        )
+
+
+def prepare_reference(reference: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A reference with its surroundings at zero: the corners' mean removed, cut to the sphere that the box holds.
+
+    Raises InvalidArgument where it is no cube, not finite, or constant.
+    """
+    if reference.ndim != 3 or len(set(reference.shape)) != 1:
+        raise InvalidArgument(f"the reference is {reference.shape}: it must be a cube")
+    if not np.isfinite(reference).all():
+        raise InvalidArgument("the reference holds values that are not finite (NaN or infinity)")
+    if float(np.ptp(reference)) == 0:
+        raise InvalidArgument("the reference is constant: there is nothing to align to")
+    n = reference.shape[0]
+    outside = radius_grid(n) >= n / 2
+    edge = max(2.0, n / 16)
+    return ((reference - reference[outside].mean()) * soft_sphere(n, n / 2 - edge, edge)).astype(np.float32)
+
+
+def check_particles(particles: NDArray[np.float32], names: NDArray[np.int64], box_size: int) -> None:
+    """Raise InvalidArgument naming the first particle that can't be aligned: wrong box, not finite, or constant."""
+    if particles.shape[1:] != (box_size,) * 3:
+        raise InvalidArgument(
+            f"particle {names[0] if len(names) else 0} is a box of {particles.shape[1:]} voxels, {box_size} along each axis are expected"
+        )
+    flat = particles.reshape(len(particles), -1)
+    low, high = flat.min(axis=1), flat.max(axis=1)
+    for i in np.flatnonzero(~np.isfinite(low) | ~np.isfinite(high)):
+        raise InvalidArgument(f"particle {names[i]} holds values that are not finite (NaN or infinity): leave it out")
+    for i in np.flatnonzero(low == high):
+        raise InvalidArgument(f"particle {names[i]} is constant ({low[i]:g} everywhere): leave it out")
+
+
+def standardise(particles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each box (batch, n, n, n) with mean 0 and deviation 1, so that all count the same."""
+    mean = particles.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
+    deviation = particles.std(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
+    return ((particles - mean) / deviation).astype(np.float32)
+
+
+def batch_size(box_size: int, device: str) -> int:
+    """Particles per batch: on a CPU what stays near the caches, on a GPU what fills it."""
+    return 64 if device != "cpu" else 4 if box_size <= 64 else 2
+
+
+def _one_thread() -> None:
+    # Batches run beside one another; results then do not depend on how many threads there are.
+    torch.set_num_threads(1)
+
+
+def in_parallel(
+    items: Iterator[_Item], work: Callable[[_Item], _Result], threads: int, done: Callable[[_Result], None]
+) -> None:
+    """Call `work` on each item in `threads` workers, and `done` here with each result in the order of the items.
+
+    At most 2 x `threads` items are held at a time. An exception of either ends it, after the running workers.
+    """
+    waiting: dict[int, _Result] = {}
+    running: dict[Future[_Result], int] = {}
+    expected = 0
+    with ThreadPoolExecutor(max_workers=threads, initializer=_one_thread) as pool:
+        numbered = enumerate(items)
+        try:
+            while True:
+                while len(running) + len(waiting) < 2 * threads:
+                    number, item = next(numbered, (-1, None))
+                    if number < 0 or item is None:
+                        break
+                    running[pool.submit(work, item)] = number
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    waiting[running.pop(future)] = future.result()
+                while expected in waiting:
+                    done(waiting.pop(expected))
+                    expected += 1
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+
+
+Reader = Callable[[int, int], NDArray[np.float32]]
+"""Reads `count` boxes from row `first`: (first, count) -> (count, n, n, n)."""
+
+
+def align(
+    read: Reader,
+    count: int,
+    reference: NDArray[np.float32],
+    search: Search,
+    *,
+    names: NDArray[np.int64] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Progress = no_progress,
+) -> Poses:
+    """Align `count` particles to one reference, both with protein of the same sign.
+
+    `read(first, count)` gives boxes of `search.box_size`; they are read batch by batch, so memory does not grow with
+    their number. `names` are the particles' ids, for messages.
+
+    Raises InvalidArgument for a search that can't work, a reference of another box, or a particle that is constant or not
+    finite.
+    """
+    search.check()
+    if reference.shape != (search.box_size,) * 3:
+        raise InvalidArgument(
+            f"the reference is {reference.shape}, the particles are boxes of {search.box_size} voxels"
+        )
+    ids = np.arange(count) if names is None else names
+    aligner = Aligner(search, device)
+    prepared = torch.from_numpy(prepare_reference(reference)).to(device)
+    references = aligner.references(prepared[None])
+    size = batch_size(search.box_size, device)
+
+    def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for first in range(0, count, size):
+            yield first, read(first, min(size, count - first))
+
+    def work(batch: tuple[int, NDArray[np.float32]]) -> Refined:
+        first, boxes = batch
+        check_particles(boxes, ids[first : first + len(boxes)], search.box_size)
+        return aligner.align(torch.from_numpy(standardise(boxes)).to(device), references)
+
+    results: list[Refined] = []
+    finished = 0
+
+    def done(result: Refined) -> None:
+        nonlocal finished
+        results.append(result)
+        finished += len(result.scores)
+        progress(finished / count, "aligning", particles=finished)
+
+    in_parallel(batches(), work, threads if device == "cpu" else 1, done)
+    return gather(results)
+
+
+def gather(results: list[Refined]) -> Poses:
+    """The poses of consecutive batches as one table in double precision."""
+    quaternions = torch.cat([r.quaternions for r in results]).cpu().double().numpy()
+    return Poses(
+        Rotation.from_quat(quaternions),
+        torch.cat([r.shifts for r in results]).cpu().double().numpy(),
+        torch.cat([r.scores for r in results]).cpu().double().numpy(),
+    )
+
+
+def search_exhaustively(
+    particle: NDArray[np.float32], reference: NDArray[np.float32], search: Search, rotations: Rotation
+) -> Poses:
+    """The slow check: the constrained correlation at every one of `rotations`, each with its best shift; the best one, unrefined."""
+    aligner = Aligner(search)
+    band = aligner.fine
+    table = SpectrumTable(torch.from_numpy(prepare_reference(reference))[None], band.k_max)
+    data = band.of(centred_rfft(torch.from_numpy(standardise(particle[None]))))
+    shifts = ShiftSearch(band, search.shift_limit)
+    scores, places = [], []
+    quaternions = torch.from_numpy(rotations.as_quat()).float()
+    for part in quaternions.split(max(1, 200_000 // len(band))):
+        models = table.rotated(band.points, rotation_matrices(part)[None])[0]
+        place, overlap = shifts.best(data * models.conj())
+        norm = models.abs().square().sum(-1) * data.abs().square().sum()
+        scores.append(overlap * norm.clamp(min=1e-30).rsqrt())
+        places.append(place)
+    score = torch.cat(scores)
+    best = int(score.argmax())
+    return Poses(
+        Rotation.from_quat(quaternions[best : best + 1].double().numpy()),
+        torch.cat(places)[best : best + 1].double().numpy(),
+        score[best : best + 1].double().numpy(),
+    )
+
+
+def memory_bytes(box_size: int, k_max: float, threads: int) -> int:
+    """An upper estimate of the memory that `align` takes besides the process itself."""
+    size = batch_size(box_size, "cpu")
+    k_coarse = min(k_max, SEARCH_CYCLES)
+    per_particle = 40 * box_size**3 + 50 * 200 * int(4.2 * k_coarse**3 / 2) + 24 * 36 * 72 * 73
+    tables = 2 * 8 * 4 * int(math.pow(4 * k_max + 3, 3)) * 2
+    return threads * size * per_particle + tables + (64 << 20)

@@ -1,0 +1,93 @@
+"""The Fourier components that an alignment compares."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cryofleet.errors import InvalidArgument
+from cryofleet.numerics.wedge import is_sampled
+
+
+class Band:
+    """The components of a box that are sampled by the tilt series and lie between two frequencies.
+
+    Of each Friedel pair one is kept, so every component counts the same; zero frequency and Nyquist are never in.
+    `points` are their (kx, ky, kz) in cycles per box, ordered by |k|, on the band's device; `index` are their places
+    in a flattened `rfftn` of the box; `k_min` and `k_max` are in cycles per box.
+
+    Raises InvalidArgument where nothing is left to compare.
+    """
+
+    def __init__(
+        self, box_size: int, k_min: float, k_max: float, tilt_range_degrees: tuple[float, float] | None, device: str
+    ) -> None:
+        k = np.fft.fftfreq(box_size) * box_size
+        kx = np.fft.rfftfreq(box_size) * box_size
+        z, y, x = np.meshgrid(k, k, kx, indexing="ij")
+        radius = np.sqrt(x * x + y * y + z * z)
+        half = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
+        below_nyquist = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.abs(z)) < box_size / 2
+        kept = half & below_nyquist & (radius >= k_min - 1e-6) & (radius <= k_max + 1e-6)
+        if tilt_range_degrees is not None:
+            kept &= is_sampled(x, z, *tilt_range_degrees)
+        index = np.flatnonzero(kept)
+        if index.size == 0:
+            raise InvalidArgument(
+                f"no Fourier component of the box of {box_size} voxels lies between {k_min:g} and {k_max:g} cycles per box "
+                "and within the tilt range: give a wider band"
+            )
+        index = index[np.argsort(radius.ravel()[index], kind="stable")]
+        points = np.stack([x.ravel()[index], y.ravel()[index], z.ravel()[index]], axis=1)
+        self.box_size = box_size
+        self.k_min = k_min
+        self.k_max = float(radius.ravel()[index].max())
+        self.radius: NDArray[np.float64] = radius.ravel()[index]
+        self.directions: NDArray[np.float64] = points / self.radius[:, None]
+        self.device = device
+        self.points = torch.from_numpy(points.astype(np.float32)).to(device)
+        self.index = torch.from_numpy(index).to(device)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def of(self, spectra: torch.Tensor) -> torch.Tensor:
+        """The band's components (batch, components) of half spectra (batch, n, n, n//2 + 1)."""
+        return spectra.flatten(1).index_select(1, self.index)
+
+
+def cycles_per_box(box_size: int, voxel_size_angstrom: float, resolution_angstrom: float) -> float:
+    """A resolution in Å as cycles per box, at most just below Nyquist."""
+    return min(box_size * voxel_size_angstrom / resolution_angstrom, box_size / 2 - 0.5)
+
+
+def rotation_matrices(quaternions: torch.Tensor) -> torch.Tensor:
+    """Matrices (.., 3, 3) of unit quaternions (qx, qy, qz, qw) (.., 4)."""
+    x, y, z, w = quaternions.unbind(-1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def turn(quaternions: torch.Tensor, rotation_vectors: torch.Tensor) -> torch.Tensor:
+    """Quaternions of exp(v) R: each rotation followed by a turn about v by |v| radians, in the particle's frame."""
+    angle = rotation_vectors.norm(dim=-1, keepdim=True)
+    # sin(a / 2) / a, which is 1/2 at 0.
+    scale = 0.5 * torch.sinc(angle / (2 * math.pi))
+    x, y, z = (rotation_vectors * scale).unbind(-1)
+    w = torch.cos(angle / 2)[..., 0]
+    qx, qy, qz, qw = quaternions.unbind(-1)
+    product = torch.stack(
+        [
+            w * qx + x * qw + y * qz - z * qy,
+            w * qy - x * qz + y * qw + z * qx,
+            w * qz + x * qy - y * qx + z * qw,
+            w * qw - x * qx - y * qy - z * qz,
+        ],
+        dim=-1,
+    )
+    return product / product.norm(dim=-1, keepdim=True)

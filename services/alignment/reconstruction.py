@@ -1,0 +1,120 @@
+"""Averages as sums in Fourier space: what each particle adds, and the average without it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from cryofleet.numerics.masks import soft_sphere
+from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
+from cryofleet.numerics.wedge import is_sampled
+from services.alignment.band import Band, rotation_matrices
+
+_OVERSAMPLING = 2
+_COVERAGE_FLOOR = 0.1
+"""Where fewer than this share of the particles was sampled, the average is damped rather than its noise blown up."""
+
+
+def _matrices(rotations: Rotation) -> torch.Tensor:
+    return torch.from_numpy(np.atleast_2d(rotations.as_quat())).float()
+
+
+class Contributions:
+    """What particles add to the sums on one band of the reference's Fourier space.
+
+    For a particle X at pose (R, t) and each g of the point group: w(R g k) X(R g k) exp(2 pi i R g k . t / n) to the sum and
+    w(R g k) to its weight, both divided by the order of the group; w is the wedge in closed form, X is interpolated.
+    """
+
+    def __init__(
+        self, band: Band, tilt_range_degrees: tuple[float, float] | None, symmetry: Rotation, device: str
+    ) -> None:
+        n = band.box_size
+        self.band = band
+        self._tilt_range = tilt_range_degrees
+        self._group = rotation_matrices(_matrices(symmetry)).to(device)
+        edge = max(2.0, n / 16)
+        self._mask = torch.from_numpy(soft_sphere(n, n / 2 - edge, edge)).to(device)
+        k = np.fft.fftfreq(n) * n
+        axes = [torch.from_numpy(a.astype(np.float32)).to(device) for a in (k, k, np.fft.rfftfreq(n) * n)]
+        self._axes = axes
+
+    def _recentred(self, particles: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Particles moved back by their shifts and cut to the sphere that can be rotated within the box."""
+        n = self.band.box_size
+        spectra = torch.fft.rfftn(particles, dim=(1, 2, 3))
+        for axis, (k, place) in enumerate(zip(self._axes, (2, 1, 0), strict=True)):
+            angle = shifts[:, place, None] * k * (2 * math.pi / n)
+            shape = [len(shifts), 1, 1, 1]
+            shape[axis + 1] = len(k)
+            spectra = spectra * torch.complex(torch.cos(angle), torch.sin(angle)).view(shape)
+        return torch.fft.irfftn(spectra, s=(n, n, n), dim=(1, 2, 3)) * self._mask
+
+    def of(
+        self, particles: torch.Tensor, quaternions: torch.Tensor, shifts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Terms of the sum, complex (batch, components), and of the weight, real (batch, components).
+
+        `particles` is (batch, n, n, n), poses are (batch, 4) and (batch, 3).
+        """
+        k = self.band.points
+        table = SpectrumTable(self._recentred(particles, shifts), self.band.k_max, _OVERSAMPLING)
+        # (R g) takes a reference frame's frequency k to R g k in the particle's.
+        forward = torch.matmul(rotation_matrices(quaternions)[:, None], self._group)
+        order = len(self._group)
+        total = k.new_zeros((len(particles), len(k)), dtype=torch.complex64)
+        weight = k.new_zeros((len(particles), len(k)))
+        for g in range(order):
+            matrices = forward[:, g]
+            value = table.rotated(k, matrices.transpose(-1, -2)[:, None].contiguous())[:, 0]
+            if self._tilt_range is None:
+                total += value
+                weight += 1.0
+                continue
+            x = matrices[:, 0, :] @ k.T
+            z = matrices[:, 2, :] @ k.T
+            sampled = is_sampled(x, z, *self._tilt_range).to(weight.dtype)
+            total += value * sampled
+            weight += sampled
+        return total / order, weight / order
+
+
+@dataclass
+class HalfSums:
+    """Sums (2, components) and weights (2, components) of the two half sets, on the device, and how many each holds."""
+
+    sums: torch.Tensor
+    weights: torch.Tensor
+    counts: tuple[int, int]
+
+    def moved(self, band: Band, shift_voxels: NDArray[np.float64]) -> "HalfSums":
+        """The sums after every reference point c moved to the centre: a(r + c)."""
+        angle = band.points @ torch.from_numpy(shift_voxels).float().to(band.device) * (2 * math.pi / band.box_size)
+        return HalfSums(self.sums * torch.complex(torch.cos(angle), torch.sin(angle)), self.weights, self.counts)
+
+
+def divide(sums: torch.Tensor, weights: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """The average on its band: sum / weight, the weight never below a tenth of `count`."""
+    floor = torch.as_tensor(count, device=weights.device, dtype=weights.dtype) * _COVERAGE_FLOOR
+    return sums / torch.maximum(weights, floor.clamp(min=1e-3))
+
+
+def volume_of(band: Band, components: torch.Tensor, box_size: int | None = None) -> torch.Tensor:
+    """Volumes (batch, m, m, m) of components (batch, components) on a band; m is the box, or a Fourier-cropped sampling of it."""
+    m = band.box_size if box_size is None else box_size
+    k = band.points.long()
+    spectra = components.new_zeros((len(components), m, m, m // 2 + 1))
+    z, y, x = k[:, 2] % m, k[:, 1] % m, k[:, 0]
+    spectra[:, z, y, x] = components
+    # Of the plane kx = 0 the band has one of each pair; the other is its conjugate.
+    plane = x == 0
+    spectra[:, (-k[:, 2])[plane] % m, (-k[:, 1])[plane] % m, 0] = components[:, plane].conj()
+    return centred_irfft(spectra, m) * (m / band.box_size) ** 3
+
+
+def components_of(band: Band, volume: NDArray[np.float32]) -> torch.Tensor:
+    """The components (1, components) of a volume on a band."""
+    return band.of(centred_rfft(torch.from_numpy(volume[None]).to(band.device)))

@@ -1,0 +1,126 @@
+"""Candidate rotations by fast rotational matching under the missing wedge (FAML, eq. 2).
+
+The magnitude of a transform does not change with a shift, so c~(R) = C[w |X|, |A|](R) / sqrt(C[w, |A|^2](R)), with
+C[p, q](R) = sum_j p_j (R q)_j, bounds the constrained correlation over all shifts. Both correlations come from expansions
+in spherical harmonics on shells.
+
+Magnitudes are centro-symmetric, so only even degrees occur. The particle's side is taken as it is, point by point on its
+own Fourier grid: the sum over j above is then exact, and no magnitude of the particle is ever interpolated.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cryofleet.numerics.harmonics import spherical_harmonics
+from cryofleet.numerics.so3 import euler_grid, local_maxima, suppress
+from cryofleet.numerics.spectra import SpectrumTable
+from services.alignment.band import Band
+
+SHELL_STEP = 0.5
+"""Distance of shells in cycles per box: magnitudes of a particle that fills the box vary over about one."""
+SEPARATION_STEPS = 1.75
+"""Candidates keep this many steps of the grid from one another."""
+
+
+@dataclass(frozen=True)
+class MagnitudeModel:
+    """What the matching needs of a batch of references: coefficients of |A| and 1 / sqrt(C[w, |A|^2]) on the grid."""
+
+    coefficients: torch.Tensor
+    inverse_norm: torch.Tensor
+
+
+def degree_limit(k_max: float) -> int:
+    """Even band limit of the expansion: magnitudes on the shell of k cycles per box turn about 3 k times."""
+    return int(min(max(2 * math.ceil(1.5 * k_max), 8), 36))
+
+
+class RotationalMatcher:
+    """Matches magnitudes in one band; holds the tables for it."""
+
+    def __init__(self, band: Band) -> None:
+        self.band = band
+        limit = degree_limit(band.k_max)
+        degrees = tuple(range(0, limit + 1, 2))
+        self.grid = euler_grid(degrees, max(72, 4 * math.ceil((2 * limit + 1) / 4)), band.device)
+        first = max(math.floor(band.k_min / SHELL_STEP) * SHELL_STEP, SHELL_STEP)
+        self._shells = np.arange(first, band.k_max + SHELL_STEP, SHELL_STEP)
+        width = len(degrees) * (limit + 1)
+
+        def basis(directions: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> torch.Tensor:
+            values = spherical_harmonics(directions, degrees).conj().reshape(-1, width)
+            return torch.from_numpy(np.concatenate([values.real, values.imag], axis=1).astype(np.float32)).to(
+                band.device
+            )
+
+        # Every component lies between two shells and is shared out linearly.
+        place = (band.radius - first) / SHELL_STEP
+        below = np.minimum(np.floor(place).astype(int), len(self._shells) - 2)
+        self._upper_share = torch.from_numpy((place - below).astype(np.float32)).to(band.device)
+        self._edges = np.searchsorted(below, np.arange(len(self._shells)))
+        self._particle_basis = basis(band.directions)
+        self._shape = (len(degrees), limit + 1)
+
+        # Half the nodes of a product rule: the other half is opposite and has the same magnitudes.
+        rows = limit + 8
+        columns = 2 * rows
+        cosine, weight = np.polynomial.legendre.leggauss(rows)
+        cosine, weight = cosine[rows // 2 :], 2 * weight[rows // 2 :]
+        phi = 2 * np.pi * (np.arange(columns) + 0.5) / columns
+        sine = np.sqrt(1 - cosine**2)
+        nodes = np.stack(
+            [np.outer(sine, np.cos(phi)), np.outer(sine, np.sin(phi)), np.repeat(cosine[:, None], columns, 1)], axis=-1
+        ).reshape(-1, 3)
+        weights = np.repeat(weight * 2 * np.pi / columns, columns).astype(np.float32)
+        self._reference_basis = basis(nodes) * torch.from_numpy(weights).to(band.device)[:, None]
+        points = (self._shells[:, None, None] * nodes).reshape(-1, 3)
+        self._reference_points = torch.from_numpy(points.astype(np.float32)).to(band.device)
+        self._wedge = self._project(torch.ones((1, len(band)), device=band.device))
+
+    @property
+    def reach(self) -> float:
+        """The largest frequency at which references are sampled, in cycles per box."""
+        return float(self._shells[-1])
+
+    def _complex(self, values: torch.Tensor) -> torch.Tensor:
+        real, imaginary = values.unflatten(-1, (2, *self._shape)).unbind(-3)
+        return torch.complex(real, imaginary)
+
+    def _project(self, values: torch.Tensor) -> torch.Tensor:
+        """sum_j p_j h_r(|k_j|) conj Y_lm(k_j) of real (batch, components): complex (batch, shells, degrees, m)."""
+        result = values.new_zeros((len(values), len(self._shells), self._particle_basis.shape[1]))
+        upper = values * self._upper_share
+        lower = values - upper
+        for s in range(len(self._shells) - 1):
+            part = slice(int(self._edges[s]), int(self._edges[s + 1]))
+            result[:, s] += lower[:, part] @ self._particle_basis[part]
+            result[:, s + 1] += upper[:, part] @ self._particle_basis[part]
+        return self._complex(result)
+
+    def model(self, table: SpectrumTable) -> MagnitudeModel:
+        """Prepare the references of `table`; its band must reach to `reach`."""
+        identity = torch.eye(3, device=self.band.device).expand(table.batch, 1, 3, 3).contiguous()
+        values = table.rotated(self._reference_points, identity)
+        magnitudes = values.abs().view(table.batch, len(self._shells), -1)
+        norm = self.grid.correlate(self._wedge, self._complex((magnitudes * magnitudes) @ self._reference_basis))
+        # The expansion of a squared magnitude is cut off, so it can dip below what a sum of squares may be.
+        floor = 0.05 * norm.mean(dim=(1, 2, 3), keepdim=True)
+        return MagnitudeModel(self._complex(magnitudes @ self._reference_basis), torch.maximum(norm, floor).rsqrt())
+
+    def correlation(self, magnitudes: torch.Tensor, model: MagnitudeModel) -> torch.Tensor:
+        """c~ on the grid (batch, beta, alpha, gamma), but for the particle's own norm; magnitudes are (batch, components)."""
+        return self.grid.correlate(self._project(magnitudes), model.coefficients) * model.inverse_norm
+
+    def candidates(
+        self, magnitudes: torch.Tensor, model: MagnitudeModel, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best `count` separate local maxima of c~: quaternions (batch, count, 4), and which of them are real ones."""
+        values, index = local_maxima(self.correlation(magnitudes, model), 4 * count)
+        quaternions = self.grid.quaternions(index)
+        chosen = suppress(values, quaternions, count, SEPARATION_STEPS * self.grid.step_degrees)
+        found = chosen >= 0
+        picked = torch.take_along_dim(quaternions, chosen.clamp(min=0)[..., None], dim=1)
+        return picked, found

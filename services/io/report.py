@@ -1,0 +1,468 @@
+"""One HTML page that shows what a run found, complete in itself: pictures, curves and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryofleet.progress import Progress, no_progress
+from services.io import figures
+from services.io.figures import Circle, Line
+
+Contrast = Literal["dark", "light"]
+Volume = NDArray[np.float32]
+
+FSC_THRESHOLD = 0.143
+_SLAB_BYTES = 16 << 20
+_TEMPLATE = Path(__file__).with_name("report.html")
+_COLOURED_CLASSES = 7
+_LONGEST_TABLE = 40
+_UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
+
+
+@dataclass(frozen=True)
+class TomogramView:
+    """The central slices of a tomogram, each the mean over a thin slab."""
+
+    shape: tuple[int, int, int]
+    voxel_size_angstrom: float
+    centre: tuple[int, int, int]
+    """(x, y, z) that the slices go through."""
+    thickness_voxels: int
+    xy: Volume
+    xz: Volume
+    yz: Volume
+    """[z, y]."""
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What is circled."""
+
+    positions: NDArray[np.float64]
+    """(n, 3), (x, y, z) in voxels of the tomogram shown, shifts included."""
+    diameter_angstrom: float
+    classes: Sequence[str] | None = None
+    """The class of each pick by name."""
+
+
+@dataclass(frozen=True)
+class Centre:
+    """A decoded cluster centre."""
+
+    volume: Volume
+    contrast: Contrast
+    particles: int | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """An average and what is known of it."""
+
+    volume: Volume
+    contrast: Contrast
+    voxel_size_angstrom: float
+    particles: int | None = None
+    fsc: FscCurve | None = None
+
+
+@dataclass(frozen=True)
+class FscCurve:
+    """Fourier shell correlation of two half maps."""
+
+    frequency_per_angstrom: Sequence[float]
+    correlation: Sequence[float]
+    resolution_angstrom: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A table of figures under its heading: any JSON object."""
+
+    heading: str
+    table: Mapping[str, Any]
+
+
+def central_slices(
+    read: Callable[[int, int], Volume],
+    shape: tuple[int, int, int],
+    voxel_size_angstrom: float,
+    thickness_angstrom: float,
+    progress: Progress = no_progress,
+) -> TomogramView:
+    """The three slices through the middle voxel, each the mean over about `thickness_angstrom`.
+
+    Args:
+        read: sections start to stop of the tomogram, [z, y, x].
+        shape: (z, y, x).
+        voxel_size_angstrom: of the tomogram.
+        thickness_angstrom: that the means run over; at least one voxel.
+        progress: called after each slab.
+    """
+    depth, height, width = shape
+    cz, cy, cx = depth // 2, height // 2, width // 2
+    half = max(0, round((thickness_angstrom / voxel_size_angstrom - 1) / 2))
+    half = min(half, (min(shape) - 1) // 2)
+    xy = np.zeros((height, width), np.float64)
+    xz = np.empty((depth, width), np.float32)
+    yz = np.empty((depth, height), np.float32)
+    step = max(1, _SLAB_BYTES // (4 * height * width))
+    for start in range(0, depth, step):
+        stop = min(start + step, depth)
+        slab = read(start, stop)
+        xz[start:stop] = slab[:, cy - half : cy + half + 1].mean(axis=1)
+        yz[start:stop] = slab[:, :, cx - half : cx + half + 1].mean(axis=2)
+        first, last = max(start, cz - half), min(stop, cz + half + 1)
+        if first < last:
+            xy += slab[first - start : last - start].sum(axis=0, dtype=np.float64)
+        progress(stop / depth, "reading the tomogram")
+    mean = (xy / (2 * half + 1)).astype(np.float32)
+    return TomogramView(shape, voxel_size_angstrom, (cx, cy, cz), 2 * half + 1, mean, xz, yz)
+
+
+def build(
+    title: str,
+    tomogram: TomogramView,
+    picks: Picks | None = None,
+    centres: Sequence[Centre] = (),
+    averages: Sequence[Average] = (),
+    tables: Sequence[Figures] = (),
+) -> str:
+    """The page as text.
+
+    It holds one comment `<!-- run-details -->`, in the place of a table of what the run took. The same input gives the
+    same text; everything that came from a user is escaped.
+    """
+    sections = [
+        _facts(tomogram, picks, centres, averages),
+        _tomogram(tomogram, picks),
+        _centres(centres),
+        _averages(averages),
+        _tables(tables),
+    ]
+    page = Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return page.substitute(title=escape(title), body="\n".join(section for section in sections if section))
+
+
+def _facts(tomogram: TomogramView, picks: Picks | None, centres: Sequence[Centre], averages: Sequence[Average]) -> str:
+    z, y, x = tomogram.shape
+    nm = tomogram.voxel_size_angstrom / 10
+    facts = [
+        (f"{x} × {y} × {z}", f"voxels of {tomogram.voxel_size_angstrom:.4g} Å"),
+        (f"{x * nm:.0f} × {y * nm:.0f} × {z * nm:.0f} nm", "tomogram, x × y × z"),
+    ]
+    if picks is not None:
+        facts.append((f"{len(picks.positions):,}", "picks"))
+    if centres:
+        facts.append((str(len(centres)), "clusters"))
+    if averages:
+        facts.append((str(len(averages)), "averages"))
+    resolutions = [a.fsc.resolution_angstrom for a in averages if a.fsc and a.fsc.resolution_angstrom]
+    if resolutions:
+        facts.append((f"{min(resolutions):.1f} Å", "best resolution, FSC 0.143"))
+    return (
+        '<div class="facts">'
+        + "".join(f'<div class="fact"><b>{value}</b><span>{words}</span></div>' for value, words in facts)
+        + "</div>"
+    )
+
+
+def _tomogram(tomogram: TomogramView, picks: Picks | None) -> str:
+    thickness = tomogram.thickness_voxels * tomogram.voxel_size_angstrom / 10
+    note = (
+        f"Slices through the middle, each the mean over {thickness:.3g} nm. Black and white are the 0.5th and 99.5th "
+        "percentile."
+    )
+    circles: tuple[list[Circle], list[Circle], list[Circle]] = ([], [], [])
+    legend = ""
+    if picks is not None:
+        circles, legend = _circles(tomogram, picks)
+        note += (
+            f" Circles are picks, {picks.diameter_angstrom / 10:.3g} nm across, whose centre lies within half a "
+            "diameter of the slice; the fainter, the further from it."
+        )
+    drawing = figures.orthogonal_views(
+        tomogram.xy, tomogram.xz, tomogram.yz, tomogram.centre, tomogram.voxel_size_angstrom, circles
+    )
+    return f'<section><h2>Tomogram</h2><p class="note">{note}</p>{drawing}{legend}</section>'
+
+
+def _circles(tomogram: TomogramView, picks: Picks) -> tuple[tuple[list[Circle], list[Circle], list[Circle]], str]:
+    """Circles on xy, xz and yz, and the legend of their colours."""
+    radius = picks.diameter_angstrom / tomogram.voxel_size_angstrom / 2
+    names = list(picks.classes) if picks.classes is not None else ["picks"] * len(picks.positions)
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    ranked = sorted(counts, key=lambda name: (-counts[name], name))
+    colours = dict(zip(ranked[:_COLOURED_CLASSES], figures.MARK_COLOURS, strict=False))
+    other = figures.MARK_COLOURS[_COLOURED_CLASSES]
+
+    views: tuple[list[Circle], list[Circle], list[Circle]] = ([], [], [])
+    for (x, y, z), name in zip(picks.positions, names, strict=True):
+        in_view = ((x, y, z - tomogram.centre[2]), (x, z, y - tomogram.centre[1]), (z, y, x - tomogram.centre[0]))
+        for view, (column, row, distance) in zip(views, in_view, strict=True):
+            if abs(distance) <= radius:
+                opacity = 1 - 0.65 * abs(distance) / radius
+                label = f"{name}: x {x:.1f}, y {y:.1f}, z {z:.1f}"
+                view.append(Circle(column, row, radius, colours.get(name, other), opacity, label))
+    if picks.classes is None:
+        return views, ""
+    rest = sum(counts[name] for name in ranked[_COLOURED_CLASSES:])
+    entries = [(colours[name], name, counts[name]) for name in colours]
+    if rest:
+        entries.append((other, f"{len(ranked) - _COLOURED_CLASSES} others", rest))
+    items = (f'<li><i style="border-color:{colour}"></i>{escape(name)} ({n:,})</li>' for colour, name, n in entries)
+    return views, f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _centres(centres: Sequence[Centre]) -> str:
+    if not centres:
+        return ""
+    total = sum(centre.particles or 0 for centre in centres)
+    cards = []
+    for number, centre in enumerate(centres, start=1):
+        middle = centre.volume[centre.volume.shape[0] // 2]
+        caption = f"<b>Cluster {number}</b>"
+        if centre.particles is not None:
+            caption += f"{centre.particles:,} particle{'' if centre.particles == 1 else 's'}"
+            if total:
+                share = 100 * centre.particles / total
+                caption += f' · {share:.0f}%<div class="share"><i style="width:{share:.1f}%"></i></div>'
+        image = figures.picture(_protein_bright(middle, [middle], centre.contrast), f"centre of cluster {number}")
+        cards.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    return (
+        '<section><h2>Clusters</h2><p class="note">Central slice of each decoded centre; protein is bright.</p>'
+        f'<div class="gallery">{"".join(cards)}</div></section>'
+    )
+
+
+def _averages(averages: Sequence[Average]) -> str:
+    if not averages:
+        return ""
+    cards = []
+    for number, average in enumerate(averages, start=1):
+        volume = average.volume
+        z, y, x = (side // 2 for side in volume.shape)
+        slices = [("xy", volume[z]), ("xz", volume[:, y]), ("yz", volume[:, :, x])]
+        pictures = "".join(
+            f"<figure>{figures.picture(_protein_bright(s, [s for _, s in slices], average.contrast), f'{name} slice')}"
+            f"<figcaption>{name}</figcaption></figure>"
+            for name, s in slices
+        )
+        side = volume.shape[2] * average.voxel_size_angstrom / 10
+        known = [f"{side:.3g} nm box"]
+        if average.particles is not None:
+            known.insert(0, f"{average.particles:,} particle{'' if average.particles == 1 else 's'}")
+        curve = ""
+        if average.fsc is not None:
+            resolution = average.fsc.resolution_angstrom
+            known.append(f"{resolution:.1f} Å at FSC 0.143" if resolution else "FSC does not fall below 0.143")
+            curve = _fsc_chart(average.fsc)
+        heading = f"<h3>Average {number} <span>· {' · '.join(known)}</span></h3>"
+        cards.append(
+            f'<div class="average{"" if curve else " alone"}"><div>{heading}<div class="trio">{pictures}</div></div>'
+            f"{f'<div>{curve}</div>' if curve else ''}</div>"
+        )
+    return (
+        '<section><h2>Averages</h2><p class="note">Central slices of each average; protein is bright. Beside them the '
+        "Fourier shell correlation of its two half maps and where it falls below 0.143.</p>"
+        f"{''.join(cards)}</section>"
+    )
+
+
+def _fsc_chart(fsc: FscCurve) -> str:
+    highest = max(fsc.frequency_per_angstrom)
+    resolution = fsc.resolution_angstrom
+    return figures.chart(
+        [Line("FSC", fsc.frequency_per_angstrom, np.clip(fsc.correlation, -0.2, 1.0).tolist())],
+        "spatial frequency (1/Å)",
+        "FSC",
+        x_ticks=figures.resolution_ticks(highest),
+        y_range=(min(-0.05, max(-0.2, min(fsc.correlation))), 1.02),
+        levels=[(FSC_THRESHOLD, "0.143")],
+        markers=[(1 / resolution, f"{resolution:.1f} Å")] if resolution else [],
+    )
+
+
+def _protein_bright(picture: Volume, together: Iterable[Volume], contrast: Contrast) -> NDArray[np.uint8]:
+    low, high = figures.limits(list(together))
+    return figures.grey(picture, low, high, inverted=contrast == "dark")
+
+
+def fsc_curve(table: Mapping[str, Any], voxel_size_angstrom: float) -> FscCurve | None:
+    """The half-map curve of a table of figures; None where it has none.
+
+    Reads `fsc` beside `frequency_per_angstrom` or, in cycles per voxel, `frequency`, all of one length, and
+    `resolution_angstrom`, which is found on the curve where it is left out. They may stand in an object `fsc` together.
+    """
+    inner = table.get("fsc")
+    if isinstance(inner, Mapping):
+        return fsc_curve({**table, **inner} if "fsc" in inner else {}, voxel_size_angstrom)
+    correlation = _numbers(inner)
+    frequency = _numbers(table.get("frequency_per_angstrom"))
+    if not frequency:
+        frequency = [f / voxel_size_angstrom for f in _numbers(table.get("frequency"))]
+    if len(frequency) < 2 or len(frequency) != len(correlation) or max(frequency) <= 0:
+        return None
+    stated = table.get("resolution_angstrom")
+    resolution = float(stated) if _is_number(stated) and stated > 0 else _first_crossing(frequency, correlation)
+    return FscCurve(frequency, correlation, resolution)
+
+
+def _first_crossing(frequency: Sequence[float], correlation: Sequence[float]) -> float | None:
+    """Resolution in Å where the curve first falls below 0.143, interpolated; None where it does not."""
+    for i in range(1, len(correlation)):
+        before, after = correlation[i - 1], correlation[i]
+        if before >= FSC_THRESHOLD > after:
+            share = (before - FSC_THRESHOLD) / (before - after)
+            crossing = frequency[i - 1] + share * (frequency[i] - frequency[i - 1])
+            return 1 / crossing if crossing > 0 else None
+    return None
+
+
+# --- Tables of figures ---------------------------------------------------------------------------------------------
+
+
+def _tables(tables: Sequence[Figures]) -> str:
+    if not tables:
+        return ""
+    parts = "".join(f"<h3 class='table'>{escape(t.heading)}</h3>{_object(t.table)}" for t in tables)
+    return f"<section><h2>Figures</h2>{parts}</section>"
+
+
+def _object(table: Mapping[str, Any]) -> str:
+    """An object as a table of its single values, and a table or chart of each thing in it that holds several."""
+    single = {key: value for key, value in table.items() if not isinstance(value, (Mapping, list))}
+    blocks = [_single_values(single)] if single else []
+    series = {k: v for k, v in table.items() if len(_numbers(v)) > 2}
+    charts = _curves(series)
+    blocks += charts
+    for key, value in table.items():
+        if (charts and key in series) or not isinstance(value, (Mapping, list)) or not value:
+            continue
+        blocks.append(_several_values(key, value))
+    return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks if block)}</div>'
+
+
+def _several_values(key: str, value: Mapping[str, Any] | list[Any]) -> str:
+    heading = f"<h3>{escape(_words(key))}</h3>"
+    if isinstance(value, list):
+        if all(isinstance(row, Mapping) for row in value):
+            rows = [_flat(row) for row in value]
+            charts = _curves(_columns(rows))
+            return heading + ("".join(charts) if charts else _grid(rows))
+        return heading + _single_values({str(i): item for i, item in enumerate(value)})
+    if all(isinstance(row, Mapping) for row in value.values()):
+        return heading + _grid([{"": name, **_flat(row)} for name, row in value.items()])
+    charts = _curves({k: v for k, v in value.items() if len(_numbers(v)) > 2})
+    return heading + ("".join(charts) if charts else _single_values(_flat(value)))
+
+
+def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:
+    """Line charts of columns that go along with an epoch or iteration: one of the losses, one of each other unit."""
+    along = next((name for name in ("epoch", "iteration", "round", "step") if name in columns), None)
+    if along is None:
+        return []
+    x = [float(value) for value in columns[along]]
+    groups: dict[str, list[Line]] = {}
+    for name, values in columns.items():
+        if name == along or len(values) != len(x) or len(x) < 2 or name.endswith("seconds"):
+            continue
+        group = "loss" if "loss" in name else name
+        groups.setdefault(group, []).append(Line(_words(name), x, [float(value) for value in values]))
+    charts = []
+    for group, lines in groups.items():
+        values = [y for line in lines for y in line.y]
+        logarithmic = min(values) > 0 and max(values) > 20 * min(values)
+        label = "loss" if group == "loss" else _words(group)
+        charts.append(figures.chart(lines[:8], along, label, logarithmic=logarithmic))
+    return charts
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The columns that have a number in every row."""
+    columns = {name: _numbers([row.get(name) for row in rows]) for name in rows[0]}
+    return {name: column for name, column in columns.items() if column}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, their keys joined by a space."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key} ")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _single_values(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(_words(key))}</th>{_cell(value)}</tr>'
+        for key, value in list(values.items())[:_LONGEST_TABLE]
+    )
+    return f"<table><tbody>{rows}</tbody></table>{_left_out(len(values))}"
+
+
+def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    numeric = {name: all(_is_number(row.get(name, 0)) for row in rows) for name in names}
+    head = "".join(f"<th{' class=n' if numeric[name] else ''}>{escape(_words(name))}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(_cell(row.get(name, "")) for name in names) + "</tr>" for row in rows[:_LONGEST_TABLE]
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>{_left_out(len(rows))}'
+
+
+def _left_out(count: int) -> str:
+    return f'<p class="note">and {count - _LONGEST_TABLE:,} more</p>' if count > _LONGEST_TABLE else ""
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        shown = ", ".join(_text(item) for item in value[:12])
+        return f"<td>{escape(shown)}{', …' if len(value) > 12 else ''}</td>"
+    return f"<td{' class=n' if _is_number(value) else ''}>{escape(_text(value))}</td>"
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}" if math.isfinite(value) else "–"
+        case _:
+            return str(value)[:200]
+
+
+def _words(key: str) -> str:
+    """A field's name as a reader's words, its unit in brackets."""
+    words = key.replace("_", " ").split()
+    if len(words) > 1 and words[-1] in _UNITS:
+        return f"{' '.join(words[:-1])} ({_UNITS[words[-1]]})"
+    return " ".join(words)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of finite numbers as it is; anything else as an empty one."""
+    if isinstance(value, list) and all(_is_number(item) and math.isfinite(item) for item in value):
+        return [float(item) for item in value]
+    return []

@@ -1,0 +1,368 @@
+"""The training loop of all networks: Adam, validation after every epoch, early stopping, and checkpoints to resume
+from.
+
+The loop knows no network and no data. It is handed a function that builds the network, an objective that turns a batch
+into a loss, and batches; and it calls `progress` after every batch, which is how it is watched and stopped.
+
+Nothing random has a state of its own: first weights, split, order and whatever an objective draws are functions of the
+seed and of the attempt, epoch and batch. So a checkpoint is tensors and numbers, and a resumed run takes exactly the
+steps of an undisturbed one: on a CPU with the same number of threads its weights agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.progress import Progress
+
+Batch = tuple[Tensor, ...]
+Checkpoint = dict[str, bytes]
+
+TENSORS_FILE = "state.safetensors"
+STATE_FILE = "state.json"
+
+
+class Batches(Protocol):
+    """Where batches come from; the first dimension of a batch's first tensor is the batch."""
+
+    @property
+    def training_batches(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        """The batches of an epoch from `first_batch` on, always the same ones in the same order."""
+        ...
+
+    def validation(self) -> Iterator[Batch]:
+        """The batches that are held back from training."""
+        ...
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scalars, each a mean over the batch: `loss`, which is minimised, and whatever else is worth a curve.
+
+        Random numbers come from the generator (on the CPU) alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train. `betas` are those of Adam; a collapsed model is started again at most `max_restarts` times."""
+
+    max_epochs: int
+    patience_epochs: int
+    learning_rate: float
+    seed: int
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_restarts: int = 3
+    checkpoint_seconds: float = 20.0
+    report_seconds: float = 0.2
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history; epochs are counted from 1 within an attempt, losses are means over the
+    boxes.
+    """
+
+    attempt: int
+    epoch: int
+    training: dict[str, float]
+    validation: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished training: `model` has the weights of the best validation loss, `epochs` counts the attempt that gave
+    them.
+    """
+
+    model: nn.Module
+    history: list[Epoch]
+    epochs: int
+    best_epoch: int
+    best_validation_loss: float
+    restarts: int
+    stopped_early: bool
+
+
+@dataclass
+class _State:
+    """Where a training stands, besides its tensors. `position` counts the batches done of `epoch`, `sums` their
+    losses.
+    """
+
+    attempt: int = 0
+    epoch: int = 1
+    position: int = 0
+    boxes: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    history: list[Epoch] = field(default_factory=list)
+
+    def to_json(self) -> bytes:
+        document = asdict(self) | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
+        return json.dumps(document, sort_keys=True, allow_nan=False).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> _State:
+        document = json.loads(data)
+        document["best_loss"] = math.inf if document["best_loss"] is None else document["best_loss"]
+        document["history"] = [Epoch(**line) for line in document["history"]]
+        return _State(**document)
+
+
+def never(training: Mapping[str, float], validation: Mapping[str, float]) -> bool:
+    """For networks that can't collapse."""
+    return False
+
+
+def train(
+    build: Callable[[torch.Generator], nn.Module],
+    objective: Objective,
+    batches: Batches,
+    options: TrainingOptions,
+    *,
+    device: torch.device,
+    progress: Progress,
+    save_checkpoint: Callable[[Checkpoint], None],
+    checkpoint: Mapping[str, bytes] | None = None,
+    collapsed: Callable[[Mapping[str, float], Mapping[str, float]], bool] = never,
+) -> Training:
+    """Train until the validation loss has not improved for `patience_epochs`, or for `max_epochs`.
+
+    A checkpoint is saved after every epoch and at least every `checkpoint_seconds` within one; handed back as
+    `checkpoint`, it resumes the run. `collapsed` looks at the means of an epoch, of training and of validation: where
+    it says so, the network starts again from the next weights of the same seed; what was learnt before is dropped, but
+    stays in the history.
+
+    Raises FailedPrecondition where every attempt collapses, or where the loss stops being a number.
+    """
+    run = _Run(build, objective, batches, options, device, progress, save_checkpoint, collapsed)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    return run.finish()
+
+
+def use_deterministic_algorithms(threads: int) -> None:
+    """Let torch compute on so many cores, the same way each time; an operation that can't be repeated exactly
+    raises.
+    """
+    torch.set_num_threads(max(1, threads))
+    torch.use_deterministic_algorithms(True)
+    # Otherwise torch fills each new tensor before it is written: only code that reads uninitialised memory has use for
+    # that.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A generator on the CPU whose state is a function of the numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed)
+
+
+class _Run:
+    """One training, step by step."""
+
+    def __init__(
+        self,
+        build: Callable[[torch.Generator], nn.Module],
+        objective: Objective,
+        batches: Batches,
+        options: TrainingOptions,
+        device: torch.device,
+        progress: Progress,
+        save_checkpoint: Callable[[Checkpoint], None],
+        collapsed: Callable[[Mapping[str, float], Mapping[str, float]], bool],
+    ) -> None:
+        self.build = build
+        self.objective = objective
+        self.batches = batches
+        self.options = options
+        self.device = device
+        self.progress = progress
+        self.save_checkpoint = save_checkpoint
+        self.collapsed = collapsed
+        self.state = _State()
+        self.fraction = 0.0
+        self.saved_at = time.monotonic()
+        self.start_attempt()
+
+    def start_attempt(self) -> None:
+        """First weights, a fresh optimiser."""
+        generator = generator_for(self.options.seed, 2, self.state.attempt)
+        self.model = self.build(generator).to(self.device)
+        self.best = self.weights()
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(), lr=self.options.learning_rate, betas=self.options.betas, fused=True
+        )
+
+    def finish(self) -> Training:
+        options, state = self.options, self.state
+        while not self.is_over():
+            training = self.train_epoch()
+            validation = self.validate()
+            state.history.append(Epoch(state.attempt, state.epoch, training, validation))
+            if self.collapsed(training, validation):
+                self.restart()
+            else:
+                if validation["loss"] < state.best_loss:
+                    state.best_loss, state.best_epoch = validation["loss"], state.epoch
+                    self.best = self.weights()
+                state.epoch += 1
+            state.position, state.boxes, state.sums = 0, 0, {}
+            self.save()
+        self.model.load_state_dict(self.best)
+        epochs = state.epoch - 1
+        return Training(
+            model=self.model,
+            history=state.history,
+            epochs=epochs,
+            best_epoch=state.best_epoch,
+            best_validation_loss=state.best_loss,
+            restarts=state.attempt,
+            stopped_early=epochs < options.max_epochs,
+        )
+
+    def is_over(self) -> bool:
+        """Early stopping: as many epochs without a better validation loss as patience allows, or no epoch left."""
+        done = self.state.epoch - 1
+        return done >= self.options.max_epochs or done - self.state.best_epoch >= self.options.patience_epochs
+
+    def train_epoch(self) -> dict[str, float]:
+        """The batches of the epoch that are left; means over all its boxes."""
+        state = self.state
+        self.model.train()
+        # Sums stay on the device until they are reported: reading them after each batch would make a GPU wait.
+        sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in state.sums.items()
+        }
+        reported_at = -math.inf
+        loss: float | None = None
+        for batch in self.batches.training(state.epoch - 1, state.position):
+            generator = generator_for(self.options.seed, 3, state.attempt, state.epoch, state.position)
+            values = self.objective(self.model, batch, generator)
+            self.optimiser.zero_grad(set_to_none=True)
+            values["loss"].backward()  # type: ignore[no-untyped-call]
+            self.optimiser.step()
+            _add(sums, values, len(batch[0]))
+            state.boxes += len(batch[0])
+            state.position += 1
+            now = time.monotonic()
+            if now - reported_at >= self.options.report_seconds:
+                loss = self.checked(float(sums["loss"]) / state.boxes)
+                reported_at = now
+            self.report(loss)
+            if now - self.saved_at >= self.options.checkpoint_seconds:
+                state.sums = {name: float(value) for name, value in sums.items()}
+                self.save()
+        self.checked(float(sums["loss"]))
+        return {name: float(value) / state.boxes for name, value in sums.items()}
+
+    def validate(self) -> dict[str, float]:
+        """Means over the validation boxes."""
+        self.model.eval()
+        sums: dict[str, Tensor] = {}
+        boxes = 0
+        with torch.no_grad():
+            for position, batch in enumerate(self.batches.validation()):
+                generator = generator_for(self.options.seed, 4, position)
+                _add(sums, self.objective(self.model, batch, generator), len(batch[0]))
+                boxes += len(batch[0])
+                self.progress(self.fraction, f"validating epoch {self.state.epoch}")
+        self.checked(float(sums["loss"]))
+        return {name: float(value) / boxes for name, value in sums.items()}
+
+    def restart(self) -> None:
+        """Begin again from other first weights."""
+        state = self.state
+        if state.attempt == self.options.max_restarts:
+            raise FailedPrecondition(
+                f"the network collapsed from {state.attempt + 1} different first weights (all codes of all subtomograms are zero): "
+                "a lower learning_rate or l1_penalty may help"
+            )
+        state.attempt += 1
+        state.epoch, state.best_epoch, state.best_loss = 1, 0, math.inf
+        self.start_attempt()
+
+    def report(self, loss: float | None = None) -> None:
+        state = self.state
+        done = state.epoch - 1 + state.position / self.batches.training_batches
+        self.fraction = max(self.fraction, min(1.0, done / self.options.max_epochs))
+        counters = {"epoch": float(state.epoch)}
+        if loss is not None:
+            counters["loss"] = loss
+        if state.best_epoch:
+            counters |= {"best_epoch": float(state.best_epoch), "best_validation_loss": state.best_loss}
+        self.progress(self.fraction, f"training epoch {state.epoch}", **counters)
+
+    def checked(self, loss: float) -> float:
+        """FailedPrecondition for a loss that overflowed."""
+        if not math.isfinite(loss):
+            raise FailedPrecondition(
+                f"the loss is no longer a number in epoch {self.state.epoch}: a lower learning_rate is needed"
+            )
+        return loss
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def save(self) -> None:
+        """Everything that `restore` needs."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{index}/{name}": value for name, value in values.items()}
+        # Copies: safetensors takes neither other memory layouts nor tensors that share memory.
+        copies = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        }
+        self.save_checkpoint({TENSORS_FILE: safetensors.torch.save(copies), STATE_FILE: self.state.to_json()})
+        self.saved_at = time.monotonic()
+
+    def restore(self, checkpoint: Mapping[str, bytes]) -> None:
+        """Stand where the checkpoint was saved; InvalidArgument where it is of another network."""
+        self.state = _State.from_json(checkpoint[STATE_FILE])
+        self.start_attempt()
+        optimiser_state: dict[int, dict[str, Tensor]] = {}
+        weights: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}}
+        for name, value in safetensors.torch.load(checkpoint[TENSORS_FILE]).items():
+            part, rest = name.split("/", 1)
+            if part == "optimiser":
+                index, key = rest.split("/", 1)
+                optimiser_state.setdefault(int(index), {})[key] = value
+            else:
+                weights[part][rest] = value
+        try:
+            self.model.load_state_dict(weights["model"])
+        except RuntimeError as error:
+            raise InvalidArgument(f"the checkpoint is of another network: {str(error).splitlines()[0]}") from error
+        self.best = {name: value.to(self.device) for name, value in weights["best"].items()}
+        fresh: dict[str, Any] = self.optimiser.state_dict()
+        self.optimiser.load_state_dict({"state": optimiser_state, "param_groups": fresh["param_groups"]})
+        self.report()
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], boxes: int) -> None:
+    """Add the batch's means, times its boxes, in float64."""
+    for name, value in values.items():
+        weighted = value.detach().to(torch.float64) * boxes
+        sums[name] = sums[name] + weighted if name in sums else weighted

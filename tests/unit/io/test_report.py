@@ -1,0 +1,201 @@
+"""The report page: complete, self-contained, the same for the same input, and safe against what users write."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from services.io import figures, report
+
+SHAPE = (24, 50, 64)
+
+
+def tomogram(shape: tuple[int, int, int] = SHAPE, seed: int = 0) -> report.TomogramView:
+    array = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
+    return report.central_slices(lambda i, j: array[i:j], shape, 10.0, 30.0)
+
+
+class Page(HTMLParser):
+    """Tags, texts and attributes of a page; fails on tags that are not closed in order."""
+
+    VOID = frozenset({"meta", "img", "br", "image", "path", "circle", "rect", "line"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.comments: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open[-1] == "circle" and tag != "circle":
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def whole_page(**changed: Any) -> str:
+    rng = np.random.default_rng(3)
+    positions = np.array([[32.0, 25.0, 12.0], [10.0, 40.0, 12.5], [50.0, 5.0, 2.0]])
+    fsc = report.fsc_curve({"fsc": [1, 0.9, 0.5, 0.1, 0.0], "frequency": [0, 0.1, 0.2, 0.3, 0.4]}, 10.0)
+    arguments: dict[str, Any] = {
+        "title": "A run",
+        "tomogram": tomogram(),
+        "picks": report.Picks(positions, 80.0, ["ribosome", "ribosome", "<b>&"]),
+        "centres": [report.Centre(rng.random((9, 9, 9), np.float32), "light", n) for n in (40, 10)],
+        "averages": [report.Average(rng.random((9, 9, 9), np.float32), "dark", 10.0, 40, fsc)],
+        "tables": [
+            report.Figures("picking.Evaluate", {"precision": 0.91234, "f1": 0.875, "by": {"a": {"recall": 0.5}}}),
+            report.Figures("learning.Train", {"epochs": [{"epoch": i, "loss": 1 / i} for i in (1, 2, 3)]}),
+        ],
+    }
+    return report.build(**(arguments | changed))
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere() -> None:
+    text = whole_page()
+    page = Page(text)
+    assert [tag for tag, _ in page.tags if tag in {"script", "link", "iframe", "object"}] == []
+    for attributes in (attributes for _, attributes in page.tags):
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:image/png").startswith("data:image/png")
+    assert "http" not in text
+    assert "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert [comment.strip() for comment in page.comments] == ["run-details"]
+
+
+def test_all_parts_are_there_with_their_figures() -> None:
+    text = Page(whole_page()).text()
+    shown = ("A run", "64 × 50 × 24 nm", "3 picks", "40 particles · 80%", "0.9123", "picking.Evaluate")
+    for words in shown:
+        assert words in text, words
+    # 0.5 to 0.1 between 1/50 and 1/33.3 Å: 0.143 is 0.8925 of the way
+    assert f"{1 / (0.02 + 0.8925 * 0.01):.1f} Å at FSC 0.143" in text
+
+
+def test_parts_without_content_are_left_out() -> None:
+    text = Page(report.build("t", tomogram())).text()
+    assert "Tomogram" in text
+    for heading in ("Clusters", "Averages", "Figures", "Circles"):
+        assert heading not in text
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    assert whole_page() == whole_page()
+
+
+def test_what_users_write_is_escaped() -> None:
+    evil = '<script>alert("1")</script><!-- run-details -->'
+    table = {evil: evil, "rows": [{evil: evil}], "by": {evil: {"a": 1}}}
+    picks = report.Picks(np.full((1, 3), 12.0), 80.0, [evil])
+    text = whole_page(title=evil, picks=picks, tables=[report.Figures(evil, table)])
+    assert "<script" not in text
+    assert text.count("<!-- run-details -->") == 1
+    Page(text)
+
+
+def test_circles_are_where_the_picks_are() -> None:
+    page = Page(whole_page())
+    circles = page.all("circle")
+    places = {(circle["cx"], circle["cy"], circle["r"]) for circle in circles}
+    # Radius 4 voxels. In xy (z = 12): the first two; in xz (y = 25) and yz (x = 32): the first alone.
+    expected = {("32.00", "25.00"), ("10.00", "40.00"), ("32.00", "12.00"), ("12.00", "25.00")}
+    assert places == {(*place, "4.00") for place in expected}
+    assert len(circles) == 4
+    assert {circle["stroke"] for circle in circles} == {figures.MARK_COLOURS[0]}
+
+
+def test_many_classes_share_the_last_colour() -> None:
+    names = [f"class {i}" for i in range(12)]
+    text = Page(whole_page(picks=report.Picks(np.full((12, 3), 12.0), 80.0, names))).text()
+    assert "5 others (5)" in text
+
+
+def test_central_slices_are_means_over_the_slab() -> None:
+    array = np.random.default_rng(0).normal(0, 1, SHAPE).astype(np.float32)
+    view = report.central_slices(lambda i, j: array[i:j], SHAPE, 10.0, 30.0)
+    assert (view.centre, view.thickness_voxels) == ((32, 25, 12), 3)
+    np.testing.assert_allclose(view.xy, array[11:14].mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(view.xz, array[:, 24:27].mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(view.yz, array[:, :, 31:34].mean(axis=2), atol=1e-6)
+
+
+def test_pictures_of_averages_show_protein_bright() -> None:
+    volume = np.zeros((9, 9, 9), np.float32)
+    volume[3:6, 3:6, 3:6] = -1
+    text = whole_page(averages=[report.Average(volume, "dark", 10.0)], centres=(), picks=None)
+    encoded = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+    assert len(encoded) == 3
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[0]))))
+    assert (pixels[4, 4], pixels[0, 0]) == (255, 0)
+
+
+@pytest.mark.parametrize("shape", [(96, 256, 256), (10, 1400, 1000)])
+def test_the_page_of_a_tomogram_stays_small(shape: tuple[int, int, int]) -> None:
+    view = tomogram(shape)
+    assert len(report.build("t", view).encode()) < 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("width_nm", "bar_nm"), [(256.0, 50.0), (99.0, 20.0), (10.0, 2.0), (4000.0, 1000.0), (40.0, 10.0)]
+)
+def test_the_scale_bar_is_round_and_at_most_a_quarter(width_nm: float, bar_nm: float) -> None:
+    assert figures.scale_bar_nm(width_nm) == bar_nm
+
+
+def test_fsc_tables_of_several_kinds() -> None:
+    frequency = [0.0, 0.125, 0.25, 0.375, 0.5]
+    falling = [1.0, 0.8, 0.243, 0.043, 0.0]
+    found = report.fsc_curve({"fsc": falling, "frequency": frequency}, 8.0)
+    assert found is not None
+    # halfway from 0.25 to 0.375 cycles per voxel of 8 Å
+    assert found.resolution_angstrom == pytest.approx(8 / 0.3125)
+    stated = report.fsc_curve({"fsc": falling, "frequency": frequency, "resolution_angstrom": 25.0}, 8.0)
+    assert stated is not None
+    assert stated.resolution_angstrom == 25.0
+    angstrom = report.fsc_curve({"fsc": falling, "frequency_per_angstrom": [f / 8 for f in frequency]}, 1.0)
+    assert angstrom == found
+    never = report.fsc_curve({"fsc": [1, 0.9, 0.8], "frequency": [0, 0.2, 0.4]}, 8.0)
+    assert never is not None
+    assert never.resolution_angstrom is None
+    not_a_number, short = {"fsc": [1, float("nan")], "frequency": [0, 1]}, {"fsc": [1, 2], "frequency": [1]}
+    for table in ({}, {"fsc": [1.0]}, not_a_number, short):
+        assert report.fsc_curve(table, 8.0) is None
+
+
+def test_odd_tables_are_drawn_too() -> None:
+    table = {
+        "nothing": None, "empty": [], "flag": True, "text": "x", "nan": float("nan"), "deep": {"a": {"b": {"c": 1}}},
+        "long": list(range(500)), "mixed": [1, "a", {"b": 2}], "same": {"epoch": [1, 2, 3], "loss": [1.0, 1.0, 1.0]},
+    }  # fmt: skip
+    text = Page(whole_page(tables=[report.Figures("odd", table)])).text()
+    assert "and 460 more" in text
