@@ -28,6 +28,8 @@ from cryofleet.storage import Data, Stat, Store, checked_uri
 BLOCK_BYTES = 8 * 1024 * 1024
 """What is hashed, and verified on reading, as one."""
 
+_BLOCKS_IN_FLIGHT = 3  # that wait for their digests while the next is read; bounds the memory
+
 MANIFEST = "manifest.json"
 _REFERENCE = "store:/"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -136,7 +138,7 @@ def _hashed(data: Data, digests: list[bytes]) -> Generator[bytes, None, None]:
         for block in _chain(first, second, blocks):
             waiting.append(pool.submit(block_digest, block))
             yield block
-            if len(waiting) == 2:  # bounds the memory
+            if len(waiting) == _BLOCKS_IN_FLIGHT:
                 digests.append(waiting.popleft().result())
         digests.extend(future.result() for future in waiting)
 
@@ -543,22 +545,25 @@ class Blob:
                 index += 1
         else:
             with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
-                waiting: tuple[bytes, Future[bytes]] | None = None
+                waiting: deque[tuple[bytes, Future[bytes]]] = deque()
                 for block in blocks:
-                    following = (block, pool.submit(block_digest, block))
-                    if waiting is not None:
-                        self._check(index, waiting[0], waiting[1].result())
-                        yield index, waiting[0]
+                    waiting.append((block, pool.submit(block_digest, block)))
+                    if len(waiting) == _BLOCKS_IN_FLIGHT:
+                        yield index, self._checked(index, *waiting.popleft())
                         index += 1
-                    waiting = following
-                if waiting is not None:
-                    self._check(index, waiting[0], waiting[1].result())
-                    with self._lock:
-                        self._last = (index, waiting[0])
-                    yield index, waiting[0]
+                while waiting:
+                    block = self._checked(index, *waiting.popleft())
+                    if not waiting:
+                        with self._lock:
+                            self._last = (index, block)
+                    yield index, block
                     index += 1
         if index != last + 1:
             raise DataLoss(f"{self.uri} ends within block {index}")
+
+    def _checked(self, index: int, block: bytes, digest: Future[bytes]) -> bytes:
+        self._check(index, block, digest.result())
+        return block
 
     def _check(self, index: int, block: bytes, digest: bytes) -> None:
         if index >= len(self._digests) or digest.hex() != self._digests[index]:

@@ -29,7 +29,7 @@ _BY_SERVICE = {
     "picking": ("pyfftw",),
     "alignment": ("torch", "numba"),
     "learning": ("torch", "scikit-learn", "safetensors"),
-    "simulation": ("gemmi",),
+    "simulation": ("gemmi", "numba"),
     "orchestrator": ("dbos",),
 }
 _LEAST_FREE_BYTES = 5 * 1024**3

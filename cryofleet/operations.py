@@ -92,6 +92,16 @@ def _options(field: FieldDescriptor) -> options_pb2.Parameter:
     return field.GetOptions().Extensions[options_pb2.parameter]
 
 
+def _is_context(field: Any) -> bool:
+    return field.message_type is not None and field.message_type.full_name == _CONTEXT
+
+
+@functools.cache
+def _is_identity(field: Any) -> bool:
+    """Whether a field is a parameter of the result's identity: neither an input nor the context."""
+    return not (_options(field).artifact or _is_context(field))
+
+
 def _enum_prefix(field: FieldDescriptor) -> str:
     """What all value names of the field's enum begin with: CONTRAST_ of CONTRAST_DARK."""
     return _enum(field).values[0].name.removesuffix("UNSPECIFIED")
@@ -173,11 +183,7 @@ def _operation(service: str, method: MethodDescriptor) -> Operation:
         version=documented.version,
         pool="gpu" if documented.pool == options_pb2.POOL_GPU else "cpu",
         stall_limit_seconds=documented.stall_limit_seconds,
-        parameters=tuple(
-            _parameter(field)
-            for field in method.input_type.fields
-            if field.message_type is None or field.message_type.full_name != _CONTEXT
-        ),
+        parameters=tuple(_parameter(field) for field in method.input_type.fields if not _is_context(field)),
         outputs=tuple(_parameter(field) for field in result.fields),
         request_class=message_factory.GetMessageClass(method.input_type),
         response_class=message_factory.GetMessageClass(method.output_type),
@@ -290,28 +296,26 @@ def inputs_of(request: Message) -> dict[str, list[str]]:
 
 def parameters_of(request: Message) -> dict[str, Any]:
     """What makes a result's identity besides the inputs: the request's parameters, defaults resolved, as JSON."""
-    resolved = resolve_defaults(request)
-    for path in _artifact_paths(resolved.DESCRIPTOR):
-        for holder, name in _reach(resolved, path):
-            holder.ClearField(name)
-    for field in resolved.DESCRIPTOR.fields:
-        if field.message_type is not None and field.message_type.full_name == _CONTEXT:
-            resolved.ClearField(field.name)
-    return _to_mapping(resolved)
+    return _to_mapping(resolve_defaults(request), identity_only=True)
 
 
-def _to_mapping(message: Message) -> dict[str, Any]:
-    """JSON of a message by field names; 64-bit integers as numbers, which JSON's own mapping would quote."""
+def _to_mapping(message: Message, identity_only: bool = False) -> dict[str, Any]:
+    """JSON of a message by field names; 64-bit integers as numbers, which JSON's own mapping would quote.
+
+    With `identity_only`, artifact URIs and the context are left out.
+    """
     mapping: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
+        if identity_only and not _is_identity(field):
+            continue
         value = getattr(message, field.name)
         if field.message_type is not None:
             if field.message_type.GetOptions().map_entry:
                 mapping[field.name] = dict(value)
             elif field.is_repeated:
-                mapping[field.name] = [_to_mapping(child) for child in value]
+                mapping[field.name] = [_to_mapping(child, identity_only) for child in value]
             elif message.HasField(field.name):
-                mapping[field.name] = _to_mapping(value)
+                mapping[field.name] = _to_mapping(value, identity_only)
         elif field.has_presence and not message.HasField(field.name):
             continue
         elif field.enum_type is not None:
@@ -346,11 +350,7 @@ def request_from_mapping(operation: Operation, mapping: Mapping[str, Any]) -> Me
 
 
 def _fill(message: Message, mapping: Mapping[str, Any], where: str, prefix: str) -> None:
-    known = {
-        field.name: field
-        for field in message.DESCRIPTOR.fields
-        if field.message_type is None or field.message_type.full_name != _CONTEXT
-    }
+    known = {field.name: field for field in message.DESCRIPTOR.fields if not _is_context(field)}
     for name, value in mapping.items():
         field = known.get(name)
         if field is None:

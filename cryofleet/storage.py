@@ -188,13 +188,9 @@ class FileStore(ObjectStore):
         path = self._path(uri)
         if path == self._folder:
             raise PermissionDenied(f"{uri} is the store's own root")
-        with _file_errors(uri):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._path(uri)  # again: now that the folders exist, none of them may be a link to elsewhere
-        temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         chunks = _chunks(data)
         with _file_errors(uri):
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            temporary, descriptor = self._create(uri, path.parent)
         try:
             size = 0
             while True:
@@ -301,6 +297,21 @@ class FileStore(ObjectStore):
         if real != root and not real.startswith(root.rstrip("/") + "/"):
             raise PermissionDenied(f"{uri} is a link to outside {self.root}")
         return path
+
+    def _create(self, uri: str, folder: Path) -> tuple[Path, int]:
+        """A new unfinished file in a folder, which is made; the file's name and descriptor."""
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        for attempt in itertools.count():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path(uri)  # again: now that the folders exist, none of them may be a link to elsewhere
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                return temporary, os.open(temporary, flags, 0o644)
+            except FileNotFoundError:
+                # A delete took the empty folder away in between.
+                if attempt == 10:
+                    raise
+        raise AssertionError
 
     def _open(self, uri: str) -> int:
         path = self._path(uri)
@@ -527,10 +538,11 @@ class S3Store(ObjectStore):
                 yield self.stat(prefix_uri)
         with self._errors(prefix_uri):
             for found in self._client.list_objects(bucket, prefix=folder + "/" if folder else None, recursive=True):
-                if found.is_dir or found.object_name is None:
+                child = f"s3://{bucket}/{found.object_name}"
+                if found.is_dir or found.object_name is None or not _is_exact(child):
                     continue
                 modified = found.last_modified.timestamp() if found.last_modified else 0.0
-                yield Stat(f"s3://{bucket}/{found.object_name}", found.size or 0, modified, _tag(found.etag))
+                yield Stat(child, found.size or 0, modified, _tag(found.etag))
 
     def delete(self, uri: str) -> None:
         bucket, key = _bucket_and_key(uri)
@@ -562,6 +574,14 @@ class S3Store(ObjectStore):
 
 class _RangeEmpty(Exception):
     """A range that begins at the end of its object or after it."""
+
+
+def _is_exact(uri: str) -> bool:
+    """Whether a URI names the object it was made of: other programs' keys may end in a slash or hold '..'."""
+    try:
+        return checked_uri(uri) == uri
+    except PermissionDenied:
+        return False
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:

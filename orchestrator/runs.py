@@ -179,7 +179,8 @@ class RunStore:
                 self._insert(_runs)
                 .values(**{**asdict(run), "arguments": json.dumps(run.arguments)})
                 .on_conflict_do_nothing()
-            ).rowcount
+                .returning(_runs.c.run_id)
+            ).first()
             if inserted:
                 self._add_attempt(connection, run.run_id, 1)
                 return True
@@ -188,17 +189,20 @@ class RunStore:
             raise AlreadyExists(f"run {run.run_id} exists, with another pipeline or other arguments")
         return False
 
-    def _add_attempt(self, connection: sa.Connection, run_id: str, attempt: int) -> int:
-        return connection.execute(
+    def _add_attempt(self, connection: sa.Connection, run_id: str, attempt: int) -> bool:
+        # What is returned says it: not every driver counts the rows of such an insert.
+        added = connection.execute(
             self._insert(_attempts)
             .values(run_id=run_id, attempt=attempt, state=QUEUED, error="", outputs="{}", queued_at=time.time())
             .on_conflict_do_nothing()
-        ).rowcount
+            .returning(_attempts.c.attempt)
+        ).first()
+        return added is not None
 
     def next_attempt(self, run_id: str, after: int) -> bool:
         """Adds the attempt that follows; false where somebody else just did."""
         with self._engine.begin() as connection:
-            return bool(self._add_attempt(connection, run_id, after + 1))
+            return self._add_attempt(connection, run_id, after + 1)
 
     def run(self, run_id: str) -> RunRow:
         """Raises NotFound."""

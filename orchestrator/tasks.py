@@ -112,10 +112,11 @@ class _History:
     """Whether the running call got so far that its end says something of the task."""
 
 
-@dataclass(frozen=True)
 class _GiveUp(Exception):
-    status: str
-    cause: str
+    def __init__(self, status: str, cause: str) -> None:
+        super().__init__(cause)
+        self.status = status
+        self.cause = cause
 
 
 class TaskRunner:

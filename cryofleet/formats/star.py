@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -92,30 +91,32 @@ def encode_relion5_particles(
         raise InvalidArgument(f"particle in row {row} has a position or shift that is not finite")
     numbers = np.arange(1, count + 1) if ids is None else ids
 
-    columns: dict[str, NDArray[np.generic] | list[str] | str | float] = {
-        "rlnTomoName": tomogram_name,
-        "rlnTomoParticleName": [f"{tomogram_name}/{number}" for number in numbers],
-        "rlnCenteredCoordinateXAngst": centred[:, 0],
-        "rlnCenteredCoordinateYAngst": centred[:, 1],
-        "rlnCenteredCoordinateZAngst": centred[:, 2],
-    }
+    # Each column's label, format and values; a tomogram's name stands for itself, as a constant of every row.
+    columns: list[tuple[str, str, NDArray[np.generic]]] = [
+        ("rlnTomoParticleName", f"{_literal(tomogram_name)}/%d", numbers)
+    ]
+    columns += [(f"rlnCenteredCoordinate{axis}Angst", "%.6f", centred[:, i]) for i, axis in enumerate("XYZ")]
     if rotations is not None:
         angles = to_euler(rotations, "relion")
-        columns |= {f"rlnAngle{name}": angles[:, i] for i, name in enumerate(("Rot", "Tilt", "Psi"))}
-        columns |= {f"rlnOrigin{axis}Angst": 0.0 for axis in "XYZ"}
+        columns += [(f"rlnAngle{name}", "%.6f", angles[:, i]) for i, name in enumerate(("Rot", "Tilt", "Psi"))]
+        columns += [(f"rlnOrigin{axis}Angst", "%.6f", np.zeros(count)) for axis in "XYZ"]
     if class_numbers is not None:
-        columns["rlnClassNumber"] = class_numbers
+        columns.append(("rlnClassNumber", "%d", class_numbers))
     if random_subsets is not None:
-        columns["rlnRandomSubset"] = random_subsets
+        columns.append(("rlnRandomSubset", "%d", random_subsets))
     if scores is not None:
-        columns["rlnAutopickFigureOfMerit"] = scores
+        columns.append(("rlnAutopickFigureOfMerit", "%.6f", scores))
 
-    labels = "".join(f"_{label} #{i}\n" for i, label in enumerate(columns, start=1))
+    names = ["rlnTomoName", *(label for label, _, _ in columns)]
+    labels = "".join(f"_{label} #{i}\n" for i, label in enumerate(names, start=1))
     yield f"\n# version 50001\n\ndata_particles\n\nloop_\n{labels}".encode()
-    table = pd.DataFrame(columns, index=range(count))
+    line = "\t".join([_literal(tomogram_name), *(form for _, form, _ in columns)]) + "\n"
     for start in range(0, count, _ROWS_AT_ONCE):
-        rows = table.iloc[start : start + _ROWS_AT_ONCE]
-        yield rows.to_csv(
-            None, sep="\t", header=False, index=False, float_format="%.6f", na_rep="nan", lineterminator="\n"
-        ).encode()
+        values = [column[start : start + _ROWS_AT_ONCE].tolist() for _, _, column in columns]
+        yield "".join(line % fields for fields in zip(*values, strict=True)).encode()
     yield b"\n"
+
+
+def _literal(text: str) -> str:
+    """A text as it must stand in a format to be printed as it is."""
+    return text.replace("%", "%%")

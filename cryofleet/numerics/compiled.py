@@ -11,9 +11,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def compiled(function: _Function) -> _Function:
     """Compile a function of arrays and scalars with Numba on its first call; it runs without Python's lock.
 
-    The machine code is kept between processes where Numba finds a folder that it may write to (`NUMBA_CACHE_DIR` names
-    one); elsewhere, each process compiles anew. Sums may be reordered to use vector instructions, in the same way on each
-    call.
+    The machine code is kept between processes where Numba finds a folder that it may write to (`NUMBA_CACHE_DIR`
+    names one); elsewhere, each process compiles anew. Sums may be reordered to use vector instructions, in the same
+    way on each call.
     """
     try:
         return cast(_Function, numba.njit(function, cache=True, nogil=True, fastmath=True))

@@ -12,7 +12,7 @@ def shell_index(box_size: int) -> NDArray[np.int64]:
     k = np.fft.fftfreq(box_size) * box_size
     kx = np.fft.rfftfreq(box_size) * box_size
     radius = np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2)
-    return np.rint(radius).astype(np.int64)
+    return np.asarray(np.rint(radius), dtype=np.int64)
 
 
 def _half_weights(box_size: int) -> NDArray[np.float64]:
@@ -47,7 +47,8 @@ def fsc(
     weights = _half_weights(n)
 
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(shells, weights=(values * weights).ravel(), minlength=count)[:count]
+        sums = np.bincount(shells, weights=(values * weights).ravel(), minlength=count)
+        return np.asarray(sums[:count], dtype=np.float64)
 
     cross = total((fa * fb.conj()).real)
     power_a, power_b = total(np.abs(fa) ** 2), total(np.abs(fb) ** 2)

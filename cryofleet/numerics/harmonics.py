@@ -1,7 +1,7 @@
 """Spherical harmonics at arbitrary directions, and Wigner's d matrices.
 
-Conventions: orthonormal complex Y_lm with the Condon-Shortley phase; D^l_mn(a, b, g) = exp(-i m a) d^l_mn(b) exp(-i n g)
-for the active rotation R = Rz(a) Ry(b) Rz(g), so that a rotated function has (R f)_lm = sum_n D^l_mn(R) f_ln.
+Conventions: orthonormal complex Y_lm with the Condon-Shortley phase; D^l_mn(a, b, g) = exp(-i m a) d^l_mn(b) exp(-i n
+g) for the active rotation R = Rz(a) Ry(b) Rz(g), so that a rotated function has (R f)_lm = sum_n D^l_mn(R) f_ln.
 """
 
 import math
@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def spherical_harmonics(
-    directions: NDArray[np.float64], degrees: tuple[int, ...]
-) -> NDArray[np.complex128]:
+def spherical_harmonics(directions: NDArray[np.float64], degrees: tuple[int, ...]) -> NDArray[np.complex128]:
     """Y_lm of the given degrees l for m = 0..max(degrees) at unit vectors (x, y, z).
 
     `directions` is (points, 3); the result is (points, len(degrees), max(degrees) + 1) and zero where m > l. Negative

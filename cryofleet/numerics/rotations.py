@@ -52,7 +52,9 @@ def _point_group_quaternions(name: str) -> NDArray[np.float64]:
             return turns.as_quat()
         flip = Rotation.from_rotvec([np.pi, 0, 0])
         return np.concatenate([turns.as_quat(), (turns * flip).as_quat()])
-    group = Rotation.create_group(match[3])
+    group = {"T": Rotation.create_group("T"), "O": Rotation.create_group("O"), "I": Rotation.create_group("I")}[
+        match[3]
+    ]
     # SciPy has twofold axes along x, y and z; turn one of the highest order onto z.
     axis = {"T": [1.0, 1.0, 1.0], "O": [0.0, 0.0, 1.0], "I": [1.0, 0.0, _GOLDEN]}[match[3]]
     if match[3] == "I":
@@ -97,7 +99,7 @@ def angular_distance_degrees(first: Rotation, second: Rotation, symmetry: str = 
 
 
 def frame_between(true: Rotation, estimated: Rotation, symmetry: str = "C1") -> Rotation:
-    """The one rotation Q that makes `estimated * Q` closest to `true`, as averages without a reference have their own frame.
+    """The rotation Q that makes `estimated * Q` closest to `true`: averages without a reference have their own frame.
 
     Q is the mean of `estimated_i^-1 true_i g` over the pairs that agree best with one another, g being the element of
     the group that brings it nearest. Errors are then `angular_distance_degrees(true, estimated * Q, symmetry)`.

@@ -65,7 +65,9 @@ class RotationGrid:
         full = torch.cat([negative, p], dim=-1)
         # (batch, degree, m, n), the sum over shells.
         products = torch.matmul(full.permute(0, 2, 3, 1), q.conj().permute(0, 2, 1, 3))
-        stacked = torch.view_as_real(products).permute(2, 3, 1, 0, 4).reshape(width * half, len(self.degrees), batch * 2)
+        stacked = (
+            torch.view_as_real(products).permute(2, 3, 1, 0, 4).reshape(width * half, len(self.degrees), batch * 2)
+        )
         sums = torch.bmm(self._table, stacked).reshape(width, half, len(self.beta), batch, 2)
         ordered = torch.view_as_complex(sums.permute(3, 2, 0, 1, 4).contiguous())
         over_alpha = torch.matmul(self._alpha, ordered)
@@ -83,7 +85,12 @@ class RotationGrid:
         gamma = (index % self.steps).double() * (2 * math.pi / self.steps)
         total, difference = (alpha + gamma) / 2, (alpha - gamma) / 2
         sine, cosine = torch.sin(beta / 2), torch.cos(beta / 2)
-        parts = [-sine * torch.sin(difference), sine * torch.cos(difference), cosine * torch.sin(total), cosine * torch.cos(total)]
+        parts = [
+            -sine * torch.sin(difference),
+            sine * torch.cos(difference),
+            cosine * torch.sin(total),
+            cosine * torch.cos(total),
+        ]
         return torch.stack(parts, dim=-1).float()
 
 
@@ -113,8 +120,9 @@ def local_maxima(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
 def suppress(values: torch.Tensor, quaternions: torch.Tensor, count: int, separation_degrees: float) -> torch.Tensor:
     """Non-maximum suppression on SO(3): positions of the best `count` that keep `separation_degrees` from better ones.
 
-    `values` (batch, points) must be sorted, highest first, `quaternions` is (batch, points, 4). Distances are angles of
-    rotation, so the crowding of Euler grids at their poles does not matter. Returns (batch, count), -1 where none is left.
+    `values` (batch, points) must be sorted, highest first, `quaternions` is (batch, points, 4). Distances are angles
+    of rotation, so the crowding of Euler grids at their poles does not matter. Returns (batch, count), -1 where none
+    is left.
     """
     limit = math.cos(math.radians(separation_degrees) / 2)
     close = (quaternions @ quaternions.transpose(1, 2)).abs() > limit

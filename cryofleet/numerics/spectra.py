@@ -25,7 +25,9 @@ def _sample_rotated(
     matrices: NDArray[np.float32],
     result: NDArray[np.float32],
 ) -> None:
-    """`SpectrumTable.rotated` on a CPU: values (volumes, nodes, 2), matrices and result per volume or all for the one."""
+    """`SpectrumTable.rotated` on a CPU: values (volumes, nodes, 2), matrices and result per volume or all for the
+    one.
+    """
     _, sy, sx = sides
     reach = sx - 1
     for b in range(matrices.shape[0]):
@@ -65,8 +67,9 @@ class SpectrumTable:
     """Transforms of a batch of volumes on a grid `oversampling` times finer than one cycle per box, to be interpolated.
 
     Interpolation is trilinear. In real space that multiplies the volume by sinc^2 along each axis; the volumes are
-    divided by it beforehand, so what is left are aliases, 0.4% in amplitude at half the box's radius for a fourfold grid.
-    The table is filled by three matrix products (a zoom transform of just the band), cheaper than an FFT of a padded box.
+    divided by it beforehand, so what is left are aliases, 0.4% in amplitude at half the box's radius for a fourfold
+    grid. The table is filled by three matrix products (a zoom transform of just the band), cheaper than an FFT of a
+    padded box.
 
     `values` is (batch, nodes, 2), real and imaginary parts of nodes on a grid of `sides` (z, y, x), x not negative.
 
@@ -99,6 +102,12 @@ class SpectrumTable:
         _, sy, sx = self.sides
         steps = torch.tensor([(z * sy + y) * sx + x for x, y, z in _CORNERS], device=volumes.device)
         self._corner_steps = steps
+
+    @staticmethod
+    def bytes_for(k_max: float, oversampling: int) -> int:
+        """Memory that making one such table takes, intermediate products included."""
+        reach = math.ceil(k_max * oversampling) + 2
+        return 16 * (2 * reach + 1) ** 2 * (reach + 1)
 
     def _locate(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First corner's row, position within the cell (.., 3), and the sign that folded k onto kx >= 0."""
@@ -162,14 +171,17 @@ class SpectrumTable:
         by_y = on_x[..., 1, :] - on_x[..., 0, :]
         high, low = z[..., None], low_z[..., None]
         value = on_xy[..., 0, :] * low + on_xy[..., 1, :] * high
-        gradient = torch.stack(
-            [
-                by_x_on_y[..., 0, :] * low + by_x_on_y[..., 1, :] * high,
-                by_y[..., 0, :] * low + by_y[..., 1, :] * high,
-                on_xy[..., 1, :] - on_xy[..., 0, :],
-            ],
-            dim=-2,
-        ) * p
+        gradient = (
+            torch.stack(
+                [
+                    by_x_on_y[..., 0, :] * low + by_x_on_y[..., 1, :] * high,
+                    by_y[..., 0, :] * low + by_y[..., 1, :] * high,
+                    on_xy[..., 1, :] - on_xy[..., 0, :],
+                ],
+                dim=-2,
+            )
+            * p
+        )
         # F(k) = conj F(-k), so the fold conjugates the value, and the slope changes sign with k as well.
         value[..., 1] *= sign
         gradient[..., 0] *= sign[..., None]
@@ -179,10 +191,12 @@ class SpectrumTable:
 def centred_rfft(volumes: torch.Tensor) -> torch.Tensor:
     """`rfftn` of real boxes (.., n, n, n) about their centre, voxel n//2."""
     shifted = torch.fft.ifftshift(volumes, dim=(-3, -2, -1))
-    return torch.fft.rfftn(shifted, dim=(-3, -2, -1))
+    spectra: torch.Tensor = torch.fft.rfftn(shifted, dim=(-3, -2, -1))
+    return spectra
 
 
 def centred_irfft(spectra: torch.Tensor, box_size: int) -> torch.Tensor:
     """The inverse of `centred_rfft`."""
     volumes = torch.fft.irfftn(spectra, s=(box_size,) * 3, dim=(-3, -2, -1))
-    return torch.fft.fftshift(volumes, dim=(-3, -2, -1))
+    centred: torch.Tensor = torch.fft.fftshift(volumes, dim=(-3, -2, -1))
+    return centred

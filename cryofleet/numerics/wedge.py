@@ -21,7 +21,8 @@ def check_tilt_range(tilt_min_degrees: float, tilt_max_degrees: float) -> None:
     """Raise InvalidArgument unless -90 <= tilt_min < tilt_max <= 90."""
     if not -90.0 <= tilt_min_degrees < tilt_max_degrees <= 90.0:
         raise InvalidArgument(
-            f"tilt range {tilt_min_degrees:g} to {tilt_max_degrees:g} degrees: both must lie in -90 to 90, the smaller first"
+            f"tilt range {tilt_min_degrees:g} to {tilt_max_degrees:g} degrees: "
+            "both must lie in -90 to 90, the smaller first"
         )
 
 

@@ -1,6 +1,5 @@
 """Aligning subtomograms to a reference: candidates by rotational matching, their shifts, then local refinement."""
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from services.alignment.rotational_matching import MagnitudeModel, RotationalMat
 from services.alignment.translation import ShiftSearch
 
 SEARCH_CYCLES = 9.0
-"""The global search never uses detail finer than this many cycles per box: its grid of 5 degrees could not follow it."""
+"""The global search never uses detail finer than this many cycles per box: its grid of 5 degrees could not follow it.
+"""
 REFINED_COARSELY = 6
 REFINED_FINELY = 2
 """Of the candidates, so many are refined within the band of the search, and so many of those in the full band."""
@@ -33,8 +33,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Poses:
-    """Orientations of particles: `rotations` take the reference onto each, `shifts` (n, 3) are (x, y, z) in voxels, applied
-    after the rotation; `scores` (n,) are the constrained correlations, -1 to 1.
+    """Orientations of particles: `rotations` take the reference onto each, `shifts` (n, 3) are (x, y, z) in voxels,
+    applied after the rotation; `scores` (n,) are the constrained correlations, -1 to 1.
     """
 
     rotations: Rotation
@@ -46,8 +46,8 @@ class Poses:
 class Search:
     """What is compared, and how widely it is looked.
 
-    Resolutions in Å; `None` stands for the coarsest or finest sensible: the box, and twice the Nyquist limit (four voxels).
-    `tilt_range_degrees` is None where nothing is missing.
+    Resolutions in Å; `None` stands for the coarsest or finest sensible: the box, and twice the Nyquist limit (four
+    voxels). `tilt_range_degrees` is None where nothing is missing.
     """
 
     box_size: int
@@ -133,13 +133,9 @@ class Aligner:
         fine = (
             coarse
             if self.fine.k_max <= k_coarse
-            else SpectrumTable(volumes, self.fine.k_max, 4 if volumes.shape[-1] <= 72 else 3)
+            else SpectrumTable(volumes, self.fine.k_max, _oversampling(self.fine.k_max))
         )
         return References(coarse, fine, self._matcher.model(coarse))
-
-    def spectra(self, particles: torch.Tensor) -> torch.Tensor:
-        """Transforms of particles (batch, n, n, n) as `align` takes them."""
-        return centred_rfft(particles)
 
     def candidates(self, particles: torch.Tensor, references: References) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidate rotations (batch, candidates, 4) of particles (batch, n, n, n), and which of them are real ones."""
@@ -164,14 +160,6 @@ class Aligner:
         limit = self.search.shift_limit
         result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4)
         return self._finish(spectra, references, result, found)
-
-    def refine(
-        self, particles: torch.Tensor, references: References, quaternions: torch.Tensor, shifts: torch.Tensor
-    ) -> Refined:
-        """The best pose near given ones (batch, poses)."""
-        found = torch.ones(quaternions.shape[:-1], dtype=torch.bool, device=self.device)
-        start = Refined(quaternions, shifts, torch.zeros_like(shifts[..., 0]))
-        return self._finish(centred_rfft(particles), references, start, found)
 
     def _finish(self, spectra: torch.Tensor, references: References, poses: Refined, found: torch.Tensor) -> Refined:
         scores = torch.where(found, poses.scores, -torch.inf)
@@ -207,14 +195,16 @@ def prepare_reference(reference: NDArray[np.float32]) -> NDArray[np.float32]:
     n = reference.shape[0]
     outside = radius_grid(n) >= n / 2
     edge = max(2.0, n / 16)
-    return ((reference - reference[outside].mean()) * soft_sphere(n, n / 2 - edge, edge)).astype(np.float32)
+    level = reference[outside].mean()
+    return np.asarray((reference - level) * soft_sphere(n, n / 2 - edge, edge), dtype=np.float32)
 
 
 def check_particles(particles: NDArray[np.float32], names: NDArray[np.int64], box_size: int) -> None:
     """Raise InvalidArgument naming the first particle that can't be aligned: wrong box, not finite, or constant."""
     if particles.shape[1:] != (box_size,) * 3:
         raise InvalidArgument(
-            f"particle {names[0] if len(names) else 0} is a box of {particles.shape[1:]} voxels, {box_size} along each axis are expected"
+            f"particle {names[0] if len(names) else 0} is a box of {particles.shape[1:]} voxels: "
+            f"{box_size} along each axis are expected"
         )
     flat = particles.reshape(len(particles), -1)
     low, high = flat.min(axis=1), flat.max(axis=1)
@@ -228,12 +218,23 @@ def standardise(particles: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each box (batch, n, n, n) with mean 0 and deviation 1, so that all count the same."""
     mean = particles.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
     deviation = particles.std(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
-    return ((particles - mean) / deviation).astype(np.float32)
+    return np.asarray((particles - mean) / deviation, dtype=np.float32)
 
 
-def batch_size(box_size: int, device: str) -> int:
-    """Particles per batch: on a CPU what stays near the caches, on a GPU what fills it."""
-    return 64 if device != "cpu" else 4 if box_size <= 64 else 2
+def _oversampling(k_max: float) -> int:
+    """Of the table for the final refinement: fourfold, less where that would outgrow the caches by far."""
+    return 4 if k_max <= 16 else 3
+
+
+def batch_size(box_size: int, k_max: float, device: str, references: int = 1) -> int:
+    """Particles per batch: on a CPU what stays near the caches, on a GPU what fills it; few where each has a big
+    reference of its own.
+    """
+    largest = 64 if device != "cpu" else 4 if box_size <= 64 else 2
+    if references == 1:
+        return largest
+    room = (64 << 20) if device == "cpu" else (4 << 30)
+    return max(1, min(largest, room // SpectrumTable.bytes_for(k_max, _oversampling(k_max))))
 
 
 def _one_thread() -> None:
@@ -293,8 +294,8 @@ def align(
     `read(first, count)` gives boxes of `search.box_size`; they are read batch by batch, so memory does not grow with
     their number. `names` are the particles' ids, for messages.
 
-    Raises InvalidArgument for a search that can't work, a reference of another box, or a particle that is constant or not
-    finite.
+    Raises InvalidArgument for a search that can't work, a reference of another box, or a particle that is constant or
+    not finite.
     """
     search.check()
     if reference.shape != (search.box_size,) * 3:
@@ -305,7 +306,7 @@ def align(
     aligner = Aligner(search, device)
     prepared = torch.from_numpy(prepare_reference(reference)).to(device)
     references = aligner.references(prepared[None])
-    size = batch_size(search.box_size, device)
+    size = batch_size(search.box_size, search.k_max, device)
 
     def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
         for first in range(0, count, size):
@@ -342,7 +343,9 @@ def gather(results: list[Refined]) -> Poses:
 def search_exhaustively(
     particle: NDArray[np.float32], reference: NDArray[np.float32], search: Search, rotations: Rotation
 ) -> Poses:
-    """The slow check: the constrained correlation at every one of `rotations`, each with its best shift; the best one, unrefined."""
+    """The slow check: the constrained correlation at every one of `rotations`, each with its best shift; the best
+    one, unrefined.
+    """
     aligner = Aligner(search)
     band = aligner.fine
     table = SpectrumTable(torch.from_numpy(prepare_reference(reference))[None], band.k_max)
@@ -350,7 +353,7 @@ def search_exhaustively(
     shifts = ShiftSearch(band, search.shift_limit)
     scores, places = [], []
     quaternions = torch.from_numpy(rotations.as_quat()).float()
-    for part in quaternions.split(max(1, 200_000 // len(band))):
+    for part in torch.split(quaternions, max(1, 200_000 // len(band))):
         models = table.rotated(band.points, rotation_matrices(part)[None])[0]
         place, overlap = shifts.best(data * models.conj())
         norm = models.abs().square().sum(-1) * data.abs().square().sum()
@@ -365,10 +368,16 @@ def search_exhaustively(
     )
 
 
-def memory_bytes(box_size: int, k_max: float, threads: int) -> int:
-    """An upper estimate of the memory that `align` takes besides the process itself."""
-    size = batch_size(box_size, "cpu")
-    k_coarse = min(k_max, SEARCH_CYCLES)
-    per_particle = 40 * box_size**3 + 50 * 200 * int(4.2 * k_coarse**3 / 2) + 24 * 36 * 72 * 73
-    tables = 2 * 8 * 4 * int(math.pow(4 * k_max + 3, 3)) * 2
-    return threads * size * per_particle + tables + (64 << 20)
+def memory_bytes(search: Search, threads: int, references: bool = False) -> int:
+    """An upper estimate of what aligning takes; with `references`, of one reference for each particle, as in
+    averaging.
+    """
+    k_max = search.k_max
+    table = SpectrumTable.bytes_for(k_max, _oversampling(k_max))
+    table += SpectrumTable.bytes_for(min(k_max, SEARCH_CYCLES + 1), 4)
+    batch = batch_size(search.box_size, k_max, "cpu", 2 if references else 1)
+    # The correlation grids and the candidates' models; and the boxes with their transforms.
+    each = (20 << 20) + 100 * search.box_size**3
+    if references:
+        each += max(table, SpectrumTable.bytes_for(search.box_size / 2, 2))
+    return threads * batch * each + table + (96 << 20)

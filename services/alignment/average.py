@@ -1,11 +1,13 @@
 """Iterative alignment and averaging of subtomograms, with or without a first reference.
 
-Each iteration aligns every particle to the average of the others, never one that contains it: its own term is subtracted
-from the sum and the weight, exactly, before the division. Otherwise a particle fits best where it was, to its own noise.
+Each iteration aligns every particle to the average of the others, never one that contains it: its own term is
+subtracted from the sum and the weight, exactly, before the division. Otherwise a particle fits best where it was, to
+its own noise.
 
 The particles are split into two halves for good. Below 1/50 Å both are aligned to the common average, which keeps the
-halves in one frame and makes the start from few particles possible (in boxes smaller than 200 Å: below four cycles per
-box); finer detail comes from a particle's own half only, so the Fourier shell correlation of the halves stays honest there.
+halves in one frame and makes the start from few particles possible (in boxes smaller than 200 Å: below four cycles
+per box); finer detail comes from a particle's own half only, so the Fourier shell correlation of the halves stays
+honest there.
 """
 
 import math
@@ -98,8 +100,8 @@ class State:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The result: volumes `[z, y, x]` with protein of the particles' sign, poses, half set (1 or 2) of each particle, and
-    the Fourier shell correlation of the halves within a soft sphere and without a mask (shells in 1/Å).
+    """The result: volumes `[z, y, x]` with protein of the particles' sign, poses, half set (1 or 2) of each particle,
+    and the Fourier shell correlation of the halves within a soft sphere and without a mask (shells in 1/Å).
     """
 
     average: NDArray[np.float32]
@@ -110,6 +112,7 @@ class Averaged:
     fsc: NDArray[np.float64]
     fsc_unmasked: NDArray[np.float64]
     resolution_angstrom: float
+    joined_angstrom: float
     iterations: tuple[Iteration, ...]
 
     def table(self) -> dict[str, object]:
@@ -120,6 +123,7 @@ class Averaged:
             "fsc_unmasked": self.fsc_unmasked.tolist(),
             "mask": "soft sphere of 0.8 of the box's diameter",
             "threshold": FSC_THRESHOLD,
+            "halves_joined_below_angstrom": self.joined_angstrom,
             "resolution_angstrom": self.resolution_angstrom,
             "iterations": [asdict(i) for i in self.iterations],
         }
@@ -171,7 +175,7 @@ class _Averaging:
     def batches(self, rows: Sequence[int] | None = None) -> Iterator[_Batch]:
         """Row numbers and standardised boxes, protein positive, batch by batch."""
         every = np.arange(self.count) if rows is None else np.asarray(rows, dtype=np.int64)
-        size = batch_size(self.search.box_size, self.device)
+        size = batch_size(self.search.box_size, self.search.k_max, self.device, self.count)
         for first in range(0, len(every), size):
             chosen = every[first : first + size]
             if rows is None:
@@ -269,7 +273,9 @@ class _Averaging:
     def align(
         self, sums: HalfSums, state: State, k_max: float, progress: Progress, rows: Sequence[int] | None = None
     ) -> Poses:
-        """Align every particle to the average of the others; `sums` are of the same particles at the poses of `state`."""
+        """Align every particle to the average of the others; `sums` are of the same particles at the poses of
+        `state`.
+        """
         aligner = self._narrowed(k_max)
         n = self.search.box_size
         # A little more than what is compared, for the interpolation at the band's edge.
@@ -430,6 +436,7 @@ class _Averaging:
             masked,
             unmasked,
             reached,
+            box / self.k_joined,
             state.history,
         )
 
@@ -458,22 +465,21 @@ def average(
 ) -> Averaged:
     """Align and average `count` particles `iterations` times.
 
-    `read(first, count)` gives boxes of `search.box_size` with protein of the sign that `contrast` says (dark or light); the
-    averages have it too. The first average is made at the poses of `start`, or at those found against `reference` (of the
-    particles' contrast, its symmetry axes along the frame's), or, with neither, at those found against the best of a few
-    single particles. The low-pass begins at five cycles per box and follows the halves' FSC up to `search`'s.
+    `read(first, count)` gives boxes of `search.box_size` with protein of the sign that `contrast` says (dark or
+    light); the averages have it too. The first average is made at the poses of `start`, or at those found against
+    `reference` (of the particles' contrast, its symmetry axes along the frame's), or, with neither, at those found
+    against the best of a few single particles. The low-pass begins at five cycles per box and follows the halves' FSC
+    up to `search`'s.
 
     `checkpoint` is called with the state after the start and after each iteration; a run that is given one of them as
     `resume` ends with the same result. The same seed gives the same result on the same device, whatever `threads`.
 
-    Raises InvalidArgument for fewer than two particles, a particle or reference that is constant, not finite or of another
-    box, a point group that is none, or a search that can't work.
+    Raises InvalidArgument for fewer than two particles, a particle or reference that is constant, not finite or of
+    another box, a point group that is none, or a search that can't work.
     """
     search.check()
     if count < 2:
-        raise InvalidArgument(
-            f"averaging needs at least 2 particles, one for each half set: there {'is' if count == 1 else 'are'} {count}"
-        )
+        raise InvalidArgument(f"averaging needs at least 2 particles, one for each half set, and got {count}")
     if iterations < 1:
         raise InvalidArgument(f"iterations {iterations}: must be at least 1")
     if contrast not in ("dark", "light"):

@@ -35,8 +35,8 @@ class Band:
         index = np.flatnonzero(kept)
         if index.size == 0:
             raise InvalidArgument(
-                f"no Fourier component of the box of {box_size} voxels lies between {k_min:g} and {k_max:g} cycles per box "
-                "and within the tilt range: give a wider band"
+                f"no Fourier component of the box of {box_size} voxels lies between {k_min:g} and {k_max:g} cycles "
+                "per box and within the tilt range: give a wider band"
             )
         index = index[np.argsort(radius.ravel()[index], kind="stable")]
         points = np.stack([x.ravel()[index], y.ravel()[index], z.ravel()[index]], axis=1)
@@ -70,7 +70,7 @@ def rotation_matrices(quaternions: torch.Tensor) -> torch.Tensor:
         2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
         2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
     ]  # fmt: skip
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return torch.stack(rows, dim=-1).view(*quaternions.shape[:-1], 3, 3)
 
 
 def turn(quaternions: torch.Tensor, rotation_vectors: torch.Tensor) -> torch.Tensor:
@@ -90,4 +90,4 @@ def turn(quaternions: torch.Tensor, rotation_vectors: torch.Tensor) -> torch.Ten
         ],
         dim=-1,
     )
-    return product / product.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(product, dim=-1)

@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.numerics.masks import soft_sphere
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
-from cryofleet.numerics.wedge import is_sampled
+from cryofleet.numerics.wedge import wedge_mask
 from services.alignment.band import Band, rotation_matrices
 
 _OVERSAMPLING = 2
@@ -18,15 +18,16 @@ _COVERAGE_FLOOR = 0.1
 """Where fewer than this share of the particles was sampled, the average is damped rather than its noise blown up."""
 
 
-def _matrices(rotations: Rotation) -> torch.Tensor:
+def _quaternions(rotations: Rotation) -> torch.Tensor:
     return torch.from_numpy(np.atleast_2d(rotations.as_quat())).float()
 
 
 class Contributions:
     """What particles add to the sums on one band of the reference's Fourier space.
 
-    For a particle X at pose (R, t) and each g of the point group: w(R g k) X(R g k) exp(2 pi i R g k . t / n) to the sum and
-    w(R g k) to its weight, both divided by the order of the group; w is the wedge in closed form, X is interpolated.
+    For a particle X at pose (R, t) and each g of the point group: (w X)(R g k) exp(2 pi i R g k . t / n) to the sum and
+    w(R g k) to its weight, both divided by the order of the group. The wedge is interpolated just as the particle is:
+    near its planes, which at low frequencies is everywhere, both fall off alike, and their quotient stays right.
     """
 
     def __init__(
@@ -34,24 +35,32 @@ class Contributions:
     ) -> None:
         n = band.box_size
         self.band = band
-        self._tilt_range = tilt_range_degrees
-        self._group = rotation_matrices(_matrices(symmetry)).to(device)
+        self._group = rotation_matrices(_quaternions(symmetry)).to(device)
         edge = max(2.0, n / 16)
         self._mask = torch.from_numpy(soft_sphere(n, n / 2 - edge, edge)).to(device)
         k = np.fft.fftfreq(n) * n
-        axes = [torch.from_numpy(a.astype(np.float32)).to(device) for a in (k, k, np.fft.rfftfreq(n) * n)]
-        self._axes = axes
+        self._axes = [torch.from_numpy(a.astype(np.float32)).to(device) for a in (k, k, np.fft.rfftfreq(n) * n)]
+        self._wedge: torch.Tensor | None = None
+        self._sampled: SpectrumTable | None = None
+        if tilt_range_degrees is not None:
+            wedge = torch.from_numpy(wedge_mask((n, n, n), *tilt_range_degrees, half=True)).to(device)
+            spread = centred_irfft(wedge.to(torch.complex64), n) * self._mask
+            self._wedge = wedge
+            self._sampled = SpectrumTable(spread[None], band.k_max, _OVERSAMPLING)
 
     def _recentred(self, particles: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         """Particles moved back by their shifts and cut to the sphere that can be rotated within the box."""
         n = self.band.box_size
         spectra = torch.fft.rfftn(particles, dim=(1, 2, 3))
+        if self._wedge is not None:
+            spectra = spectra * self._wedge
         for axis, (k, place) in enumerate(zip(self._axes, (2, 1, 0), strict=True)):
             angle = shifts[:, place, None] * k * (2 * math.pi / n)
             shape = [len(shifts), 1, 1, 1]
             shape[axis + 1] = len(k)
             spectra = spectra * torch.complex(torch.cos(angle), torch.sin(angle)).view(shape)
-        return torch.fft.irfftn(spectra, s=(n, n, n), dim=(1, 2, 3)) * self._mask
+        moved: torch.Tensor = torch.fft.irfftn(spectra, s=(n, n, n), dim=(1, 2, 3))
+        return moved * self._mask
 
     def of(
         self, particles: torch.Tensor, quaternions: torch.Tensor, shifts: torch.Tensor
@@ -68,17 +77,13 @@ class Contributions:
         total = k.new_zeros((len(particles), len(k)), dtype=torch.complex64)
         weight = k.new_zeros((len(particles), len(k)))
         for g in range(order):
-            matrices = forward[:, g]
-            value = table.rotated(k, matrices.transpose(-1, -2)[:, None].contiguous())[:, 0]
-            if self._tilt_range is None:
-                total += value
+            # `rotated` asks for R^-1 k, so it is given the inverse.
+            inverse = forward[:, g].transpose(-1, -2).contiguous()
+            total += table.rotated(k, inverse[:, None])[:, 0]
+            if self._sampled is None:
                 weight += 1.0
-                continue
-            x = matrices[:, 0, :] @ k.T
-            z = matrices[:, 2, :] @ k.T
-            sampled = is_sampled(x, z, *self._tilt_range).to(weight.dtype)
-            total += value * sampled
-            weight += sampled
+            else:
+                weight += self._sampled.rotated(k, inverse[None])[0].real.clamp(min=0.0)
         return total / order, weight / order
 
 
@@ -103,7 +108,9 @@ def divide(sums: torch.Tensor, weights: torch.Tensor, count: torch.Tensor | int)
 
 
 def volume_of(band: Band, components: torch.Tensor, box_size: int | None = None) -> torch.Tensor:
-    """Volumes (batch, m, m, m) of components (batch, components) on a band; m is the box, or a Fourier-cropped sampling of it."""
+    """Volumes (batch, m, m, m) of components (batch, components) on a band; m is the box, or a Fourier-cropped
+    sampling of it.
+    """
     m = band.box_size if box_size is None else box_size
     k = band.points.long()
     spectra = components.new_zeros((len(components), m, m, m // 2 + 1))

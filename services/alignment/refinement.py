@@ -91,7 +91,9 @@ def _accumulate(
     shifts: NDArray[np.float32],
     result: NDArray[np.float32],
 ) -> None:
-    """`_sums_by_tensors` on a CPU; result (batch, poses, 8, 8) holds the products of (M, six derivatives, X) with one another."""
+    """`_sums_by_tensors` on a CPU; result (batch, poses, 8, 8) holds the products of (M, six derivatives, X) with one
+    another.
+    """
     _, sy, sx = sides
     reach = sx - 1
     count = points.shape[0]

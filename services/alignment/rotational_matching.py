@@ -1,11 +1,11 @@
 """Candidate rotations by fast rotational matching under the missing wedge (FAML, eq. 2).
 
 The magnitude of a transform does not change with a shift, so c~(R) = C[w |X|, |A|](R) / sqrt(C[w, |A|^2](R)), with
-C[p, q](R) = sum_j p_j (R q)_j, bounds the constrained correlation over all shifts. Both correlations come from expansions
-in spherical harmonics on shells.
+C[p, q](R) = sum_j p_j (R q)_j, bounds the constrained correlation over all shifts. Both correlations come from
+expansions in spherical harmonics on shells.
 
-Magnitudes are centro-symmetric, so only even degrees occur. The particle's side is taken as it is, point by point on its
-own Fourier grid: the sum over j above is then exact, and no magnitude of the particle is ever interpolated.
+Magnitudes are centro-symmetric, so only even degrees occur. The particle's side is taken as it is, point by point on
+its own Fourier grid: the sum over j above is then exact, and no magnitude of the particle is ever interpolated.
 """
 
 import math
@@ -86,7 +86,7 @@ class RotationalMatcher:
         return float(self._shells[-1])
 
     def _complex(self, values: torch.Tensor) -> torch.Tensor:
-        real, imaginary = values.unflatten(-1, (2, *self._shape)).unbind(-3)
+        real, imaginary = values.view(*values.shape[:-1], 2, *self._shape).unbind(-3)
         return torch.complex(real, imaginary)
 
     def _project(self, values: torch.Tensor) -> torch.Tensor:
@@ -111,13 +111,17 @@ class RotationalMatcher:
         return MagnitudeModel(self._complex(magnitudes @ self._reference_basis), torch.maximum(norm, floor).rsqrt())
 
     def correlation(self, magnitudes: torch.Tensor, model: MagnitudeModel) -> torch.Tensor:
-        """c~ on the grid (batch, beta, alpha, gamma), but for the particle's own norm; magnitudes are (batch, components)."""
+        """c~ on the grid (batch, beta, alpha, gamma), but for the particle's own norm; magnitudes are (batch,
+        components).
+        """
         return self.grid.correlate(self._project(magnitudes), model.coefficients) * model.inverse_norm
 
     def candidates(
         self, magnitudes: torch.Tensor, model: MagnitudeModel, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best `count` separate local maxima of c~: quaternions (batch, count, 4), and which of them are real ones."""
+        """The best `count` separate local maxima of c~: quaternions (batch, count, 4), and which of them are real
+        ones.
+        """
         values, index = local_maxima(self.correlation(magnitudes, model), 4 * count)
         quaternions = self.grid.quaternions(index)
         chosen = suppress(values, quaternions, count, SEPARATION_STEPS * self.grid.step_degrees)

@@ -1,4 +1,6 @@
-"""The best shift for given rotations: the constrained correlation over a grid of shifts, by a zoomed Fourier transform."""
+"""The best shift for given rotations: the constrained correlation over a grid of shifts, by a zoomed Fourier
+transform.
+"""
 
 import math
 
@@ -14,8 +16,8 @@ _STEPS_PER_CYCLE = 3.0
 class ShiftSearch:
     """All shifts up to `max_shift_voxels` along each axis, for one band.
 
-    The correlation is band-limited and only a part of the box is asked for, so three small matrix products (one an axis)
-    take the place of an inverse FFT of the box, and the grid may be as fine as the band needs.
+    The correlation is band-limited and only a part of the box is asked for, so three small matrix products (one an
+    axis) take the place of an inverse FFT of the box, and the grid may be as fine as the band needs.
     """
 
     def __init__(self, band: Band, max_shift_voxels: float) -> None:

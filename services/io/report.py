@@ -24,7 +24,8 @@ FSC_THRESHOLD = 0.143
 _SLAB_BYTES = 16 << 20
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURED_CLASSES = 7
-_LONGEST_TABLE = 40
+_LONGEST_TABLE, _LONGEST_LIST = 40, 12
+_ABBREVIATIONS = {"ctf", "f1", "fsc", "id", "snr"}
 _UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
 
 
@@ -341,29 +342,23 @@ def _tables(tables: Sequence[Figures]) -> str:
 
 def _object(table: Mapping[str, Any]) -> str:
     """An object as a table of its single values, and a table or chart of each thing in it that holds several."""
-    single = {key: value for key, value in table.items() if not isinstance(value, (Mapping, list))}
+    single = {key: value for key, value in table.items() if _is_single(value)}
     blocks = [_single_values(single)] if single else []
-    series = {k: v for k, v in table.items() if len(_numbers(v)) > 2}
-    charts = _curves(series)
+    charts = _curves({key: value for key, value in table.items() if _numbers(value)})
     blocks += charts
-    for key, value in table.items():
-        if (charts and key in series) or not isinstance(value, (Mapping, list)) or not value:
-            continue
-        blocks.append(_several_values(key, value))
+    blocks += [_several_values(key, value) for key, value in table.items() if value and not _is_single(value)]
     return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks if block)}</div>'
 
 
 def _several_values(key: str, value: Mapping[str, Any] | list[Any]) -> str:
     heading = f"<h3>{escape(_words(key))}</h3>"
     if isinstance(value, list):
-        if all(isinstance(row, Mapping) for row in value):
-            rows = [_flat(row) for row in value]
-            charts = _curves(_columns(rows))
-            return heading + ("".join(charts) if charts else _grid(rows))
-        return heading + _single_values({str(i): item for i, item in enumerate(value)})
+        rows = [_flat(row) if isinstance(row, Mapping) else {"": row} for row in value]
+        charts = _curves(_columns(rows))
+        return heading + ("".join(charts) if charts else _grid(rows))
     if all(isinstance(row, Mapping) for row in value.values()):
         return heading + _grid([{"": name, **_flat(row)} for name, row in value.items()])
-    charts = _curves({k: v for k, v in value.items() if len(_numbers(v)) > 2})
+    charts = _curves({name: column for name, column in value.items() if _numbers(column)})
     return heading + ("".join(charts) if charts else _single_values(_flat(value)))
 
 
@@ -429,9 +424,6 @@ def _left_out(count: int) -> str:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, list):
-        shown = ", ".join(_text(item) for item in value[:12])
-        return f"<td>{escape(shown)}{', …' if len(value) > 12 else ''}</td>"
     return f"<td{' class=n' if _is_number(value) else ''}>{escape(_text(value))}</td>"
 
 
@@ -445,16 +437,27 @@ def _text(value: object) -> str:
             return f"{value:,}"
         case float():
             return f"{value:.4g}" if math.isfinite(value) else "–"
+        case list() if len(value) > _LONGEST_LIST and _numbers(value):
+            return f"{len(value):,} values from {_text(min(value))} to {_text(max(value))}"
+        case list():
+            return ", ".join(_text(item) for item in value[:_LONGEST_LIST]) + ", …" * (len(value) > _LONGEST_LIST)
         case _:
             return str(value)[:200]
 
 
 def _words(key: str) -> str:
     """A field's name as a reader's words, its unit in brackets."""
-    words = key.replace("_", " ").split()
+    words = [word.upper() if word in _ABBREVIATIONS else word for word in key.replace("_", " ").split()]
     if len(words) > 1 and words[-1] in _UNITS:
         return f"{' '.join(words[:-1])} ({_UNITS[words[-1]]})"
     return " ".join(words)
+
+
+def _is_single(value: object) -> bool:
+    """Whether a value goes on one line: a number, a text, or a list of such."""
+    if isinstance(value, list):
+        return not any(isinstance(item, (Mapping, list)) for item in value)
+    return not isinstance(value, Mapping)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

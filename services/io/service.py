@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 import cryofleet
 from cryofleet.artifacts import Manifest, ResultWriter, complete, find, identity, manifest_for, open_blob
@@ -181,9 +180,9 @@ def export(request: io_pb2.ExportRequest, task: Task) -> io_pb2.ExportResult:
         shifts=particles.shifts(),
         ids=table["id"].to_numpy(np.int64),
         scores=table["score"].to_numpy(np.float64) if "score" in table else None,
-        # RELION counts classes and halves from 1; what is in no class is 0.
+        # RELION counts classes from 1; what is in none is 0.
         class_numbers=np.maximum(table["class_id"].to_numpy(np.int64) + 1, 0) if "class_id" in table else None,
-        random_subsets=_from_one(table["half"].to_numpy(np.int64)) if "half" in table else None,
+        random_subsets=table["half"].to_numpy(np.int64) if "half" in table else None,
     )
     return io_pb2.ExportResult(file_uri=task.write_bytes("particles.star", text))
 
@@ -234,10 +233,6 @@ def _check_same_frame(particles: Particles, info: VolumeInfo, request: io_pb2.Ex
             f"{request.particles_uri} is of a tomogram of {shapes[0]} voxels, {request.volume_uri} has {shapes[1]}: "
             "give the tomogram that they were picked in"
         )
-
-
-def _from_one(halves: NDArray[np.int64]) -> NDArray[np.int64]:
-    return halves + 1 if halves.size and halves.min() == 0 else halves
 
 
 # --- Report --------------------------------------------------------------------------------------------------------

@@ -34,11 +34,11 @@ CHANNELS = 32
 POOLING = 4
 """Two poolings by 2: box sides are multiples of this."""
 
-CONFIG_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "box_size": int,
-    "binning": int,
-    "pose_normalisation": bool,
-    "subtomogram_box_size": int,
+CONFIG_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "box_size": (int,),
+    "binning": (int,),
+    "pose_normalisation": (bool,),
+    "subtomogram_box_size": (int,),
     "subtomogram_voxel_size_angstrom": (int, float),
 }
 """What a model's config must say besides its architecture, to be used on further subtomograms."""
@@ -143,7 +143,7 @@ def check_config(settings: Mapping[str, Any]) -> None:
         )
     for name, kind in CONFIG_FIELDS.items():
         value = settings.get(name)
-        if not isinstance(value, kind) or (kind is not bool and (isinstance(value, bool) or value <= 0)):
+        if type(value) not in kind or (type(value) is not bool and value <= 0):
             raise FailedPrecondition(
                 f"the model's config says {name} is {value!r}: it is damaged, train the model again"
             )
@@ -179,7 +179,7 @@ def weight_bytes(box_size: int) -> int:
 
 
 def memory_order(tensor: Tensor) -> Tensor:
-    """5D tensors with channels last in memory, in which the convolutions of a CPU are twice as fast; others as they are."""
+    """5D tensors with channels last in memory, which makes convolutions on a CPU twice as fast; others as they are."""
     return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.progress import Progress
@@ -56,6 +56,14 @@ def batch_bytes(box_size: int) -> int:
     return batch_size(box_size) * activation_bytes(box_size)
 
 
+def check_clusters(clusters: int, subtomograms: int) -> None:
+    """InvalidArgument where there are more clusters than subtomograms."""
+    if clusters > subtomograms:
+        raise InvalidArgument(
+            f"clusters is {clusters}, and there are {subtomograms} subtomograms: it can't be more than their number"
+        )
+
+
 def encode(
     model: Autoencoder3D,
     chunks: Iterable[tuple[int, NDArray[np.float32]]],
@@ -96,15 +104,12 @@ def cluster(codes: NDArray[np.float32], clusters: int, seed: int, progress: Prog
     Single-threaded: scikit-learn's threads sum in the order they finish, and the same seed must give the same bytes.
     Raises InvalidArgument for more clusters than codes, FailedPrecondition for more clusters than different codes.
     """
-    if clusters > len(codes):
-        raise InvalidArgument(
-            f"clusters: {clusters} clusters of {len(codes)} subtomograms: there can't be more clusters than subtomograms"
-        )
+    check_clusters(clusters, len(codes))
     different = len(np.unique(codes, axis=0))
     if clusters > different:
         raise FailedPrecondition(
-            f"clusters: {clusters} clusters were asked for, but the model gives the {len(codes)} subtomograms only {different} different "
-            "codes: ask for fewer clusters, or train the model on more of them"
+            f"clusters is {clusters}, and the model gives {len(codes)} subtomograms only {different} different codes: "
+            "ask for fewer clusters, or train a model on these subtomograms"
         )
     points = codes.astype(np.float64)
     best: KMeans | None = None

@@ -8,8 +8,9 @@ What the paper leaves open is fixed here:
 
 - f is positive where there is structure. At the noise of tomograms a mere shift to positive values leaves c and W to
   the noise (in simulated boxes at SNR 0.05, clean structures turned by the poses of their noisy boxes then correlate by
-  0.7; with the f below by 0.97). So f is the box smoothed by a Gaussian of n/16 voxels (2 voxels at 32, as the paper smooths for display), minus its mean and one
-  standard deviation inside the inscribed sphere, and zero where that is negative and outside the sphere.
+  0.7; with the f below by 0.97). So f is the box smoothed by a Gaussian of n/16 voxels (2 voxels at 32, as the paper
+  smooths for display), minus its mean and one standard deviation inside the inscribed sphere, and zero where that is
+  negative and outside the sphere.
 - Signs: along the first and the second axis the third moment, sum f^2 ((r - c) q)^3, is positive. The third axis is
   their vector product, so that Q is a rotation: mirror images stay apart. Where a structure has no third moment along
   an axis, the axis's largest component is positive.
@@ -38,8 +39,8 @@ class Poses:
     """Where the structures are in n boxes.
 
     `centres` (n, 3): the centre of mass as (x, y, z), voxels from the box centre n // 2.
-    `axes` (n, 3, 3): columns are the principal axes as (x, y, z) vectors, longest first; each matrix is a rotation, which takes the
-    normalised structure onto that in the box.
+    `axes` (n, 3, 3): columns are the principal axes as (x, y, z) vectors, longest first; each matrix is a rotation,
+    which takes the normalised structure onto that in the box.
     """
 
     centres: NDArray[np.float64]

@@ -63,8 +63,10 @@ class Preparation:
         prepared = fourier_crop(boxes, self.binning)
         varied = prepared.std(axis=(1, 2, 3), dtype=np.float64) > CONSTANT * largest
         if not varied.all():
+            particle = ids[int(varied.argmin())]
             raise InvalidArgument(
-                f"{self.source}: the box of particle {ids[int(varied.argmin())]} is constant, binned by {self.binning}: there is nothing to learn"
+                f"{self.source}: the box of particle {particle} is constant, binned by {self.binning}: "
+                "there is nothing to learn from it"
             )
         if self.contrast == "dark":
             prepared = -prepared

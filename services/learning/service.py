@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,9 +34,6 @@ TRAINING_LAYERS = 14
 INFERENCE_LAYERS = 5
 #: Relative difference of voxel sizes that is rounding.
 VOXEL_SIZE_TOLERANCE = 1e-3
-
-# cuBLAS sums in a fixed order only where this is set before its first call.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _preparation(subtomograms: Subtomograms, binning: int, pose_normalisation: bool) -> Preparation:
@@ -179,14 +175,10 @@ def _clustered_set(
     found = subtomograms.info.voxel_size_angstrom
     if subtomograms.box_size != size or not math.isclose(found, voxel_size, rel_tol=VOXEL_SIZE_TOLERANCE):
         raise FailedPrecondition(
-            f"{subtomograms.uri} has boxes of {subtomograms.box_size} voxels of {found:g} Å; the model was trained on boxes of "
-            f"{size} voxels of {voxel_size:g} Å: extract the subtomograms alike, or train a model on them"
+            f"{subtomograms.uri} has boxes of {subtomograms.box_size} voxels of {found:g} Å; the model was trained on "
+            f"boxes of {size} voxels of {voxel_size:g} Å: extract the subtomograms alike, or train a model on them"
         )
-    if request.clusters > subtomograms.count:
-        raise InvalidArgument(
-            f"clusters is {request.clusters}, and there are {subtomograms.count} subtomograms: "
-            "there can't be more clusters than subtomograms"
-        )
+    clustering.check_clusters(request.clusters, subtomograms.count)
     return subtomograms, _preparation(subtomograms, config["binning"], config["pose_normalisation"]), config
 
 

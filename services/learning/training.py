@@ -296,8 +296,8 @@ class _Run:
         state = self.state
         if state.attempt == self.options.max_restarts:
             raise FailedPrecondition(
-                f"the network collapsed from {state.attempt + 1} different first weights (all codes of all subtomograms are zero): "
-                "a lower learning_rate or l1_penalty may help"
+                f"the network collapsed from {state.attempt + 1} different first weights, with the same output for all "
+                "subtomograms: a lower learning_rate or l1_penalty may help"
             )
         state.attempt += 1
         state.epoch, state.best_epoch, state.best_loss = 1, 0, math.inf
@@ -347,8 +347,8 @@ class _Run:
         for name, value in safetensors.torch.load(checkpoint[TENSORS_FILE]).items():
             part, rest = name.split("/", 1)
             if part == "optimiser":
-                index, key = rest.split("/", 1)
-                optimiser_state.setdefault(int(index), {})[key] = value
+                number, key = rest.split("/", 1)
+                optimiser_state.setdefault(int(number), {})[key] = value
             else:
                 weights[part][rest] = value
         try:
@@ -356,6 +356,11 @@ class _Run:
         except RuntimeError as error:
             raise InvalidArgument(f"the checkpoint is of another network: {str(error).splitlines()[0]}") from error
         self.best = {name: value.to(self.device) for name, value in weights["best"].items()}
+        # Each in the memory layout of its parameter: the fused optimiser walks through memory, not through indices.
+        for index, parameter in enumerate(self.model.parameters()):
+            for name, value in optimiser_state.get(index, {}).items():
+                if value.shape == parameter.shape:
+                    optimiser_state[index][name] = torch.empty_like(parameter.detach()).copy_(value)
         fresh: dict[str, Any] = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": optimiser_state, "param_groups": fresh["param_groups"]})
         self.report()

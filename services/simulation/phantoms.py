@@ -47,8 +47,7 @@ class Domain:
     def contains(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which points (n, 3) lie inside."""
         own = self.rotation.inv().apply(points - np.array(self.centre)) / np.array(self.semi_axes)
-        squared: NDArray[np.float64] = np.square(own).sum(axis=1)
-        return squared <= 1
+        return np.asarray(np.linalg.norm(own, axis=1) <= 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Body:
         inside = np.logical_or.reduce([domain.contains(points) for domain in self.domains])
         if self.keep is not None:
             inside &= self.keep(points)
-        return points[inside]
+        return np.asarray(points[inside])
 
 
 @dataclass(frozen=True)
@@ -428,7 +427,7 @@ def _turned(domain: Domain, turn: Rotation) -> Domain:
 
 
 def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    return vector / np.linalg.norm(vector)
+    return np.asarray(vector / np.linalg.norm(vector))
 
 
 def _across(axis: NDArray[np.float64], towards: NDArray[np.float64]) -> NDArray[np.float64]:

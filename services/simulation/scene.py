@@ -199,8 +199,9 @@ def _no_place(
             f"{ORIENTATIONS} orientations; make the volume larger"
         )
     occupied = np.count_nonzero(instances) / instances.size
+    mine = int((placed == index).sum())
     return FailedPrecondition(
-        f"structures: placed {len(placed)} of {sum(counts)} complexes, {int((placed == index).sum())} of {counts[index]}"
-        f" {name!r}: no place is left for another in {ORIENTATIONS} orientations at a gap of {min_gap_voxels:g} voxels, "
+        f"structures: placed {len(placed)} of {sum(counts)} complexes, {mine} of {counts[index]} {name!r}: "
+        f"no place is left for another in {ORIENTATIONS} orientations at a gap of {min_gap_voxels:g} voxels, "
         f"with {occupied:.1%} of the volume occupied; ask for fewer, a smaller gap or a larger volume"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import threading
@@ -314,6 +315,13 @@ def test_failed_uploads_leave_no_parts(s3: S3Settings, monkeypatch: pytest.Monke
         S3Store(s3).put("s3://cryofleet-test/cut-off", data())
     with urllib.request.urlopen(f"http://{s3.endpoint}/cryofleet-test?uploads") as answer:
         assert b"<UploadId>" not in answer.read()
+
+
+def test_keys_that_no_uri_can_name_are_not_listed(s3: S3Settings) -> None:
+    client = client_of(s3)
+    for key in ("odd/", "odd/a%2Fb", "odd/good"):
+        client.put_object("cryofleet-test", key, io.BytesIO(b""), 0)
+    assert [found.uri for found in S3Store(s3).list("s3://cryofleet-test/odd")] == ["s3://cryofleet-test/odd/good"]
 
 
 def test_a_missing_bucket_is_not_found(s3: S3Settings) -> None:

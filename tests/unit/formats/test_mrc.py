@@ -3,6 +3,7 @@
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -18,7 +19,7 @@ RNG = np.random.default_rng(11)
 SHAPE = (5, 4, 6)
 
 
-def header(shape: tuple[int, int, int] = SHAPE, mode: int = 2, order: str = "<", **changed: object) -> bytearray:
+def header(shape: tuple[int, int, int] = SHAPE, mode: int = 2, order: str = "<", **changed: Any) -> bytearray:
     """A plain header; `changed` are (offset, struct format, values) by any name."""
     head = bytearray(1024)
     columns, rows, sections = shape[::-1]
@@ -28,7 +29,7 @@ def header(shape: tuple[int, int, int] = SHAPE, mode: int = 2, order: str = "<",
     struct.pack_into(f"{order}i", head, 88, 1)
     head[208:212] = b"MAP "
     head[212:216] = b"\x44\x44\0\0" if order == "<" else b"\x11\x11\0\0"
-    for offset, form, *values in changed.values():  # type: ignore[attr-defined]
+    for offset, form, *values in changed.values():
         struct.pack_into(order + form, head, offset, *values)
     return head
 
@@ -41,7 +42,7 @@ def voxels(dtype: str, shape: tuple[int, int, int] = SHAPE) -> NDArray[np.generi
     return RNG.integers(limits.min, limits.max, shape, endpoint=True).astype(kind)
 
 
-def write(folder: Path, head: bytes, body: bytes, name: str = "tomo.mrc") -> Path:
+def write(folder: Path, head: bytes | bytearray, body: bytes, name: str = "tomo.mrc") -> Path:
     path = folder / name
     path.write_bytes(bytes(head) + body)
     return path
@@ -98,7 +99,11 @@ def test_axes_in_every_order(tmp_path: Path, axes: tuple[int, int, int]) -> None
     by_axis = {1: 2, 2: 1, 3: 0}
     order = (by_axis[axes[2]], by_axis[axes[1]], by_axis[axes[0]])
     stored = np.ascontiguousarray(truth.transpose(order))
-    sizes = {"mapped": (64, "3i", *axes), "cell": (40, "3f", 5 * 2.0, 4 * 3.0, 3 * 4.0), "grid": (28, "3i", 5, 4, 3)}
+    sizes: Any = {
+        "mapped": (64, "3i", *axes),
+        "cell": (40, "3f", 5 * 2.0, 4 * 3.0, 3 * 4.0),
+        "grid": (28, "3i", 5, 4, 3),
+    }
     with mrc.MrcVolume(write(tmp_path, header(stored.shape, **sizes), stored.tobytes())) as volume:
         assert volume.shape == (3, 4, 5)
         assert volume.voxel_size_angstrom == pytest.approx((2.0, 3.0, 4.0))

@@ -111,6 +111,12 @@ def test_columns_are_those_of_files_that_relion_wrote(shared_data: Path, tmp_pat
     assert set(starfile.read(path).columns) <= theirs
 
 
+def test_a_percent_sign_in_a_name_stands_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.star"
+    path.write_bytes(b"".join(encode_relion5_particles("50%dose", (9, 9, 9), 1.0, np.ones((2, 3)))))
+    assert list(starfile.read(path)["rlnTomoParticleName"]) == ["50%dose/1", "50%dose/2"]
+
+
 def test_no_particles_still_make_a_file_with_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.star"
     path.write_bytes(b"".join(encode_relion5_particles("t", (9, 9, 9), 1.0, np.zeros((0, 3)))))

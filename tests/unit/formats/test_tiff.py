@@ -1,6 +1,7 @@
 """TIFF stacks: ImageJ's, OME's, plain ones, and hostile ones."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_a_real_tomogram_of_imagej(shared_data: Path, tmp_path: Path) -> None:
 def test_plain_stacks_of_any_type(tmp_path: Path, kind: str, compression: str | None) -> None:
     stored = (RNG.random((5, 7, 9)) * 100).astype(kind)
     path = tmp_path / "a.tif"
-    order = ">" if kind.startswith(">") else "<"
+    order: Any = ">" if kind.startswith(">") else "<"
     tifffile.imwrite(path, stored, compression=compression, photometric="minisblack", byteorder=order)
     with TiffVolume(path) as volume:
         assert volume.shape == (5, 7, 9)
@@ -48,7 +49,7 @@ def test_ome_voxel_size_in_its_units(tmp_path: Path) -> None:
 
 
 def test_other_files_named_in_ome_metadata_are_not_opened(tmp_path: Path) -> None:
-    grey = {"photometric": "minisblack"}
+    grey: Any = {"photometric": "minisblack"}
     secret, trick = tmp_path / "secret.ome.tif", tmp_path / "trick.ome.tif"
     tifffile.imwrite(secret, np.full((5, 5, 6), 7, np.uint8), metadata={"axes": "ZYX"}, **grey)
     pointing = (
@@ -78,7 +79,7 @@ def test_entities_in_ome_metadata_are_refused(tmp_path: Path) -> None:
         ((2, 3, 8, 9), {"imagej": True, "metadata": {"axes": "TZYX"}}, "axes are T 2, Z 3, Y 8, X 9"),
     ],
 )
-def test_what_is_no_volume(tmp_path: Path, shape: tuple[int, ...], options: dict[str, object], message: str) -> None:
+def test_what_is_no_volume(tmp_path: Path, shape: tuple[int, ...], options: Any, message: str) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.ones(shape, np.uint8), **options)
     with pytest.raises(FailedPrecondition, match=message):

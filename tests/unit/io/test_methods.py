@@ -67,6 +67,19 @@ def test_statistics_and_voxels_over_several_slabs(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(collected(lambda write: ingest.convert(volume, measured, write)), volume.array)
 
 
+def test_ingestion_takes_the_memory_of_slabs_not_of_the_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "SLAB_BYTES", 1 << 20)
+    volume = Memory(noise(256, 128, 128))
+    tracemalloc.start()
+    try:
+        ingest.convert(volume, ingest.measure(volume, "refuse"), lambda slab: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # the slab, a boolean of each voxel, and its deviations in float64
+    assert peak < 5 * (1 << 20) < volume.array.nbytes
+
+
 def test_non_finite_voxels_are_counted_placed_and_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "SLAB_BYTES", 2 * 4 * 5 * 6)
     array = noise(7, 5, 6)
@@ -117,9 +130,7 @@ def test_the_voxel_size_given_or_in_the_file() -> None:
 
 
 @pytest.mark.parametrize(("depth", "sigma"), [(40, 1.0), (40, 2.6), (7, 3.0), (3, 8.0), (1, 1.5)])
-def test_gaussian_in_slabs_is_scipys_to_the_last_bit(
-    depth: int, sigma: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gaussian_in_slabs_is_scipys_to_the_last_bit(depth: int, sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filters, "_BLOCK_BYTES", 1)  # the thinnest slabs there are
     array = noise(depth, 12, 15)
     whole = scipy.ndimage.gaussian_filter(array, sigma)
@@ -155,12 +166,10 @@ def test_band_pass_in_slabs_is_that_of_the_whole_volume(
 def test_band_pass_keeps_a_wave_inside_and_removes_those_outside() -> None:
     z = np.arange(64, dtype=np.float32)[:, None, None]
     waves = {period: np.broadcast_to(np.cos(2 * np.pi * z / period), (64, 4, 4)) for period in (4, 16, 64)}
-    volume = (5 + sum(waves.values())).astype(np.float32)
+    volume = (5 + waves[4] + waves[16] + waves[64]).astype(np.float32)
     # Periods of 40, 160 and 640 Å, and a mean; of them 160 Å lie between 90 and 300 Å. The edge of the high-pass begins
     # at DC, since 1/300 Å is closer to it than the edge is wide: 640 Å are 300/640 of the way up its half cosine.
-    kept = collected(
-        lambda write: filters.band_pass(lambda i, j: volume[i:j], (64, 4, 4), 10.0, 90.0, 300.0, write)
-    )
+    kept = collected(lambda write: filters.band_pass(lambda i, j: volume[i:j], (64, 4, 4), 10.0, 90.0, 300.0, write))
     share = 0.5 - 0.5 * np.cos(np.pi * 300 / 640)
     np.testing.assert_allclose(kept, waves[16] + share * waves[64], atol=1e-5)
 

@@ -196,6 +196,18 @@ def test_odd_tables_are_drawn_too() -> None:
     table = {
         "nothing": None, "empty": [], "flag": True, "text": "x", "nan": float("nan"), "deep": {"a": {"b": {"c": 1}}},
         "long": list(range(500)), "mixed": [1, "a", {"b": 2}], "same": {"epoch": [1, 2, 3], "loss": [1.0, 1.0, 1.0]},
+        "rows": [{"i": i} for i in range(500)], "sizes_voxels": [60, 20], "one": [{"epoch": 1, "loss": 2.0}],
     }  # fmt: skip
     text = Page(whole_page(tables=[report.Figures("odd", table)])).text()
-    assert "and 460 more" in text
+    for words in ("and 460 more", "500 values from 0 to 499", "sizes (voxels) 60, 20", "nan –", "flag yes"):
+        assert words in text, words
+
+
+def test_losses_become_one_chart_whichever_way_they_are_kept() -> None:
+    rows = [{"epoch": i, "training_loss": 1 / i, "validation": {"loss": 2 / i}, "seconds": 3.0} for i in (1, 2, 3)]
+    columns = {"epoch": [1, 2, 3], "training_loss": [1.0, 0.5, 0.3], "validation_loss": [2.0, 1.0, 0.6]}
+    for table in ({"epochs": rows}, {"epochs": columns}, columns):
+        page = Page(whole_page(tables=[report.Figures("training", table)], averages=()))
+        assert len(page.all("polyline")) == 2, table
+        assert "training loss" in page.text()
+        assert "validation loss" in page.text()

@@ -178,9 +178,8 @@ class Platform:
             while not condition():
                 await asyncio.sleep(0.01)
 
-    async def restart(self) -> None:
-        """Stops the engine and starts another one of the same name."""
-        await self.engine.stop()
+    async def restart_stopped(self) -> None:
+        """Starts another engine of the same name."""
         self.engine = Engine(self.settings, self.store)
         await self.engine.start()
 

@@ -56,17 +56,29 @@ class Instances:
         return [service.name for service in self.services for _ in service.calls]
 
 
+class Home:
+    """A folder, and the instances that were made in it."""
+
+    def __init__(self) -> None:
+        self.path = short_folder()
+        self.made: list[Instances] = []
+
+
 @pytest.fixture
-async def home(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Path]:
+async def home(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Home]:
     monkeypatch.setattr(tasks, "_BACKOFF_SECONDS", (0.01, 0.05))
-    folder = short_folder()
-    yield folder
-    shutil.rmtree(folder)
+    home = Home()
+    yield home
+    for made in home.made:
+        await made.stop()
+    shutil.rmtree(home.path)
 
 
-async def instances(home: Path, count: int, **options: Any) -> Instances:
-    made = Instances(home, count, **options)
-    await made.start()
+async def instances(home: Home, count: int, start: bool = True, **options: Any) -> Instances:
+    made = Instances(home.path, count, **options)
+    home.made.append(made)
+    if start:
+        await made.start()
     return made
 
 
@@ -81,10 +93,9 @@ def failing(status: grpc.StatusCode, times: int, details: str = "on purpose", re
     return behave
 
 
-async def test_a_result_with_its_key(home: Path) -> None:
+async def test_a_result_with_its_key(home: Home) -> None:
     made = await instances(home, 1)
     outcome = await made.do(7, rows={"first": 64, "count": 3})
-    await made.stop()
     assert outcome["status"] == "OK"
     assert outcome["task"] == "task-7"
     assert outcome["result"] == {"index": 7, "first_row": 64, "instance": "i0"}
@@ -93,16 +104,15 @@ async def test_a_result_with_its_key(home: Path) -> None:
     assert (0.5, "testing") in made.reported
 
 
-async def test_more_tasks_than_slots_wait_for_theirs(home: Path) -> None:
+async def test_more_tasks_than_slots_wait_for_theirs(home: Home) -> None:
     made = await instances(home, 2, slots=2)
     outcomes = await asyncio.gather(*(made.do(index, seconds=0.02) for index in range(20)))
-    await made.stop()
     assert [outcome["result"]["index"] for outcome in outcomes] == list(range(20))
     assert [service.peak for service in made.services] == [2, 2]
     assert [service.refused for service in made.services] == [0, 0]
 
 
-async def test_busy_is_no_failed_attempt(home: Path) -> None:
+async def test_busy_is_no_failed_attempt(home: Home) -> None:
     made = await instances(home, 1, slots=1)
     service = made.services[0]
     await _ready(made)
@@ -113,7 +123,6 @@ async def test_busy_is_no_failed_attempt(home: Path) -> None:
             await asyncio.sleep(0.005)
     service.running -= 1
     outcome = await task
-    await made.stop()
     assert outcome["status"] == "OK"
     assert outcome["attempts"] == 1
     assert service.calls == ["task-0"]
@@ -126,18 +135,17 @@ async def _ready(made: Instances) -> None:
 
 
 @pytest.mark.parametrize("status", ["INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED"])
-async def test_what_cannot_get_better_is_not_tried_again(home: Path, status: str) -> None:
+async def test_what_cannot_get_better_is_not_tried_again(home: Home, status: str) -> None:
     made = await instances(home, 2)
     for service in made.services:
         service.behave = failing(grpc.StatusCode[status], 99, "no such thing")
     outcome = await made.do()
-    await made.stop()
     assert (outcome["status"], outcome["cause"]) == (status, "no such thing")
     assert len(made.calls) == 1
 
 
 @pytest.mark.parametrize("status", ["INTERNAL", "UNKNOWN", "DATA_LOSS"])
-async def test_what_may_get_better_is_tried_once_more_elsewhere(home: Path, status: str) -> None:
+async def test_what_may_get_better_is_tried_once_more_elsewhere(home: Home, status: str) -> None:
     made = await instances(home, 2)
     await _ready(made)
     behave = failing(grpc.StatusCode[status], 1)
@@ -151,12 +159,11 @@ async def test_what_may_get_better_is_tried_once_more_elsewhere(home: Path, stat
         service.calls.clear()
         service.behave = failing(grpc.StatusCode[status], 99)
     outcome = await made.do()
-    await made.stop()
     assert (outcome["status"], len(made.calls)) == (status, 2)
     assert "tried 2 times" in outcome["cause"]
 
 
-async def test_a_draining_instance_is_left_for_another(home: Path) -> None:
+async def test_a_draining_instance_is_left_for_another(home: Home) -> None:
     made = await instances(home, 2)
     await _ready(made)
     for service in made.services:
@@ -164,30 +171,27 @@ async def test_a_draining_instance_is_left_for_another(home: Path) -> None:
     made.services[1].behave = None
     made.services[0].draining = True
     outcomes = [await made.do(index) for index in range(4)]
-    await made.stop()
     assert all(outcome["status"] == "OK" and outcome["attempts"] == 1 for outcome in outcomes)
     assert len(made.services[1].done) == 4
 
 
-async def test_storage_that_is_away_is_waited_for(home: Path) -> None:
+async def test_storage_that_is_away_is_waited_for(home: Home) -> None:
     made = await instances(home, 1)
     made.services[0].behave = failing(grpc.StatusCode.UNAVAILABLE, 8, "the store at s3://x is away")
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "OK"
     assert outcome["attempts"] == 9
 
 
-async def test_storage_is_not_waited_for_for_ever(home: Path) -> None:
+async def test_storage_is_not_waited_for_for_ever(home: Home) -> None:
     made = await instances(home, 1, pool_wait_seconds=0.3)
     made.services[0].behave = failing(grpc.StatusCode.UNAVAILABLE, 10**6, "the store at s3://x is away")
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "UNAVAILABLE"
     assert "the store at s3://x is away" in outcome["cause"]
 
 
-async def test_a_killed_instance_costs_only_time(home: Path) -> None:
+async def test_a_killed_instance_costs_only_time(home: Home) -> None:
     made = await instances(home, 2)
     await _ready(made)
     begun = asyncio.Event()
@@ -205,12 +209,11 @@ async def test_a_killed_instance_costs_only_time(home: Path) -> None:
     other.behave = None
     await first.kill()
     outcome = await task
-    await made.stop()
     assert outcome["status"] == "OK"
     assert outcome["result"]["instance"] == other.name
 
 
-async def test_an_instance_that_comes_back_is_used_again_soon(home: Path) -> None:
+async def test_an_instance_that_comes_back_is_used_again_soon(home: Home) -> None:
     made = await instances(home, 1)
     assert (await made.do(1))["status"] == "OK"
     await made.services[0].kill()
@@ -220,12 +223,11 @@ async def test_an_instance_that_comes_back_is_used_again_soon(home: Path) -> Non
     started = time.monotonic()
     outcome = await task
     waited = time.monotonic() - started
-    await made.stop()
     assert outcome["status"] == "OK"
     assert waited < 3.0, "gRPC's default back-off would be much longer"
 
 
-async def test_a_task_that_ends_its_instances_is_given_up(home: Path) -> None:
+async def test_a_task_that_ends_its_instances_is_given_up(home: Home) -> None:
     made = await instances(home, 4)
     await _ready(made)
 
@@ -239,22 +241,20 @@ async def test_a_task_that_ends_its_instances_is_given_up(home: Path) -> None:
     for service in made.services:
         service.behave = deadly(service)
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "UNAVAILABLE"
     assert "failed on 3 instances" in outcome["cause"]
     assert len(made.calls) == 3
 
 
-async def test_no_instance_at_all_names_the_pool(home: Path) -> None:
-    made = Instances(home, 1, pool_wait_seconds=0.4)
+async def test_no_instance_at_all_names_the_pool(home: Home) -> None:
+    made = await instances(home, 1, start=False, pool_wait_seconds=0.4)
     await made.placement.start()
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "UNAVAILABLE"
     assert f"pool io ({made.addresses[0]}) has had no ready instance" in outcome["cause"]
 
 
-async def test_a_hang_behind_heartbeats_is_ended(home: Path) -> None:
+async def test_a_hang_behind_heartbeats_is_ended(home: Home) -> None:
     made = await instances(home, 1)
     limit = find_operation("runtime.SelfTest").stall_limit_seconds
 
@@ -266,13 +266,14 @@ async def test_a_hang_behind_heartbeats_is_ended(home: Path) -> None:
 
     made.services[0].behave = hang
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "DEADLINE_EXCEEDED"
     assert "made no progress for 121 s on instance i0 (tried 2 times)" in outcome["cause"]
-    assert len(made.services[0].cancelled) == 2
+    async with asyncio.timeout(5):
+        while len(made.services[0].cancelled) < 2:  # the service is told of it, too
+            await asyncio.sleep(0.005)
 
 
-async def test_a_silent_stream_counts_as_lost(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_stream_counts_as_lost(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "SILENCE_SECONDS", 0.1)
     made = await instances(home, 2)
     await _ready(made)
@@ -285,21 +286,19 @@ async def test_a_silent_stream_counts_as_lost(home: Path, monkeypatch: pytest.Mo
     for service in made.services:
         service.behave = silent
     outcome = await made.do()
-    await made.stop()
     assert outcome["status"] == "OK"
     assert outcome["attempts"] == 2
 
 
-async def test_another_tasks_result_is_never_taken(home: Path) -> None:
+async def test_another_tasks_result_is_never_taken(home: Home) -> None:
     made = await instances(home, 1)
     made.services[0].answers_for = "task-8"
     outcome = await made.do(7)
-    await made.stop()
     assert outcome["status"] == "INTERNAL"
     assert "answered task task-7 with that of 'task-8'" in outcome["cause"]
 
 
-async def test_an_instance_that_is_too_small_is_left_for_a_larger_one(home: Path) -> None:
+async def test_an_instance_that_is_too_small_is_left_for_a_larger_one(home: Home) -> None:
     made = await instances(home, 2)
     await _ready(made)
     made.services[0].behave = failing(grpc.StatusCode.FAILED_PRECONDITION, 99, "needs 9 GiB", REASON_NEVER_FITS)
@@ -307,25 +306,24 @@ async def test_an_instance_that_is_too_small_is_left_for_a_larger_one(home: Path
     assert all(outcome["result"]["instance"] == "i1" for outcome in outcomes)
     made.services[1].behave = failing(grpc.StatusCode.FAILED_PRECONDITION, 99, "needs 9 GiB", REASON_NEVER_FITS)
     outcome = await made.do()
-    await made.stop()
     assert (outcome["status"], outcome["cause"]) == ("FAILED_PRECONDITION", "needs 9 GiB")
 
 
-async def test_wrong_fields_are_an_outcome_too(home: Path) -> None:
+async def test_wrong_fields_are_an_outcome_too(home: Home) -> None:
     made = await instances(home, 1)
     unknown = await made.do(colour="red")
     wrong = await made.do(seconds="long")
     missing = await made.runner.run(
         TaskRequest("t", "run", "default", "picking.Evaluate", {"truth_uri": "file:///x"}), lambda *_: None
     )
+    nothing = f"file://{home.path}/store/default/none.mrc"
     nowhere = await made.runner.run(
-        TaskRequest("t", "run", "default", "io.Filter", {"volume_uri": f"file://{home}/store/none.mrc"}), lambda *_: None
+        TaskRequest("t", "run", "default", "io.Filter", {"volume_uri": nothing}), lambda *_: None
     )
-    await made.stop()
     assert (unknown["status"], wrong["status"], missing["status"]) == ("INVALID_ARGUMENT",) * 3
     assert "colour" in unknown["cause"]
     assert "seconds" in wrong["cause"]
     assert "particles_uri" in missing["cause"]
     assert nowhere["status"] == "NOT_FOUND"
-    assert nowhere["input_uri"] == f"file://{home}/store/none.mrc"
+    assert nowhere["input_uri"] == nothing
     assert made.calls == []

@@ -158,6 +158,24 @@ def test_folders_go_with_their_last_object(files: FileStore) -> None:
     assert os.listdir(files.local_path(files.root)) == []
 
 
+def test_a_folder_that_is_deleted_meanwhile_is_made_again(files: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{files.root}/a/b"
+    real = os.open
+    calls: list[os.PathLike[str]] = []
+
+    def late(path: os.PathLike[str], *rest: int) -> int:
+        if not calls:
+            calls.append(path)
+            os.rmdir(files.local_path(f"{files.root}/a"))
+        return real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cryofleet.storage.os.open", late)
+        files.put(uri, b"x")
+    assert files.get(uri) == b"x"
+    assert len(calls) == 1
+
+
 def test_names_that_a_file_system_refuses(files: FileStore) -> None:
     with pytest.raises(InvalidArgument, match="too long"):
         files.put(f"{files.root}/{'x' * 300}", b"")

@@ -1,0 +1,251 @@
+"""The alignment service over real gRPC: what it gives, and what it says to requests that can't work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from cryofleet.artifacts import ResultWriter
+from cryofleet.numerics.rotations import angular_distance_degrees, frame_between
+from cryofleet.particles import Particles
+from cryofleet.settings import Settings
+from cryofleet.storage import Store
+from cryofleet.testing import call_operation, file_store, run_operation, running_server, settings_for
+from cryofleet.v1 import alignment_pb2, common_pb2
+from cryofleet.volumes import VolumeInfo, encode_volume, open_volume, write_subtomograms
+from services.alignment.service import service
+from tests.unit.alignment.samples import Sample, asymmetric, sample
+
+VOXEL = 12.0
+BOX = 24
+WEDGE = (-60.0, 60.0)
+#: Boxes of tomograms of 6 Å that were binned by two.
+BINNING = 2
+
+STATUS = grpc.StatusCode
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_for(tmp_path)
+
+
+@pytest.fixture
+def store(settings: Settings) -> Store:
+    return Store.open(settings)
+
+
+@pytest.fixture
+async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
+    async with running_server(service, settings) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def data() -> Sample:
+    return sample(asymmetric(1), BOX, 6, 1.0, wedge=WEDGE)
+
+
+def put_subtomograms(store: Store, name: str, boxes: NDArray[np.float32]) -> str:
+    """Dark boxes, particles numbered from 100."""
+    writer = ResultWriter(store, "default", name)
+    info = VolumeInfo(boxes.shape[1:], VOXEL, "dark", *WEDGE)
+    count = len(boxes)
+    particles = Particles.from_positions(
+        np.full((count, 3), 40.0), VOXEL / BINNING, "t", id=np.arange(100, 100 + count)
+    )
+    uri = write_subtomograms(writer, store, "boxes", -boxes, info, particles)
+    writer.commit(operation="test.Make", version=1, parameters={}, inputs={}, result={"uri": uri}, seconds=0.0)
+    return uri
+
+
+def put_volume(store: Store, name: str, volume: NDArray[np.float32], voxel_size_angstrom: float = VOXEL) -> str:
+    uri = f"{store.root}/default/inputs/{name}.mrc"
+    store.put(uri, encode_volume(volume, VolumeInfo(volume.shape, voxel_size_angstrom, "light")))
+    return uri
+
+
+def put_particles(store: Store, name: str, particles: Particles) -> str:
+    uri = f"{store.root}/default/inputs/{name}.parquet"
+    store.put(uri, particles.to_parquet())
+    return uri
+
+
+def particles_at(store: Store, uri: str) -> Particles:
+    return Particles.from_parquet(store.get(uri))
+
+
+async def refused(channel: grpc.aio.Channel, request: Message, status: grpc.StatusCode, *words: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(channel, request)
+    assert caught.value.code() == status, caught.value.details()
+    for word in words:
+        assert word in str(caught.value.details())
+
+
+async def test_align_finds_poses_in_the_tomograms_voxels(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    # The reference is light, the boxes are dark.
+    reply = await call_operation(
+        channel,
+        alignment_pb2.AlignRequest(
+            subtomograms_uri=put_subtomograms(store, "a" * 64, data.particles),
+            reference_uri=put_volume(store, "reference", asymmetric(1).volume(BOX)),
+            max_candidates=20,
+        ),
+        timeout=120,
+    )
+    particles = particles_at(store, reply.result.particles_uri)
+    assert reply.result.count == 6
+    assert particles.table["id"].tolist() == list(range(100, 106))
+    rotations = particles.rotations()
+    assert rotations is not None
+    assert angular_distance_degrees(data.rotations, rotations).max() < 3
+    np.testing.assert_allclose(particles.shifts(), data.shifts * BINNING, atol=0.5 * BINNING)
+    assert reply.result.mean_score == pytest.approx(particles.table["score"].mean())
+    assert reply.result.mean_score > 0.5
+    assert reply.progress[-1].phase == "aligning"
+
+
+async def test_rows_of_a_set_give_the_same_poses_as_the_whole(
+    channel: grpc.aio.Channel, store: Store, data: Sample
+) -> None:
+    request = alignment_pb2.AlignRequest(
+        subtomograms_uri=put_subtomograms(store, "a" * 64, data.particles),
+        reference_uri=put_volume(store, "reference", asymmetric(1).volume(BOX)),
+        low_pass_angstrom=60,
+        high_pass_angstrom=250,
+        max_candidates=10,
+        max_shift_voxels=3,
+    )
+    whole = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    request.rows.CopyFrom(common_pb2.RowRange(first=3, count=2))
+    part = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    assert part.table["id"].tolist() == [103, 104]
+    # Batches are cut elsewhere, which may change the last digits.
+    np.testing.assert_allclose(part.table["score"], whole.table["score"][3:5], atol=1e-5)
+    request.rows.count = 4
+    await refused(channel, request, STATUS.INVALID_ARGUMENT, "rows 3 to 6", "has 6")
+
+
+async def test_average_gives_maps_poses_halves_and_curve(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    subtomograms = put_subtomograms(store, "a" * 64, data.particles)
+    request = alignment_pb2.AverageRequest(subtomograms_uri=subtomograms, iterations=2, max_candidates=10, seed=3)
+    reply = await call_operation(channel, request, timeout=200)
+    result = reply.result
+    average = open_volume(store, result.average_uri)
+    assert average.info == VolumeInfo((BOX, BOX, BOX), VOXEL, "dark")
+    centre = slice(BOX // 2 - 3, BOX // 2 + 3)
+    assert average.read()[centre, centre, centre].mean() < 0
+    particles = particles_at(store, result.particles_uri)
+    assert sorted(particles.table["half"]) == [1, 1, 1, 2, 2, 2]
+    rotations = particles.rotations()
+    assert rotations is not None
+    frame = frame_between(data.rotations, rotations)
+    assert np.median(angular_distance_degrees(data.rotations, rotations * frame)) < 6
+    table = json.loads(store.get(result.fsc_uri))
+    assert len(table["frequency_per_angstrom"]) == len(table["fsc"]) == BOX // 2 + 1
+    assert table["frequency_per_angstrom"][-1] == pytest.approx(1 / (2 * VOXEL))
+    assert table["resolution_angstrom"] == pytest.approx(result.resolution_angstrom)
+    assert [set(i) for i in table["iterations"]] == [{"mean_score", "resolution_angstrom", "low_pass_angstrom"}] * 2
+    assert result.count == 6
+    halves = [open_volume(store, uri).read() for uri in (result.half1_uri, result.half2_uri)]
+    assert 0 < np.corrcoef(halves[0].ravel(), halves[1].ravel())[0, 1] < 1
+
+
+async def test_average_takes_chosen_particles_and_their_poses(
+    channel: grpc.aio.Channel, store: Store, data: Sample
+) -> None:
+    subtomograms = put_subtomograms(store, "a" * 64, data.particles)
+    order = [5, 0, 3, 2]
+    chosen = (
+        Particles.from_positions(np.full((4, 3), 40.0), VOXEL / BINNING, "t", id=100 + np.array(order))
+        .with_rotations(data.rotations[order])
+        .with_columns(**{f"shift_{axis}": data.shifts[order, i] * BINNING for i, axis in enumerate("xyz")})
+    )
+    request = alignment_pb2.AverageRequest(
+        subtomograms_uri=subtomograms,
+        particles_uri=put_particles(store, "chosen", chosen),
+        iterations=1,
+        max_candidates=10,
+    )
+    result = (await call_operation(channel, request, timeout=120)).result
+    particles = particles_at(store, result.particles_uri)
+    assert particles.table["id"].tolist() == [105, 100, 103, 102]
+    rotations = particles.rotations()
+    assert rotations is not None
+    # The frame is that of the poses it began with.
+    assert np.median(angular_distance_degrees(data.rotations[order], rotations)) < 10
+
+
+def test_average_goes_on_from_its_checkpoint(tmp_path: Path, data: Sample) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(fraction: float, phase: str = "", **counters: float) -> None:
+        # After the first of the two iterations.
+        if fraction > 0.8:
+            raise Stopped
+
+    def files(folder: str, interrupted: bool) -> list[bytes]:
+        store = file_store(tmp_path / folder)
+        request = alignment_pb2.AverageRequest(
+            subtomograms_uri=put_subtomograms(store, "a" * 64, data.particles[:4]), iterations=2, max_candidates=8
+        )
+        if interrupted:
+            with pytest.raises(Stopped):
+                run_operation(service, request, store, progress=stop)
+            assert any("_work" in found.uri for found in store.list(f"{store.root}/default"))
+        result = run_operation(service, request, store)
+        assert not any("_work" in found.uri for found in store.list(f"{store.root}/default"))
+        return [store.get(uri) for uri in (result.average_uri, result.particles_uri, result.fsc_uri)]
+
+    assert files("undisturbed", False) == files("interrupted", True)
+
+
+async def test_inputs_that_do_not_fit_are_named(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    subtomograms = put_subtomograms(store, "a" * 64, data.particles)
+    volume = asymmetric(1).volume(BOX)
+
+    def request(reference: str, **options: Any) -> alignment_pb2.AlignRequest:
+        return alignment_pb2.AlignRequest(subtomograms_uri=subtomograms, reference_uri=reference, **options)
+
+    invalid = STATUS.INVALID_ARGUMENT
+    await refused(
+        channel, request(put_volume(store, "small", asymmetric(1).volume(16))), invalid, "small.mrc", "(16, 16, 16)"
+    )
+    coarse = put_volume(store, "coarse", volume, voxel_size_angstrom=12.2)
+    await refused(channel, request(coarse), invalid, "coarse.mrc", "12.2 Å")
+    flat = put_volume(store, "flat", np.ones_like(volume))
+    await refused(channel, request(flat), invalid, "reference is constant")
+    good = put_volume(store, "good", volume)
+    await refused(channel, request(good, low_pass_angstrom=-1), invalid, "low_pass_angstrom")
+    await refused(channel, request(good, low_pass_angstrom=250), invalid, "low_pass_angstrom 250")
+    missing = f"{store.root}/default/inputs/none.mrc"
+    await refused(channel, request(missing), STATUS.NOT_FOUND, "none.mrc")
+
+
+async def test_particles_that_can_not_be_averaged_are_named(
+    channel: grpc.aio.Channel, store: Store, data: Sample
+) -> None:
+    broken = data.particles.copy()
+    broken[2] = 3.0
+    invalid = STATUS.INVALID_ARGUMENT
+    request = alignment_pb2.AverageRequest(subtomograms_uri=put_subtomograms(store, "b" * 64, broken))
+    await refused(channel, request, invalid, "particle 102 is constant")
+    request.subtomograms_uri = put_subtomograms(store, "c" * 64, data.particles[:1])
+    await refused(channel, request, invalid, "at least 2 particles")
+    request.subtomograms_uri = put_subtomograms(store, "a" * 64, data.particles)
+    stranger = Particles.from_positions(np.zeros((2, 3)), VOXEL, "t", id=np.array([100, 7]))
+    request.particles_uri = put_particles(store, "stranger", stranger)
+    await refused(channel, request, invalid, "particle 7", "stranger.parquet")
+    request.particles_uri = ""
+    request.symmetry = "Z3"
+    await refused(channel, request, invalid, "symmetry")

@@ -1,0 +1,303 @@
+"""The orchestrator over real gRPC, with a real instance that keeps results in a store."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+
+from cryofleet.artifacts import find, manifest_for
+from cryofleet.server import Server
+from cryofleet.server.runtime_service import service as runtime_service
+from cryofleet.settings import Settings
+from cryofleet.storage import Store
+from cryofleet.testing import call_operation, open_channel
+from cryofleet.v1 import orchestrator_pb2 as pb
+from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
+from orchestrator.service import service as orchestrator_service
+from tests.unit.orchestrator.fake import short_folder
+
+TASKS = """
+name: tasks
+parameters:
+  numbers: {type: list}
+  seconds: {type: number, default: 0}
+  fail: {type: text, default: ""}
+steps:
+  - id: each
+    op: runtime.SelfTest
+    foreach: ${numbers}
+    as: number
+    with: {index: "${number}", seconds: "${seconds}"}
+  - id: last
+    op: runtime.SelfTest
+    with: {index: 100, fail_with: "${fail}"}
+  - id: after
+    op: runtime.SelfTest
+    with: {index: "${last.index}", seconds: 0.01}
+outputs:
+  indices: ${each.index}
+  last: ${after.index}
+"""
+
+
+@dataclass
+class Orchestrator:
+    stub: Any
+    """OrchestratorServiceStub; its types are for blocking channels."""
+    instance: grpc.aio.Channel
+    store: Store
+    home: Path
+
+    async def submit(self, text: str = TASKS, run_id: str = "", project: str = "", **arguments: Any) -> pb.Run:
+        given = Struct()
+        given.update(arguments)
+        request = pb.SubmitRunRequest(pipeline_yaml=text, arguments=given, run_id=run_id, project=project)
+        run: pb.Run = (await self.stub.SubmitRun(request)).run
+        return run
+
+    async def ended(self, run: pb.Run) -> pb.Run:
+        """The run's last state, by watching it."""
+        async for response in self.stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+            run = response.run
+        return run
+
+
+@pytest.fixture
+async def orchestrator() -> AsyncIterator[Orchestrator]:
+    home = short_folder()
+    settings = Settings(
+        home=home,
+        store=f"file://{home}/store",
+        address=f"unix:{home}/o/o.sock",
+        instance="orchestrator",
+        pools={"io": f"unix:{home}/s/s.sock"},
+        database=f"sqlite:///{home}/orchestrator.sqlite",
+        drain_seconds=0.2,
+        pool_wait_seconds=20,
+    )
+    instance = Settings(
+        home=home, store=settings.store, address=f"unix:{home}/s/s.sock", instance="worker", slots=3, memory_bytes=2**30
+    )
+    servers = [Server(runtime_service, instance), Server(orchestrator_service, settings)]
+    try:
+        for server in servers:
+            await server.start()
+        async with open_channel(settings.address) as channel, open_channel(instance.address) as direct:
+            stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            yield Orchestrator(stub, direct, Store(settings.store), home)
+    finally:
+        for server in reversed(servers):
+            await server.stop()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+async def refused(call: Any) -> tuple[str, str]:
+    """Status and message of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code().name, caught.value.details() or ""
+
+
+async def test_a_run_from_submission_to_outputs(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.submit(numbers=[4, 5, 6], project="mine")
+    assert run.state in (pb.RUN_STATE_QUEUED, pb.RUN_STATE_RUNNING)
+    assert run.id.startswith("tasks-")
+    states = []
+    async for response in orchestrator.stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+        states.append(response.run.state)
+        run = response.run
+    assert states[-1] == pb.RUN_STATE_SUCCEEDED
+    assert states == sorted(states), "a run never goes back"
+    assert MessageToDict(run.outputs) == {"indices": [4, 5, 6], "last": 100}
+    assert MessageToDict(run.arguments) == {"numbers": [4, 5, 6], "seconds": 0, "fail": ""}
+    assert run.steps[0].operation == "runtime.SelfTest"
+    assert MessageToDict(run.steps[0].outputs)["instance"] == ["worker"] * 3
+    got = (await orchestrator.stub.GetRun(pb.GetRunRequest(run_id=run.id))).run
+    assert got == run
+    listed = (await orchestrator.stub.ListRuns(pb.ListRunsRequest(project="mine"))).runs
+    assert [(each.id, len(each.steps)) for each in listed] == [(run.id, 0)]
+    assert not (await orchestrator.stub.ListRuns(pb.ListRunsRequest(project="other"))).runs
+    # The results are the project's own.
+    assert list((orchestrator.home / "store" / "mine").glob("*/manifest.json"))
+
+
+async def test_bad_submissions_are_refused_before_anything_runs(orchestrator: Orchestrator) -> None:
+    stub = orchestrator.stub
+    status, message = await refused(stub.SubmitRun(pb.SubmitRunRequest(pipeline="discovre")))
+    assert (status, "did you mean 'discover'" in message) == ("NOT_FOUND", True)
+    status, message = await refused(stub.SubmitRun(pb.SubmitRunRequest(pipeline="discover")))
+    assert (status, "discover needs 'tomogram'" in message) == ("INVALID_ARGUMENT", True)
+    status, message = await refused(stub.SubmitRun(pb.SubmitRunRequest(pipeline="discover", pipeline_yaml=TASKS)))
+    assert (status, "and not both" in message) == ("INVALID_ARGUMENT", True)
+    status, message = await refused(orchestrator.submit(TASKS.replace("runtime.SelfTest", "runtime.SelfTes", 1)))
+    assert (status, "pipeline.yaml:9:" in message) == ("INVALID_ARGUMENT", True)
+    status, message = await refused(orchestrator.submit(numbers="all"))
+    assert (status, "numbers is 'all'; it must be a list" in message) == ("INVALID_ARGUMENT", True)
+    missing = Struct()
+    missing.update({"tomogram": f"{orchestrator.store.root}/default/none.mrc"})
+    status, message = await refused(stub.SubmitRun(pb.SubmitRunRequest(pipeline="discover", arguments=missing)))
+    assert (status, "input tomogram" in message and "none.mrc" in message) == ("NOT_FOUND", True)
+    missing.update({"tomogram": "file:///etc/passwd"})
+    status, message = await refused(stub.SubmitRun(pb.SubmitRunRequest(pipeline="discover", arguments=missing)))
+    assert (status, "/etc/passwd" in message) == ("PERMISSION_DENIED", True)
+    assert not (await stub.ListRuns(pb.ListRunsRequest())).runs
+
+
+async def test_submitting_twice_is_harmless(orchestrator: Orchestrator) -> None:
+    first = await orchestrator.submit(run_id="mine", numbers=[1])
+    second = await orchestrator.submit(run_id="mine", numbers=[1])
+    assert first.id == second.id == "mine"
+    run = await orchestrator.ended(second)
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 1)
+    status, message = await refused(orchestrator.submit(run_id="mine", numbers=[2]))
+    assert (status, "run mine exists" in message) == ("ALREADY_EXISTS", True)
+    assert (await refused(orchestrator.stub.GetRun(pb.GetRunRequest(run_id="none"))))[0] == "NOT_FOUND"
+
+
+async def test_cancel_and_resume(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.submit(numbers=list(range(9)), seconds=0.4)
+    async for response in orchestrator.stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+        if response.run.steps[0].tasks_done >= 1:
+            break
+    started = time.monotonic()
+    run = (await orchestrator.stub.CancelRun(pb.CancelRunRequest(run_id=run.id))).run
+    assert run.state == pb.RUN_STATE_CANCELLED
+    run = await orchestrator.ended(run)
+    assert time.monotonic() - started < 10
+    done_before = run.steps[0].tasks_done
+    assert 1 <= done_before < 9
+    status, message = await refused(orchestrator.stub.RetryRun(pb.RetryRunRequest(run_id=run.id)))
+    assert (status, "is cancelled" in message and "resume it" in message) == ("FAILED_PRECONDITION", True)
+    run = (await orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run
+    assert run.attempt == 2
+    # Harmless on a run that goes on.
+    run = (await orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run
+    assert run.attempt == 2
+    run = await orchestrator.ended(run)
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert run.steps[0].tasks_cached >= done_before, "what was done is found in the store"
+    assert MessageToDict(run.outputs)["indices"] == list(range(9))
+    assert (await orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run.attempt == 2
+    assert (await orchestrator.stub.CancelRun(pb.CancelRunRequest(run_id=run.id))).run.state == pb.RUN_STATE_SUCCEEDED
+
+
+async def test_a_failed_run_says_which_step_and_why(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.ended(await orchestrator.submit(numbers=[1], fail="NOT_FOUND"))
+    assert run.state == pb.RUN_STATE_FAILED
+    assert run.error == "step last failed: NOT_FOUND: failed with NOT_FOUND, as asked for"
+    assert {step.id: pb.StepState.Name(step.state) for step in run.steps} == {
+        "each": "STEP_STATE_SUCCEEDED",
+        "last": "STEP_STATE_FAILED",
+        "after": "STEP_STATE_CANCELLED",
+    }
+    run = await orchestrator.ended((await orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run)
+    assert (run.state, run.attempt) == (pb.RUN_STATE_FAILED, 2)
+    status, message = await refused(orchestrator.stub.RetryRun(pb.RetryRunRequest(run_id=run.id)))
+    assert (status, "has no items set aside" in message) == ("FAILED_PRECONDITION", True)
+
+
+SOME_FAIL = """
+name: some-fail
+parameters:
+  statuses: {type: list}
+steps:
+  - id: each
+    op: runtime.SelfTest
+    foreach: ${statuses}
+    as: status
+    with: {fail_with: "${status}", index: 7}
+"""
+
+
+async def test_set_aside_and_retry(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.ended(await orchestrator.submit(SOME_FAIL, statuses=["", "PERMISSION_DENIED"]))
+    assert run.state == pb.RUN_STATE_PARTIAL
+    assert [(each.step, each.item, each.status) for each in run.set_aside] == [("each", "1", "PERMISSION_DENIED")]
+    status, message = await refused(orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id)))
+    assert (status, "retry it" in message) == ("FAILED_PRECONDITION", True)
+    run = (await orchestrator.stub.RetryRun(pb.RetryRunRequest(run_id=run.id))).run
+    assert run.attempt == 2
+    run = await orchestrator.ended(run)
+    assert run.state == pb.RUN_STATE_PARTIAL
+    assert run.steps[0].tasks_cached == 1
+
+
+async def test_pools_and_pipelines(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.submit(numbers=list(range(40)), seconds=0.5)
+    async for response in orchestrator.stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+        if response.run.steps[0].tasks_total:
+            break
+    pools = {pool.name: pool for pool in (await orchestrator.stub.GetPools(pb.GetPoolsRequest())).pools}
+    assert list(pools) == ["io"]
+    instance = pools["io"].instances[0]
+    assert (instance.instance, instance.ready, instance.slots_total) == ("worker", True, 3)
+    assert instance.address == f"unix:{orchestrator.home}/s/s.sock"
+    await orchestrator.stub.CancelRun(pb.CancelRunRequest(run_id=run.id))
+    pipelines = {p.name: p for p in (await orchestrator.stub.ListPipelines(pb.ListPipelinesRequest())).pipelines}
+    discover = pipelines["discover"]
+    parameters = {parameter.name: parameter for parameter in discover.parameters}
+    assert (parameters["tomogram"].type, parameters["tomogram"].required) == ("file", True)
+    assert parameters["particle_diameter_angstrom"].unit == "Å"
+    assert parameters["particle_diameter_angstrom"].default_value.number_value > 0
+    assert "pick: picking.DifferenceOfGaussians" in discover.steps
+    assert "particles" in discover.outputs
+
+
+async def test_an_estimate_knows_what_the_store_has(orchestrator: Orchestrator) -> None:
+    arguments = Struct()
+    arguments.update({"numbers": [1, 2, 3]})
+    request = pb.EstimateRunRequest(pipeline_yaml=TASKS, arguments=arguments)
+    estimate = await orchestrator.stub.EstimateRun(request)
+    steps = {step.id: step for step in estimate.steps}
+    assert (steps["each"].tasks, steps["each"].tasks_cached, steps["each"].known) == (3, 0, True)
+    assert (steps["after"].tasks, steps["after"].known) == (1, False), "it depends on a result that is not there"
+    assert estimate.tasks == 5
+    assert not list((orchestrator.home / "store").glob("*/*/manifest.json"))
+    await orchestrator.ended(await orchestrator.submit(numbers=[1, 2]))
+    steps = {step.id: step for step in (await orchestrator.stub.EstimateRun(request)).steps}
+    assert (steps["each"].tasks, steps["each"].tasks_cached) == (3, 2)
+    assert (steps["after"].tasks_cached, steps["after"].known) == (1, True)
+
+
+async def test_garbage_is_what_no_run_and_no_pin_needs(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.ended(await orchestrator.submit(numbers=[1, 2]))
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    made = []
+    for index in (900, 901):
+        reply = await call_operation(
+            orchestrator.instance, runtime_pb2.SelfTestRequest(index=index), project="default"
+        )
+        made.append(reply.provenance.manifest_uri)
+    checkpoint = f"{orchestrator.store.root}/default/_work/{'0' * 64}/state"
+    orchestrator.store.put(checkpoint, b"left behind")
+    await orchestrator.stub.PinArtifact(pb.PinArtifactRequest(uri=made[0]))
+    fresh = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(older_than_hours=1, delete=True))
+    assert not fresh.results, "what is younger stays"
+    found = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest())
+    wanted = {made[1].rpartition("/")[0]: "runtime.SelfTest", checkpoint.rpartition("/")[0]: ""}
+    assert {each.uri: each.operation for each in found.results} == wanted
+    assert found.size_bytes == sum(each.size_bytes for each in found.results) > 0
+    assert manifest_for(orchestrator.store, made[1]) is not None, "only listed"
+    deleted = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(delete=True, project="default"))
+    assert {each.uri for each in deleted.results} == set(wanted)
+    assert not orchestrator.store.exists(made[1])
+    assert not orchestrator.store.exists(checkpoint)
+    assert orchestrator.store.exists(made[0])
+    await orchestrator.stub.PinArtifact(pb.PinArtifactRequest(uri=made[0], unpin=True))
+    deleted = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(delete=True))
+    assert [each.uri for each in deleted.results] == [made[0].rpartition("/")[0]]
+    # All of the run's own results are still there.
+    again = await orchestrator.ended(await orchestrator.submit(numbers=[1, 2]))
+    assert [step.tasks_cached for step in again.steps] == [2, 1, 1]
+    nothing = f"{orchestrator.store.root}/default/{'a' * 64}/x"
+    assert find(orchestrator.store, "default", "a" * 64) is None
+    assert (await refused(orchestrator.stub.PinArtifact(pb.PinArtifactRequest(uri=nothing))))[0] == "NOT_FOUND"

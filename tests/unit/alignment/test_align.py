@@ -1,0 +1,286 @@
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from cryofleet.errors import Cancelled, InvalidArgument
+from cryofleet.numerics.rotations import angular_distance_degrees, rotation_grid, uniform_random
+from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
+from services.alignment.align import Aligner, Search, align, prepare_reference, search_exhaustively
+from services.alignment.band import Band, rotation_matrices
+from services.alignment.refinement import _sums, _sums_by_tensors, correlations, refine
+from services.alignment.rotational_matching import RotationalMatcher
+from services.alignment.translation import ShiftSearch
+from tests.unit.alignment.samples import WEDGE, Sample, asymmetric, observed, sample, symmetric
+
+BOX = 32
+SEARCH = Search(BOX, 12.0, WEDGE, max_candidates=30)
+
+
+def align_sample(
+    data: Sample, reference: NDArray[np.float32], search: Search = SEARCH
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Errors of the rotations in degrees and of the shifts in voxels, and the scores."""
+    poses = align(data.read, len(data), reference, search)
+    errors = angular_distance_degrees(data.rotations, poses.rotations)
+    return errors, np.linalg.norm(poses.shifts - data.shifts, axis=1), poses.scores
+
+
+def test_noise_free_poses_are_found_to_a_fraction_of_a_degree() -> None:
+    blobs = asymmetric()
+    errors, offsets, scores = align_sample(sample(blobs, BOX, 12, None), blobs.volume(BOX))
+    assert np.median(errors) < 0.2
+    assert errors.max() < 0.5
+    assert offsets.max() < 0.05
+    # All that X observes is explained; interpolation costs less than a percent.
+    assert scores.min() > 0.99
+
+
+def test_noisy_poses_are_found() -> None:
+    blobs = asymmetric(2)
+    errors, offsets, _ = align_sample(sample(blobs, BOX, 16, 0.1), blobs.volume(BOX))
+    assert np.median(errors) < 2.0
+    assert errors.max() < 10
+    assert np.median(offsets) < 0.4
+
+
+def test_poses_are_found_modulo_the_symmetry_of_the_reference() -> None:
+    blobs = symmetric("D7")
+    data = sample(blobs, BOX, 8, 0.1)
+    poses = align(data.read, 8, blobs.volume(BOX), SEARCH)
+    assert angular_distance_degrees(data.rotations, poses.rotations, "D7").max() < 6
+
+
+def test_odd_boxes_and_boxes_without_a_wedge_work() -> None:
+    blobs = asymmetric(3)
+    data = sample(blobs, 25, 4, None, wedge=(-90.0, 90.0))
+    errors, offsets, scores = align_sample(data, blobs.volume(25), Search(25, 10.0, None))
+    assert errors.max() < 0.5
+    assert offsets.max() < 0.05
+    assert scores.min() > 0.99
+
+
+def test_the_mirror_image_is_another_structure() -> None:
+    blobs = asymmetric()
+    data = sample(blobs, BOX, 4, None)
+    mirrored = np.ascontiguousarray(np.roll(blobs.volume(BOX)[::-1], 1, axis=0))
+    _, _, right = align_sample(data, blobs.volume(BOX))
+    _, _, wrong = align_sample(data, mirrored)
+    assert (right > wrong + 0.02).all()
+
+
+def test_the_score_takes_only_what_the_particle_observes() -> None:
+    blobs = asymmetric(4)
+    rng = np.random.default_rng(0)
+    particle = observed(blobs.volume(BOX), (-40.0, 50.0), None, rng)
+    data = Sample(particle[None], Rotation.identity(1), np.zeros((1, 3)))
+    _, _, within = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, (-40.0, 50.0)))
+    _, _, beyond = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, None))
+    assert within[0] > 0.995
+    # Taken as whole, the missing half of the particle lowers the correlation.
+    assert beyond[0] < 0.95
+
+
+def test_shifts_stay_within_their_limit() -> None:
+    blobs = asymmetric()
+    rng = np.random.default_rng(1)
+    particle = observed(blobs.volume(BOX, None, np.array([3.0, 0.0, 0.0])), WEDGE, None, rng)
+    limited = align(lambda i, n: particle[None], 1, blobs.volume(BOX), Search(BOX, 12.0, WEDGE, max_shift_voxels=1.0))
+    assert np.abs(limited.shifts).max() <= 1.0 + 1e-6
+    none = align(lambda i, n: particle[None], 1, blobs.volume(BOX), Search(BOX, 12.0, WEDGE, max_shift_voxels=0.0))
+    assert np.abs(none.shifts).max() == 0
+
+
+def test_the_exhaustive_search_agrees() -> None:
+    blobs = asymmetric(5)
+    data = sample(blobs, 24, 2, 0.5)
+    search = Search(24, 12.0, WEDGE)
+    poses = align(data.read, 2, blobs.volume(24), search)
+    for i in range(2):
+        slow = search_exhaustively(data.particles[i], blobs.volume(24), search, rotation_grid(12.0))
+        # The best of a grid of 12 degrees lies within its covering radius, and never scores higher.
+        assert angular_distance_degrees(slow.rotations, poses.rotations[i : i + 1])[0] < 12
+        assert slow.scores[0] <= poses.scores[i] + 5e-3
+
+
+def test_threads_do_not_change_the_result() -> None:
+    blobs = asymmetric()
+    data = sample(blobs, BOX, 9, 0.2)
+    one = align(data.read, 9, blobs.volume(BOX), SEARCH, threads=1)
+    two = align(data.read, 9, blobs.volume(BOX), SEARCH, threads=2)
+    np.testing.assert_array_equal(one.rotations.as_quat(), two.rotations.as_quat())
+    np.testing.assert_array_equal(one.shifts, two.shifts)
+
+
+def test_progress_counts_and_stops() -> None:
+    blobs = asymmetric()
+    data = sample(blobs, BOX, 9, None)
+    seen: list[float] = []
+
+    def report(fraction: float, phase: str = "", **counters: float) -> None:
+        seen.append(counters["particles"])
+        if len(seen) == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        align(data.read, 9, blobs.volume(BOX), SEARCH, progress=report)
+    assert seen == [4, 8]
+
+
+# The parts
+
+
+def test_rotational_correlation_is_the_sum_over_the_grid_of_the_particle() -> None:
+    """Eq. 2, numerator and denominator, against sums over components with the rotated reference interpolated."""
+    blobs = asymmetric(6)
+    band = Band(24, 1.0, 5.0, WEDGE, "cpu")
+    matcher = RotationalMatcher(band)
+    table = SpectrumTable(torch.from_numpy(blobs.volume(24))[None], matcher.reach, 6)
+    model = matcher.model(table)
+    particle = observed(blobs.volume(24, Rotation.from_rotvec([1.0, 0.3, 0.2])), WEDGE, 0.5, np.random.default_rng(0))
+    magnitudes = band.of(centred_rfft(torch.from_numpy(particle)[None])).abs()
+    found = matcher.correlation(magnitudes, model)[0].flatten()
+    index = np.random.default_rng(1).integers(0, len(found), 200)
+    matrices = rotation_matrices(matcher.grid.quaternions(torch.from_numpy(index)))
+    rotated = table.rotated(band.points, matrices[None])[0].abs()
+    numerator = (rotated * magnitudes).sum(-1)
+    expected = numerator / (rotated * rotated).sum(-1).sqrt()
+    # Equal but for the cut of the expansion.
+    assert float((found[index] / expected - 1).abs().max()) < 0.02
+    assert float(np.corrcoef(found[index].numpy(), expected.numpy())[0, 1]) > 0.99
+
+
+def test_candidates_hold_the_true_rotation_among_the_first() -> None:
+    blobs = asymmetric(7)
+    data = sample(blobs, BOX, 6, None)
+    aligner = Aligner(SEARCH)
+    references = aligner.references(torch.from_numpy(prepare_reference(blobs.volume(BOX)))[None])
+    quaternions, found = aligner.candidates(torch.from_numpy(data.particles), references)
+    for i in range(6):
+        candidates = Rotation.from_quat(quaternions[i][found[i]].double().numpy())
+        # Magnitudes don't tell a structure from its inversion, so the first few may be wrong.
+        assert angular_distance_degrees(data.rotations[i], candidates[:5]).min() < 6
+
+
+def test_the_shift_search_follows_the_convention() -> None:
+    n = 24
+    band = Band(n, 1.0, 6.0, WEDGE, "cpu")
+    volume = asymmetric().volume(n)
+    shifts = np.array([[2.0, -1.0, 3.5], [0.3, 0.7, -2.2]])
+    moved = torch.from_numpy(np.stack([asymmetric().volume(n, None, s) for s in shifts]))
+    still = band.of(centred_rfft(torch.from_numpy(volume)[None]))
+    products = band.of(centred_rfft(moved)) * still.conj()
+    found, value = ShiftSearch(band, 5.0).best(products)
+    np.testing.assert_allclose(found.numpy(), shifts, atol=0.15)
+    # At the peak every product has phase 0.
+    np.testing.assert_allclose(value.numpy(), products.abs().sum(-1).numpy(), rtol=0.03)
+
+
+def test_derivatives_are_those_of_the_score() -> None:
+    n = 24
+    band = Band(n, 1.0, 5.0, WEDGE, "cpu")
+    blobs = asymmetric(8)
+    table = SpectrumTable(torch.from_numpy(blobs.volume(n))[None], 5.0, 4)
+    data = band.of(
+        centred_rfft(
+            torch.from_numpy(
+                np.stack([blobs.volume(n), blobs.volume(n, uniform_random(1, np.random.default_rng(0))[0])])
+            )
+        )
+    )
+    quaternions = torch.from_numpy(uniform_random(6, np.random.default_rng(1)).as_quat()).float().view(2, 3, 4)
+    shifts = torch.randn((2, 3, 3), generator=torch.Generator().manual_seed(0))
+    compiled = _sums(band, data, table, rotation_matrices(quaternions), shifts)
+    tensors = _sums_by_tensors(band, data, table, rotation_matrices(quaternions), shifts)
+    for name in ("norm", "overlap", "gram", "along", "towards"):
+        expected = getattr(tensors, name)
+        torch.testing.assert_close(
+            getattr(compiled, name), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+def test_refinement_climbs_back_from_a_few_degrees_and_a_voxel() -> None:
+    n = 32
+    blobs = asymmetric(9)
+    data = sample(blobs, n, 6, None)
+    band = Band(n, 1.0, 8.0, WEDGE, "cpu")
+    table = SpectrumTable(torch.from_numpy(blobs.volume(n))[None], 8.0)
+    spectra = band.of(centred_rfft(torch.from_numpy(data.particles)))
+    rng = np.random.default_rng(0)
+    turns = rng.normal(size=(6, 3))
+    turns *= np.radians(4) / np.linalg.norm(turns, axis=1, keepdims=True)
+    start = torch.from_numpy((Rotation.from_rotvec(turns) * data.rotations).as_quat()).float()[:, None]
+    shifts = torch.from_numpy(data.shifts + rng.uniform(-0.8, 0.8, (6, 3))).float()[:, None]
+    before = correlations(band, spectra, table, start, shifts)
+    result = refine(band, spectra, table, start, shifts, 8.0, 6)
+    errors = angular_distance_degrees(data.rotations, Rotation.from_quat(result.quaternions[:, 0].double().numpy()))
+    assert errors.max() < 0.3
+    assert np.abs(result.shifts[:, 0].numpy() - data.shifts).max() < 0.05
+    assert (result.scores > before).all()
+    torch.testing.assert_close(
+        result.scores, correlations(band, spectra, table, result.quaternions, result.shifts), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_band_holds_one_of_each_pair_within_wedge_and_limits() -> None:
+    band = Band(16, 2.0, 6.0, WEDGE, "cpu")
+    points = {tuple(p) for p in band.points.long().tolist()}
+    assert len(points) == len(band)
+    assert not any((-x, -y, -z) in points for x, y, z in points)
+    radii = np.sqrt([x * x + y * y + z * z for x, y, z in points])
+    assert radii.min() == 2.0
+    assert radii.max() == 6.0
+    assert (5, 0, -3) in points  # -31 degrees
+    assert (2, 0, -5) not in points  # -68 degrees
+    assert (2, 0, 5) in points  # +68 degrees
+
+
+# What can't work
+
+
+def read_of(particles: NDArray[np.float32]) -> Sample:
+    return Sample(particles, Rotation.identity(len(particles)), np.zeros((len(particles), 3)))
+
+
+def test_a_constant_or_broken_particle_is_named() -> None:
+    reference = asymmetric().volume(16)
+    particles = np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32)
+    particles[1] = 4.0
+    names = np.array([70, 71, 72])
+    search = Search(16, 10.0, WEDGE)
+    with pytest.raises(InvalidArgument, match="particle 71 is constant"):
+        align(read_of(particles).read, 3, reference, search, names=names)
+    particles[1] = 0
+    particles[2, 3, 3, 3] = np.nan
+    particles[1, 0, 0, 0] = 1
+    with pytest.raises(InvalidArgument, match="particle 72 holds values that are not finite"):
+        align(read_of(particles).read, 3, reference, search, names=names)
+    with pytest.raises(InvalidArgument, match=r"particle 70 is a box of \(16, 16, 16\)"):
+        align(read_of(particles).read, 3, asymmetric().volume(24), Search(24, 10.0, WEDGE), names=names)
+
+
+def test_a_reference_that_can_not_work_is_refused() -> None:
+    particles = read_of(np.random.default_rng(0).normal(size=(2, 16, 16, 16)).astype(np.float32))
+    search = Search(16, 10.0, WEDGE)
+    with pytest.raises(InvalidArgument, match="reference is constant"):
+        align(particles.read, 2, np.ones((16, 16, 16), np.float32), search)
+    with pytest.raises(InvalidArgument, match="boxes of 16 voxels"):
+        align(particles.read, 2, asymmetric().volume(24), search)
+    with pytest.raises(InvalidArgument, match="not finite"):
+        align(particles.read, 2, np.full((16, 16, 16), np.nan, np.float32), search)
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        (Search(16, 10.0, (60.0, -60.0)), "tilt range"),
+        (Search(16, 10.0, WEDGE, low_pass_angstrom=150.0), "low_pass_angstrom"),
+        (Search(16, 10.0, WEDGE, high_pass_angstrom=30.0), "high_pass_angstrom"),
+        (Search(4, 10.0, WEDGE), "too small"),
+        (Search(16, 0.0, WEDGE), "voxel_size_angstrom"),
+    ],
+)
+def test_a_search_that_can_not_work_is_refused(search: Search, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        search.check()

@@ -1,0 +1,256 @@
+"""The training loop: what it learns, when it stops, and that a resumed run is the undisturbed one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cryofleet.errors import Cancelled, FailedPrecondition, InvalidArgument
+from cryofleet.progress import no_progress
+from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss, codes_collapsed
+from services.learning.datasets import BoxBatches
+from services.learning.preparation import standardise
+from services.learning.training import Training, TrainingOptions, train, use_deterministic_algorithms
+from tests.unit.learning.shapes import two_kinds
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    use_deterministic_algorithms(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def batches(count: int = 20, seed: int = 0) -> BoxBatches:
+    boxes = standardise(two_kinds(count, 8, 1)[0])
+    return BoxBatches(boxes, batch_size=6, validation_fraction=0.2, seed=seed, device=CPU)
+
+
+def options(**changes: Any) -> TrainingOptions:
+    values: dict[str, Any] = {"max_epochs": 4, "patience_epochs": 20, "learning_rate": 1e-3, "seed": 0}
+    return TrainingOptions(**(values | changes))
+
+
+def train_autoencoder(**arguments: Any) -> Training:
+    values: dict[str, Any] = {
+        "options": options(),
+        "batches": batches(),
+        "device": CPU,
+        "progress": no_progress,
+        "save_checkpoint": lambda files: None,
+        "collapsed": codes_collapsed,
+    }
+    return train(lambda generator: Autoencoder3D(8, generator), AutoencoderLoss(1e-4), **(values | arguments))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_it_learns_a_tiny_set() -> None:
+    result = train_autoencoder(options=options(max_epochs=20, learning_rate=3e-3))
+    first, last = result.history[0], result.history[-1]
+    # Boxes are standardised, so a network that knows nothing has a loss of 1. A ball or a shell explains about half.
+    assert first.training["reconstruction"] == pytest.approx(1.0, abs=0.05)
+    assert last.training["reconstruction"] < 0.7
+    assert result.best_validation_loss == min(line.validation["loss"] for line in result.history)
+    assert [line.epoch for line in result.history] == list(range(1, 21))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    first, second = train_autoencoder(), train_autoencoder()
+    assert same_weights(first.model, second.model)
+    assert first.history == second.history
+    assert not same_weights(first.model, train_autoencoder(options=options(seed=1)).model)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("batches_before_the_kill", [1, 4, 6, 11])
+def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int) -> None:
+    undisturbed = train_autoencoder()
+    saved: list[dict[str, bytes]] = []
+    calls = itertools.count(1)
+
+    def die(fraction: float, phase: str = "", **counters: float) -> None:
+        if phase.startswith("training") and next(calls) > batches_before_the_kill:
+            raise Killed
+
+    # Saved after each batch here, so that most checkpoints lie within an epoch (3 batches).
+    with pytest.raises(Killed):
+        train_autoencoder(options=options(checkpoint_seconds=0.0), progress=die, save_checkpoint=saved.append)
+    assert len(saved) >= batches_before_the_kill
+    assert {name.rsplit(".")[-1] for name in saved[-1]} == {"safetensors", "json"}
+    resumed = train_autoencoder(checkpoint=saved[-1])
+    assert same_weights(resumed.model, undisturbed.model)
+    assert resumed.history == undisturbed.history
+    assert resumed.best_epoch == undisturbed.best_epoch
+
+
+def test_a_finished_run_resumes_to_its_result() -> None:
+    saved: list[dict[str, bytes]] = []
+    whole = train_autoencoder(save_checkpoint=saved.append)
+    assert len(saved) == 4, "one checkpoint an epoch"
+    steps = []
+    again = train_autoencoder(checkpoint=saved[-1], progress=lambda *_, **counters: steps.append(counters))
+    assert same_weights(again.model, whole.model)
+    assert len(steps) == 1, "nothing was left to do"
+
+
+def test_a_checkpoint_of_another_network_is_refused() -> None:
+    saved: list[dict[str, bytes]] = []
+    train_autoencoder(save_checkpoint=saved.append, options=options(max_epochs=1))
+    with pytest.raises(InvalidArgument, match="another network"):
+        train(
+            lambda generator: Autoencoder3D(12, generator),
+            AutoencoderLoss(0),
+            batches(),
+            options(),
+            device=CPU,
+            progress=no_progress,
+            save_checkpoint=lambda files: None,
+            checkpoint=saved[-1],
+        )
+
+
+def test_progress_is_called_for_each_batch_rises_and_stops_the_run() -> None:
+    reports: list[tuple[float, str, dict[str, float]]] = []
+    train_autoencoder(progress=lambda fraction, phase="", **counters: reports.append((fraction, phase, counters)))
+    training = [report for report in reports if report[1].startswith("training")]
+    assert len(training) == 4 * 3
+    assert all({"epoch", "loss"} <= counters.keys() for _, _, counters in training)
+    fractions = [fraction for fraction, _, _ in reports]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+    def cancel(fraction: float, phase: str = "", **counters: float) -> None:
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        train_autoencoder(progress=cancel)
+
+
+# --- Early stopping and collapse, on a network of one number whose validation loss is prescribed -------------------
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class Scripted:
+    """Batches and objective at once: the n-th validation gives the n-th loss; training counts the weight up."""
+
+    training_batches = 1
+
+    def __init__(self, losses: list[float], active: list[float] | None = None) -> None:
+        self.losses = iter(losses)
+        self.active = iter(active or [1.0] * len(losses))
+        self.alive = 1.0
+
+    def training(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, ...]]:
+        return iter([(torch.ones(1),)][first_batch:])
+
+    def validation(self) -> Iterator[tuple[Tensor, ...]]:
+        return iter([(torch.ones(1),)])
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        if model.training:
+            self.alive = next(self.active)
+            return {"loss": -model.get_parameter("weight").sum(), "active": torch.tensor(self.alive)}
+        return {"loss": torch.tensor(next(self.losses)), "active": torch.tensor(self.alive)}
+
+
+def run_script(script: Scripted, **changes: Any) -> Training:
+    return train(
+        lambda generator: One(),
+        script,
+        script,
+        options(learning_rate=1.0, **changes),
+        device=CPU,
+        progress=no_progress,
+        save_checkpoint=lambda files: None,
+        collapsed=codes_collapsed,
+    )
+
+
+def weight(result: Training) -> float:
+    return float(result.model.get_parameter("weight").detach())
+
+
+def test_training_stops_when_patience_ends_and_keeps_the_best() -> None:
+    result = run_script(Scripted([5, 3, 4, 3, 3.5, 2]), max_epochs=50, patience_epochs=3)
+    assert (result.epochs, result.best_epoch, result.best_validation_loss) == (5, 2, 3.0)
+    assert result.stopped_early
+    # Adam's first steps of a constant gradient are the learning rate each: the weight counts epochs.
+    assert weight(result) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_training_ends_with_its_last_epoch() -> None:
+    result = run_script(Scripted([5, 4, 3]), max_epochs=3, patience_epochs=2)
+    assert (result.epochs, result.best_epoch, result.stopped_early) == (3, 3, False)
+    assert weight(result) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_collapsed_network_starts_again() -> None:
+    result = run_script(Scripted([1, 1, 7, 6], [0.5, 0.0, 0.5, 0.5]), max_epochs=2)
+    assert result.restarts == 1
+    assert [(line.attempt, line.epoch) for line in result.history] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert (result.best_epoch, result.best_validation_loss) == (2, 6.0)
+    assert weight(result) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_collapse_from_all_first_weights_is_an_error() -> None:
+    with pytest.raises(FailedPrecondition, match="collapsed from 3 different"):
+        run_script(Scripted([1.0] * 9, [0.0] * 9), max_restarts=2)
+
+
+def test_dead_codes_of_the_real_network_are_noticed_and_another_start_tried() -> None:
+    attempts: list[nn.Module] = []
+
+    def build(generator: torch.Generator) -> nn.Module:
+        model = Autoencoder3D(8, generator)
+        if not attempts:
+            nn.init.constant_(model.to_code.bias, -1e3)
+        attempts.append(model)
+        return model
+
+    result = train(
+        build,
+        AutoencoderLoss(1e-4),
+        batches(),
+        options(max_epochs=2),
+        device=CPU,
+        progress=no_progress,
+        save_checkpoint=lambda files: None,
+        collapsed=codes_collapsed,
+    )
+    assert len(attempts) == 2
+    assert result.restarts == 1
+    assert result.history[-1].validation["active"] > 0
+
+
+def test_a_loss_that_overflows_is_an_error() -> None:
+    with pytest.raises(FailedPrecondition, match="learning_rate"):
+        run_script(Scripted([1.0, math.nan]), max_epochs=3)
+
+
+def test_collapse_needs_both_training_and_validation_to_be_dead() -> None:
+    cases: list[tuple[Mapping[str, float], Mapping[str, float], bool]] = [
+        ({"active": 0.0}, {"active": 0.0}, True),
+        ({"active": 0.01}, {"active": 0.0}, False),
+        ({"active": 0.0}, {"active": 0.01}, False),
+    ]
+    for training, validation, expected in cases:
+        assert codes_collapsed(training, validation) is expected

@@ -1,0 +1,341 @@
+"""Whole runs on DBOS, with a service that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pandas as pd
+import pytest
+from google.protobuf.json_format import MessageToDict
+
+from cryofleet.particles import Particles
+from cryofleet.v1 import orchestrator_pb2 as pb
+from cryofleet.v1 import runtime_pb2
+from orchestrator import tasks
+from tests.unit.orchestrator.fake import Platform, running_platform
+
+MAPPED = """
+name: mapped
+parameters:
+  numbers: {type: list}
+  seconds: {type: number, default: 0}
+steps:
+  - id: each
+    op: runtime.SelfTest
+    foreach: ${numbers}
+    as: number
+    with: {index: "${number}", seconds: "${seconds}"}
+outputs:
+  indices: ${each.index}
+"""
+
+SHARDED = """
+name: sharded
+inputs:
+  table: {kind: particles}
+parameters:
+  size: {type: integer, default: 10}
+steps:
+  - id: parts
+    op: runtime.SelfTest
+    with: {particles_uri: "${table}", index: 1}
+    shards: {over: particles_uri, size: "${size}"}
+outputs:
+  first_rows: ${parts.first_row}
+"""
+
+GRAPH = """
+name: graph
+parameters:
+  wanted: {type: boolean, default: false}
+steps:
+  - id: last
+    op: runtime.SelfTest
+    with: {index: "${left.index}", fail_with: "", seconds: 0}
+  - id: left
+    op: runtime.SelfTest
+    with: {index: 1, seconds: 0.3}
+  - id: right
+    op: runtime.SelfTest
+    with: {index: 2, seconds: 0.3}
+  - id: maybe
+    if: ${wanted}
+    op: runtime.SelfTest
+    with: {index: 3}
+  - id: after_maybe
+    op: runtime.SelfTest
+    with: {index: "${right.index}", particles_uri: ""}
+outputs:
+  last: ${last.index}
+  maybe: ${maybe.index}
+"""
+
+BLOCKS = """
+name: blocks
+parameters:
+  numbers: {type: list}
+steps:
+  - id: item
+    foreach: ${numbers}
+    as: number
+    steps:
+      - id: second
+        op: runtime.SelfTest
+        with: {index: "${first.index}", seconds: 0.001}
+      - id: first
+        op: runtime.SelfTest
+        with: {index: "${number}", seconds: 0}
+  - id: all
+    op: runtime.SelfTest
+    foreach: ${item.second.index}
+    with: {index: "${item2}", seconds: 0.002}
+    as: item2
+outputs:
+  second: ${item.second.index}
+"""
+
+
+@pytest.fixture
+async def platform(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Platform]:
+    monkeypatch.setattr(tasks, "_BACKOFF_SECONDS", (0.01, 0.05))
+    async with running_platform() as running:
+        yield running
+
+
+def outputs(run: pb.Run) -> dict[str, Any]:
+    return MessageToDict(run.outputs)
+
+
+def states(run: pb.Run) -> dict[str, str]:
+    return {step.id: pb.StepState.Name(step.state).removeprefix("STEP_STATE_") for step in run.steps}
+
+
+def fails_for(*indices: int) -> Any:
+    async def behave(request: runtime_pb2.SelfTestRequest, context: Any) -> None:
+        if request.index in indices:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"index {request.index} is bad")
+
+    return behave
+
+
+async def test_every_task_has_its_own_result_over_several_chunks(platform: Platform) -> None:
+    numbers = [(number * 37) % 150 for number in range(150)]
+    await platform.submit(MAPPED, numbers=numbers, seconds=0.02)
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert outputs(run)["indices"] == numbers
+    step = run.steps[0]
+    assert (step.tasks_total, step.tasks_done, step.tasks_cached, step.tasks_set_aside) == (150, 150, 0, 0)
+    assert step.compute_seconds == pytest.approx(150 * 0.25)
+    assert step.fraction == 1.0
+    assert run.started_at.ToNanoseconds() <= step.started_at.ToNanoseconds() <= step.finished_at.ToNanoseconds()
+    assert platform.service.peak == platform.service.slots
+    assert len(platform.service.calls) == len(set(platform.service.calls)) == 150
+    # Nothing that DBOS keeps is a pickle.
+    with sqlite3.connect(platform.home / "orchestrator.sqlite") as database:
+        kinds = {row[0] for row in database.execute("SELECT DISTINCT serialization FROM operation_outputs")}
+        kinds |= {row[0] for row in database.execute("SELECT DISTINCT serialization FROM workflow_status")}
+        names = dict(database.execute("SELECT name, count(*) FROM workflow_status GROUP BY name"))
+    database.close()
+    assert kinds <= {"portable_json", None}
+    assert names == {"run": 1, "fan_out": 1, "chunk": 3}
+
+
+async def test_a_second_run_is_answered_from_the_store(platform: Platform) -> None:
+    await platform.submit(MAPPED, "first", numbers=list(range(5)))
+    first = await platform.ended("first")
+    await platform.submit(MAPPED, "second", numbers=[3, 4, 5])
+    second = await platform.ended("second")
+    assert (first.steps[0].tasks_cached, second.steps[0].tasks_cached, second.steps[0].tasks_done) == (0, 2, 3)
+    assert outputs(second)["indices"] == [3, 4, 5]
+    assert second.steps[0].compute_seconds == pytest.approx(0.25)
+    assert len(platform.service.calls) == 6
+
+
+async def test_steps_run_as_soon_as_what_they_need_is_there(platform: Platform) -> None:
+    await platform.submit(GRAPH)
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    steps = {step.id: step for step in run.steps}
+    assert [step.id for step in run.steps] == ["last", "left", "right", "maybe", "after_maybe"]
+    assert states(run)["maybe"] == "SKIPPED"
+    # left and right ran together, last and after_maybe behind them.
+    assert steps["left"].started_at.ToNanoseconds() < steps["right"].finished_at.ToNanoseconds()
+    assert steps["right"].started_at.ToNanoseconds() < steps["left"].finished_at.ToNanoseconds()
+    assert steps["last"].started_at.ToNanoseconds() >= steps["left"].finished_at.ToNanoseconds()
+    assert outputs(run) == {"last": 1}
+
+
+async def test_a_failed_item_is_set_aside_and_retried_alone(platform: Platform) -> None:
+    platform.service.behave = fails_for(3, 70)
+    await platform.submit(MAPPED, numbers=list(range(80)))
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_PARTIAL
+    assert states(run) == {"each": "PARTIAL"}
+    assert [(s.step, s.item, s.status, s.cause) for s in run.set_aside] == [
+        ("each", "3", "INVALID_ARGUMENT", "index 3 is bad"),
+        ("each", "70", "INVALID_ARGUMENT", "index 70 is bad"),
+    ]
+    assert run.steps[0].tasks_set_aside == 2
+    assert outputs(run)["indices"] == [n for n in range(80) if n not in (3, 70)]
+    platform.service.behave = None
+    platform.service.calls.clear()
+    await platform.next_attempt()
+    run = await platform.ended()
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 2)
+    assert platform.service.calls == ["run:2/each[3]", "run:2/each[70]"]
+    assert outputs(run)["indices"] == list(range(80))
+    assert not run.set_aside
+
+
+async def test_only_what_needs_a_failed_item_is_left_out(platform: Platform) -> None:
+    platform.service.behave = fails_for(1)
+    await platform.submit(BLOCKS, numbers=[0, 1, 2])
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_PARTIAL
+    assert states(run) == {"item": "PARTIAL", "item.second": "CANCELLED", "item.first": "PARTIAL", "all": "SUCCEEDED"}
+    assert [(s.step, s.item, s.cause) for s in run.set_aside] == [("item", "1", "step item[1].first: index 1 is bad")]
+    assert outputs(run)["second"] == [0, 2]
+    assert sorted(platform.service.done) == [
+        "run:1/all[0]",
+        "run:1/all[1]",
+        "run:1/item[0].first",
+        "run:1/item[0].second",
+        "run:1/item[2].first",
+        "run:1/item[2].second",
+    ]
+
+
+async def test_a_foreach_of_which_every_item_fails_fails(platform: Platform) -> None:
+    platform.service.behave = fails_for(1, 2)
+    await platform.submit(MAPPED, numbers=[1, 2])
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_FAILED
+    assert run.error == "step each failed: INVALID_ARGUMENT: all 2 items failed; the first: index 1 is bad"
+
+
+async def test_a_foreach_over_nothing_succeeds(platform: Platform) -> None:
+    await platform.submit(MAPPED, numbers=[])
+    run = await platform.ended()
+    assert (run.state, outputs(run)) == (pb.RUN_STATE_SUCCEEDED, {"indices": []})
+
+
+def write_table(platform: Platform, rows: int) -> str:
+    table = pd.DataFrame({"id": np.arange(rows), "x": 1.0, "y": 2.0, "z": np.arange(rows, dtype=float)})
+    uri = f"{platform.store.root}/default/table-{rows}.parquet"
+    platform.store.put(uri, Particles(table, 10.0, "t", None).to_parquet())
+    return uri
+
+
+async def test_shards_cover_all_rows_in_order(platform: Platform) -> None:
+    await platform.submit(SHARDED, table=write_table(platform, 95))
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert outputs(run)["first_rows"] == list(range(0, 95, 10))
+    assert (run.steps[0].tasks_total, run.steps[0].tasks_done) == (10, 10)
+
+
+async def test_a_failed_shard_fails_its_step_and_names_the_rows(platform: Platform) -> None:
+    async def behave(request: runtime_pb2.SelfTestRequest, context: Any) -> None:
+        if request.rows.first == 20:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "row 23 lies outside")
+
+    platform.service.behave = behave
+    uri = write_table(platform, 45)
+    await platform.submit(SHARDED, table=uri)
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_FAILED
+    assert run.error == (
+        f"step parts failed: FAILED_PRECONDITION: rows 20 to 29: row 23 lies outside (input {uri})"
+    )
+    assert states(run) == {"parts": "FAILED"}
+    assert run.steps[0].tasks_done == 4, "the other shards are done, for the next attempt to find"
+    platform.service.behave = None
+    platform.service.calls.clear()
+    await platform.next_attempt()
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert platform.service.calls == ["run:2/parts[2]"]
+
+
+async def test_no_rows_and_no_table(platform: Platform) -> None:
+    await platform.submit(SHARDED, "empty", table=write_table(platform, 0))
+    run = await platform.ended("empty")
+    assert run.state == pb.RUN_STATE_FAILED
+    assert "table-0.parquet has no rows" in run.error
+    await platform.submit(SHARDED, "none", table=f"{platform.store.root}/default/none.parquet")
+    run = await platform.ended("none")
+    assert run.error.startswith("step parts failed: NOT_FOUND")
+
+
+async def test_cancelling_ends_the_calls_at_once(platform: Platform) -> None:
+    await platform.submit(MAPPED, numbers=list(range(30)), seconds=30)
+    await platform.until(lambda: platform.service.running == platform.service.slots)
+    await asyncio.sleep(0.05)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert await platform.engine.cancel_attempt("run", 1)
+    await platform.until(lambda: platform.service.running == 0)
+    assert loop.time() - started < 3.0
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_CANCELLED
+    assert states(run) == {"each": "CANCELLED"}
+    calls = len(platform.service.calls)
+    await asyncio.sleep(0.3)
+    assert len(platform.service.calls) == calls, "nothing more is started"
+    assert not await platform.engine.cancel_attempt("run", 1)
+
+
+async def test_a_restart_goes_on_where_it_was(platform: Platform) -> None:
+    await platform.submit(MAPPED, numbers=list(range(40)), seconds=0.05)
+    await platform.until(lambda: len(platform.service.done) >= 12)
+    await platform.engine.stop()
+    with sqlite3.connect(platform.home / "orchestrator.sqlite") as database:
+        recorded = [row[0] for row in database.execute("SELECT output FROM operation_outputs WHERE function_name='task'")]
+        pending = {row[0] for row in database.execute("SELECT status FROM workflow_status")}
+    database.close()
+    assert pending == {"PENDING"}, "stopping is no failure"
+    finished = {row.split('"task":"')[1].split('"')[0] for row in recorded}
+    assert len(finished) >= 8
+    platform.service.calls.clear()
+    await platform.restart_stopped()
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert outputs(run)["indices"] == list(range(40))
+    assert not finished & set(platform.service.calls), "what was recorded is not done again"
+    assert len(finished) + len(set(platform.service.calls)) + run.steps[0].tasks_cached == 40
+
+
+async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.engine._LOST_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.1)
+
+    async def nothing(run_id: str, attempt: int) -> None:
+        """As where the orchestrator dies between keeping the run and starting it."""
+
+    real = platform.engine.start_attempt
+    platform.engine.start_attempt = nothing  # type: ignore[method-assign]
+    await platform.submit(MAPPED, numbers=[1])
+    platform.engine.start_attempt = real  # type: ignore[method-assign]
+    run = await platform.ended(seconds=10)
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+
+
+async def test_a_defect_of_the_orchestrator_ends_the_run(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.2)
+
+    async def lying(*_: Any) -> tasks.Outcome:
+        return {"task": "another", "status": "OK"}
+
+    monkeypatch.setattr(platform.engine.tasks, "run", lying)
+    await platform.submit(GRAPH)
+    run = await platform.ended(seconds=15)
+    assert run.state == pb.RUN_STATE_FAILED
+    assert "the outcome of another stands in the place of run:1/" in run.error
