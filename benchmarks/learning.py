@@ -178,7 +178,7 @@ def encoding(side: int, count: int) -> Iterator[Row]:
 
 
 def complexes(count: int, snr: float, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Boxes of 32^3 with protein positive: a large two-lobed globule, a barrel and a small globule with a lobe, by turns.
+    """Boxes of 32^3 with protein positive: a globule of two lobes, a barrel and a small globule with a lobe, by turns.
 
     Random orientation, shifts of 1 voxel (standard deviation). The noise is the same in all boxes; SNR is the kinds'
     mean variance over the noise's.

@@ -105,7 +105,10 @@ async def _run(address: str, indices: list[int]) -> tuple[float, orchestrator_pb
 
 def _figures(home: Path, tasks: int, rounds: int) -> Iterable[Row]:
     numbers = random.Random(time.time_ns())
-    with _process(home, "io", "cryofleet.server") as service, _process(home, "orchestrator", "orchestrator") as orchestrator:
+    with (
+        _process(home, "io", "cryofleet.server") as service,
+        _process(home, "orchestrator", "orchestrator") as orchestrator,
+    ):
         fresh = [numbers.sample(range(10**9), tasks) for _ in range(2 * rounds + 1)]
         # Both processes have then loaded what they need, and the queue is being listened to.
         asyncio.run(_bare(service, fresh[0][:20]))

@@ -97,8 +97,16 @@ class Artifact:
         return json.loads(self.read())
 
     def save(self, path: str | Path) -> Path:
-        """Write the artifact to the file `path`; a file that is half written never has that name."""
+        """Write the artifact to `path`: a file or, of a model, a folder. No file is ever seen half written."""
         path = Path(path)
+        members = [entry.uri for entry in self.client.list(self.uri)]
+        if members != [self.uri]:
+            if not members:
+                raise NotFound(f"nothing is stored at {self.uri}")
+            for member in members:
+                Artifact(member, self.client).save(path / member.removeprefix(self.uri + "/"))
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         try:
             with temporary.open("wb") as file:
@@ -335,7 +343,7 @@ class Client:
         if not path.is_file():
             raise NotFound(f"no such file: {path}")
         header = io_pb2.UploadHeader(
-            context=common_pb2.Context(project=self.project),
+            context=self._context(),
             name=path.name,
             size_bytes=path.stat().st_size,
             digest=digest_file(path),
@@ -351,7 +359,9 @@ class Client:
     def download_chunks(self, uri: str, offset_bytes: int = 0, length_bytes: int = 0) -> Iterator[bytes]:
         """The bytes of a stored object in pieces, verified by the server."""
         stub = io_pb2_grpc.IoServiceStub(self._service("io"))
-        request = io_pb2.DownloadRequest(uri=uri, offset_bytes=offset_bytes, length_bytes=length_bytes)
+        request = io_pb2.DownloadRequest(
+            context=self._context(), uri=uri, offset_bytes=offset_bytes, length_bytes=length_bytes
+        )
         with _failures():
             for response in stub.Download(request):
                 yield response.chunk
@@ -360,12 +370,15 @@ class Client:
         """Stored objects under a URI."""
         stub = io_pb2_grpc.IoServiceStub(self._service("io"))
         with _failures():
-            yield from stub.List(io_pb2.ListRequest(uri=uri))
+            yield from stub.List(io_pb2.ListRequest(context=self._context(), uri=uri))
 
     def artifact(self, uri: str) -> Artifact:
         return Artifact(uri, self)
 
     # Channels
+
+    def _context(self) -> common_pb2.Context:
+        return common_pb2.Context(project=self.project)
 
     def _orchestrator(self) -> grpc.Channel:
         return self._channel(self.settings.orchestrator, "the orchestrator")

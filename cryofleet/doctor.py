@@ -25,8 +25,7 @@ from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
 
 _NEEDED = ("numpy", "scipy", "grpcio", "protobuf", "protovalidate", "mrcfile", "minio", "pyarrow", "pandas")
 _BY_SERVICE = {
-    "io": ("tifffile", "starfile", "matplotlib"),
-    "picking": ("pyfftw",),
+    "io": ("tifffile", "pillow"),
     "alignment": ("torch", "numba"),
     "learning": ("torch", "scikit-learn", "safetensors"),
     "simulation": ("gemmi", "numba"),

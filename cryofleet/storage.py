@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import os
@@ -110,6 +111,7 @@ class ObjectStore(ABC):
 # --- URIs ----------------------------------------------------------------------------------------------------------
 
 _ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -118,12 +120,13 @@ def file_uri(path: str | os.PathLike[str]) -> str:
     return "file://" + os.path.abspath(path)
 
 
+@functools.lru_cache(maxsize=4096)
 def checked_uri(uri: str) -> str:
     """The URI without a trailing slash. Raises PermissionDenied where it could mean anything but what it says."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme not in ("file", "s3"):
         raise InvalidArgument(f"{uri!r} is no storage URI; it must begin with file:/// or s3://")
-    if any(ord(character) < 32 or ord(character) == 127 for character in uri):
+    if _CONTROL.search(uri):
         raise PermissionDenied(f"{uri!r} holds control characters")
     if _ENCODED.search(uri):
         raise PermissionDenied(f"{uri!r} is percent-encoded; URIs of the store are literal")
@@ -183,6 +186,7 @@ class FileStore(ObjectStore):
         if not self.root.startswith("file://"):
             raise InvalidArgument(f"{root_uri!r} is no file URI")
         self._folder = Path(self.root.removeprefix("file://"))
+        self._real_folder = os.path.realpath(self._folder)
 
     def put(self, uri: str, data: Data) -> Stat:
         path = self._path(uri)
@@ -293,8 +297,8 @@ class FileStore(ObjectStore):
         if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(name)) > 255 for name in path.parts):
             raise InvalidArgument(f"{uri} is too long a name for a file system")
         with _file_errors(uri):
-            real, root = os.path.realpath(path), os.path.realpath(self._folder)
-        if real != root and not real.startswith(root.rstrip("/") + "/"):
+            real = os.path.realpath(path)
+        if real != self._real_folder and not real.startswith(self._real_folder.rstrip("/") + "/"):
             raise PermissionDenied(f"{uri} is a link to outside {self.root}")
         return path
 

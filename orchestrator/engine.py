@@ -98,11 +98,12 @@ def make_database(url: str) -> sa.Engine:
 class _Quiet(logging.Filter):
     """Drops what DBOS says of workflows that were cancelled or taken over, which is as it should be."""
 
+    _EXPECTED_TEXTS = ("Asyncio task cancelled", "Workflow already exists in queue")
     _EXPECTED = ("DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError", "DBOSWorkflowConflictIDError")
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
-        return kind not in self._EXPECTED and not record.getMessage().startswith("Asyncio task cancelled")
+        return kind not in self._EXPECTED and not record.getMessage().startswith(self._EXPECTED_TEXTS)
 
 
 class Engine:
@@ -271,7 +272,7 @@ class Engine:
     # Changes
 
     def _announce(self, run_id: str) -> None:
-        event = self._changed.get(run_id)
+        event = self._changed.pop(run_id, None)
         if event is not None:
             event.set()
 
@@ -283,7 +284,6 @@ class Engine:
                 await event.wait()
         except TimeoutError:
             pass
-        event.clear()
 
     async def start_attempt(self, run_id: str, attempt: int) -> None:
         """Starts an attempt's workflow; nothing happens where it was started already."""
@@ -383,6 +383,7 @@ class Engine:
         found = await DBOS.list_workflows_async(workflow_ids=list(by_id), load_input=False, load_output=True)
         status = {workflow.workflow_id: workflow for workflow in found}
         now = asyncio.get_running_loop().time()
+        others = await self.in_thread(self.runs.alive, EXPIRY_SECONDS) - {self.settings.instance}
         for name, attempt in by_id.items():
             workflow = status.get(name)
             if workflow is None:
@@ -396,6 +397,13 @@ class Engine:
                 error = f"the orchestrator failed: {workflow.error or workflow.status}"
                 logger.error("run %s: %s", attempt.run_id, error)
                 await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
+                self._announce(attempt.run_id)
+            elif workflow.app_version != APPLICATION_VERSION and workflow.executor_id not in others:
+                error = (
+                    f"the run was begun by version {workflow.app_version} of the orchestrator, which is gone; resume it"
+                )
+                await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
+                await self._cancel_workflows(attempt.run_id, attempt.attempt)
                 self._announce(attempt.run_id)
             elif workflow.status == "CANCELLED":
                 await self.in_thread(

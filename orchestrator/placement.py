@@ -45,6 +45,8 @@ class Instance:
     slots_total: int = 0
     running: int = 0
     """Tasks that this orchestrator has there."""
+    most_running: int = 0
+    """The most of them since the instance was last asked for its capacity."""
     others: int = 0
     """Slots that others have taken, as last reported."""
     devices: tuple[str, ...] = ()
@@ -57,6 +59,11 @@ class Instance:
     @property
     def free(self) -> int:
         return self.slots_total - self.running - self.others if self.ready else 0
+
+    def take(self) -> None:
+        """One more task."""
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
 
     def set_away(self, error: str) -> None:
         """The instance did not answer, or is stopping; its next good answer makes it ready again."""
@@ -132,7 +139,7 @@ class Pool:
     async def _acquire(self, avoid: frozenset[str], gpu: bool) -> Instance:
         instance = None if self._waiters else self._choose(avoid, gpu)
         if instance is not None:
-            instance.running += 1
+            instance.take()
             return instance
         waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, gpu, time.monotonic())
         self._waiters.append(waiter)
@@ -166,7 +173,7 @@ class Pool:
                 continue
             instance = self._choose(waiter.avoid, waiter.gpu)
             if instance is not None:
-                instance.running += 1
+                instance.take()
                 waiter.instance.set_result(instance)
                 continue
             left.append(waiter)
@@ -234,7 +241,7 @@ class Pool:
     async def _watch(self, instance: Instance) -> None:
         stub = runtime_pb2_grpc.RuntimeServiceStub(instance.channel)
         while True:
-            running_before = instance.running
+            instance.most_running = instance.running
             try:
                 answer = await stub.GetCapacity(
                     runtime_pb2.GetCapacityRequest(), timeout=_POLL_TIMEOUT_SECONDS, wait_for_ready=not instance.ready
@@ -245,18 +252,17 @@ class Pool:
                 continue
             except grpc.aio.UsageError:
                 return
-            self._heard(instance, answer, running_before)
+            self._heard(instance, answer)
             await asyncio.sleep(POLL_SECONDS)
 
-    def _heard(self, instance: Instance, answer: runtime_pb2.GetCapacityResponse, running_before: int) -> None:
+    def _heard(self, instance: Instance, answer: runtime_pb2.GetCapacityResponse) -> None:
         instance.name = answer.instance
         instance.version = answer.version
         instance.devices = tuple(answer.devices)
         instance.slots_total = answer.slots_total
-        # While the answer was under way tasks of our own came or went; the larger number errs on the side of sending
-        # one more, which the instance may refuse.
-        mine = max(running_before, instance.running)
-        instance.others = max(0, answer.slots_total - answer.slots_free - mine)
+        # While the answer was under way tasks of our own came and went; to count the most of them errs on the side of
+        # sending one too many, which the instance then refuses.
+        instance.others = max(0, answer.slots_total - answer.slots_free - instance.most_running)
         instance.ready = not answer.draining
         instance.error = "is stopping" if answer.draining else ""
         instance.refusals = 0

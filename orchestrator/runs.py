@@ -151,7 +151,6 @@ class RunStore:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._now: sa.ColumnElement[float] | float
         self._create()
 
     def _create(self) -> None:
@@ -212,11 +211,9 @@ class RunStore:
             raise NotFound(f"there is no run {run_id!r}")
         return _run_row(row)
 
-    def attempt(self, run_id: str, attempt: int | None = None) -> AttemptRow:
-        """One attempt, the last where none is named. Raises NotFound."""
+    def attempt(self, run_id: str) -> AttemptRow:
+        """The last attempt. Raises NotFound."""
         query = sa.select(_attempts).where(_attempts.c.run_id == run_id).order_by(_attempts.c.attempt.desc()).limit(1)
-        if attempt is not None:
-            query = query.where(_attempts.c.attempt == attempt)
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
@@ -328,6 +325,16 @@ class RunStore:
         """This orchestrator stops; others may take its runs over at once."""
         with self._engine.begin() as connection:
             connection.execute(sa.update(_orchestrators).where(_orchestrators.c.name == name).values(heartbeat=0.0))
+
+    def alive(self, expiry_seconds: float) -> set[str]:
+        """Names of the orchestrators whose heartbeat has not expired."""
+        with self._engine.begin() as connection:
+            limit = self._clock(connection) - expiry_seconds
+            return set(
+                connection.execute(
+                    sa.select(_orchestrators.c.name).where(_orchestrators.c.heartbeat >= limit)
+                ).scalars()
+            )
 
     def claim_expired(self, own: str, owners: Iterable[str], expiry_seconds: float) -> list[str]:
         """Of `owners`, those whose heartbeat has expired, claimed for adoption: no other orchestrator gets them too.
@@ -547,8 +554,8 @@ def _timestamp(seconds: float | None) -> Timestamp | None:
     return stamp
 
 
-def retrying(function: Callable[[], ResultT], seconds: float = 60.0) -> ResultT:
-    """Calls `function`, again and again where the database is away. Blocks."""
+def retrying(function: Callable[[], ResultT], seconds: float = 600.0) -> ResultT:
+    """Calls `function`, again and again where the database is away, as DBOS does. Blocks."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -121,10 +121,11 @@ async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.E
 
 
 async def _run(engine: Engine, run_id: str) -> pb.Run:
+    plan = await engine.plan(run_id)
+
     def read() -> pb.Run:
-        run = engine.runs.run(run_id)
         attempt = engine.runs.attempt(run_id)
-        return run_message(run, attempt, load(run.definition, run.source), engine.runs.units(run_id, attempt.attempt))
+        return run_message(engine.runs.run(run_id), attempt, plan.pipeline, engine.runs.units(run_id, attempt.attempt))
 
     return await engine.in_thread(read)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -38,6 +39,7 @@ CHUNK_TASKS = 64
 """Tasks in a queue entry at most."""
 QUEUE = "cryofleet-work"
 _POLL_SECONDS = 0.1
+_INDEX = re.compile(r"\[(\d+)\]")
 _TASK: StepOptions = {"name": "task", "preemptible": True}
 _COUNT: StepOptions = {"name": "count", "preemptible": True}
 _PART: StepOptions = {"name": "part", "preemptible": True}
@@ -422,7 +424,7 @@ async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, s
         unit.problems.append(
             {
                 "step": path,
-                "item": str(index),
+                "item": "/".join([*_INDEX.findall(place), str(index)]),
                 "status": result.get("status", ""),
                 "cause": result.get("cause", ""),
                 "input_uri": about,

@@ -10,7 +10,6 @@ import click
 from cryofleet.cli.options import json_option, project_option
 from cryofleet.cli.output import print_json, print_table, size_text
 from cryofleet.client import Client
-from cryofleet.errors import NotFound
 from cryofleet.provenance import Origin, trace
 
 
@@ -34,17 +33,9 @@ def ls(uri: str | None, project: str, as_json: bool) -> None:
 def get(uri: str, path: Path | None) -> None:
     """Bring one object to PATH, or all objects under a URI to the folder PATH."""
     with Client(start=False) as client:
-        found = [entry.uri for entry in client.list(uri)]
-        if not found:
-            raise NotFound(f"nothing is stored at {uri}")
-        base = Path() if path is None else path
-        for each in found:
-            if each == uri:
-                target = base / Path(each).name if path is None or base.is_dir() else base
-            else:
-                target = base / each.removeprefix(uri).lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            click.echo(str(client.artifact(each).save(target)))
+        artifact = client.artifact(uri.rstrip("/"))
+        target = path / artifact.name if path is not None and path.is_dir() else path
+        click.echo(str(artifact.save(target or artifact.name)))
 
 
 @click.command()

@@ -627,6 +627,7 @@ Global___UploadResponse: _TypeAlias = UploadResponse  # noqa: Y015
 class DownloadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    CONTEXT_FIELD_NUMBER: _builtins.int
     URI_FIELD_NUMBER: _builtins.int
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
@@ -634,16 +635,19 @@ class DownloadRequest(_message.Message):
     offset_bytes: _builtins.int
     length_bytes: _builtins.int
     """All that follows where zero."""
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
     def __init__(
         self,
         *,
+        context: _common_pb2.Context | None = ...,
         uri: _builtins.str = ...,
         offset_bytes: _builtins.int = ...,
         length_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,16 +680,20 @@ Global___DownloadResponse: _TypeAlias = DownloadResponse  # noqa: Y015
 class ListRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    CONTEXT_FIELD_NUMBER: _builtins.int
     URI_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
     def __init__(
         self,
         *,
+        context: _common_pb2.Context | None = ...,
         uri: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,7 +51,7 @@ LARGEST_RISE_CYCLES = 2.5
 """The low-pass rises by at most this much per iteration."""
 SEEDS = 4
 """Particles that are tried as a first reference where there is none."""
-SEED_PARTICLES = 48
+SEED_PARTICLES = 32
 """So many particles are aligned to each seed to judge it."""
 FSC_THRESHOLD = 0.143
 

@@ -122,7 +122,8 @@ class RotationalMatcher:
         """The best `count` separate local maxima of c~: quaternions (batch, count, 4), and which of them are real
         ones.
         """
-        values, index = local_maxima(self.correlation(magnitudes, model), 4 * count)
+        # More than are asked for, as some are too close to better ones; their distances are a square table.
+        values, index = local_maxima(self.correlation(magnitudes, model), min(4 * count, count + 600))
         quaternions = self.grid.quaternions(index)
         chosen = suppress(values, quaternions, count, SEPARATION_STEPS * self.grid.step_degrees)
         found = chosen >= 0

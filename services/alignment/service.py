@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.particles import Particles
 from cryofleet.server import Needs, Reader, Service, Task
+from cryofleet.settings import Settings
 from cryofleet.v1 import alignment_pb2 as pb
 from cryofleet.volumes import Subtomograms, VolumeInfo
 from services.alignment.align import Poses, Search, memory_bytes
@@ -70,7 +70,7 @@ def _with_poses(particles: Particles, boxes: VolumeInfo, poses: Poses) -> Partic
 
 
 def _threads() -> int:
-    return os.cpu_count() or 1
+    return Settings.from_environment().threads
 
 
 def _align_needs(request: pb.AlignRequest, reader: Reader) -> Needs:

@@ -418,7 +418,7 @@ def _store_upload(
 @service.rpc("Download")
 async def download(request: io_pb2.DownloadRequest, call: CallContext) -> AsyncIterator[io_pb2.DownloadResponse]:
     """Stream an object, or a range of it, each piece verified before it leaves."""
-    blob = await call.in_thread(open_blob, call.store, request.uri)
+    blob = await call.in_thread(open_blob, call.store_of(request.context), request.uri)
     if request.offset_bytes > blob.size_bytes:
         raise InvalidArgument(f"offset_bytes is {request.offset_bytes}; {request.uri} has {blob.size_bytes} bytes")
     length = request.length_bytes or None
@@ -435,7 +435,7 @@ async def download(request: io_pb2.DownloadRequest, call: CallContext) -> AsyncI
 @service.rpc("List")
 async def list_objects(request: io_pb2.ListRequest, call: CallContext) -> AsyncIterator[io_pb2.ListResponse]:
     """Name the objects under a URI, in order."""
-    found = call.store.list(request.uri)
+    found = call.store_of(request.context).list(request.uri)
 
     def some() -> list[Stat]:
         return list(itertools.islice(found, _LISTED_AT_ONCE))

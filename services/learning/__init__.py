@@ -1,4 +1,4 @@
-"""The learning service. Importing it first sets what torch's libraries read from the environment when they are loaded."""
+"""The learning service. Importing it sets what torch's libraries read from the environment when they are loaded."""
 
 import os
 

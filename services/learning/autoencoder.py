@@ -143,7 +143,8 @@ def check_config(settings: Mapping[str, Any]) -> None:
         )
     for name, kind in CONFIG_FIELDS.items():
         value = settings.get(name)
-        if type(value) not in kind or (type(value) is not bool and value <= 0):
+        positive = isinstance(value, bool) or (isinstance(value, int | float) and value > 0)
+        if type(value) not in kind or not positive:
             raise FailedPrecondition(
                 f"the model's config says {name} is {value!r}: it is damaged, train the model again"
             )

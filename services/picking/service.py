@@ -112,22 +112,25 @@ def extract(request: picking_pb2.ExtractRequest, task: Task) -> picking_pb2.Extr
     edges = _EDGE_POLICIES[request.edges]
     placement = extraction.place_boxes(positions, info.shape, request.box_size_voxels, request.binning, edges)
     count = len(placement.rows)
-    if count == 0:
+    # A shard may lie wholly at the edges; whether the whole set has any box, its reduction sees.
+    if count == 0 and not request.HasField("rows"):
         raise FailedPrecondition(
             f"none of the {len(particles)} particles of {request.particles_uri} has a box of {placement.side} tomogram "
             f"voxels within {request.tomogram_uri}: take smaller boxes, other particles, or edges EDGE_POLICY_FILL_MEAN"
         )
     box = (request.box_size_voxels,) * 3
     # boxes are cut in the tomogram's order and written in the table's; between the two they wait on disk
-    boxes: NDArray[np.float32] = np.memmap(task.scratch / "boxes.f32", np.float32, "w+", shape=(count, *box))
-    extraction.cut_boxes(
-        tomogram.slab,
-        info.shape,
-        placement,
-        boxes,
-        normalisation=_NORMALISATIONS[request.normalisation],
-        progress=part(task.progress, 0, 0.9),
-    )
+    boxes: NDArray[np.float32] = np.empty((0, *box), np.float32)
+    if count:
+        boxes = np.memmap(task.scratch / "boxes.f32", np.float32, "w+", shape=(count, *box))
+        extraction.cut_boxes(
+            tomogram.slab,
+            info.shape,
+            placement,
+            boxes,
+            normalisation=_NORMALISATIONS[request.normalisation],
+            progress=part(task.progress, 0, 0.9),
+        )
     task.progress(0.9, "writing", boxes=count)
     # a box's centre voxel is at x, y, z; the particle is shift_x, shift_y, shift_z from there
     columns = dict(zip(POSITION, placement.centres.T.astype(np.float64), strict=True))
@@ -201,6 +204,11 @@ def merge_subtomograms(
             merge.Member(uri, found.particles(), found.box_size, info.voxel_size_angstrom, info.contrast, tilts)
         )
     particles = merge.merge_particles(members)
+    if len(particles) == 0:
+        raise FailedPrecondition(
+            f"none of the {len(sets)} sets, the first {request.subtomograms_uris[0]}, has a subtomogram: take smaller "
+            "boxes, other particles, or edges EDGE_POLICY_FILL_MEAN"
+        )
     task.progress(0.9, "writing", sets=len(sets))
     shards = [shard for found in sets for shard in found.shards]
     return picking_pb2.MergeSubtomogramsResult(

@@ -576,10 +576,11 @@ async def test_list_names_objects_in_order(stub: Any, store: Store) -> None:
     listed = [r async for r in stub.List(io_pb2.ListRequest(uri=folder))]
     assert [r.uri for r in listed] == [f"{folder}/{name}" for name in names]
     assert {r.size_bytes for r in listed} == {len(names[0])}
-    assert [r async for r in stub.List(io_pb2.ListRequest(uri=f"{store.root}/nobody"))] == []
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        [r async for r in stub.List(io_pb2.ListRequest(uri="file:///etc"))]
-    assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    assert [r async for r in stub.List(io_pb2.ListRequest(uri=f"{store.root}/default/nothing"))] == []
+    for uri in ("file:///etc", f"{store.root}/somebody-elses", store.root):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            [r async for r in stub.List(io_pb2.ListRequest(uri=uri))]
+        assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
 # --- The service as a whole ----------------------------------------------------------------------------------------

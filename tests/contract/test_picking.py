@@ -245,6 +245,23 @@ class TestExtract:
 
 
 class TestMerging:
+    async def test_a_shard_wholly_at_the_edges_is_empty_and_joins_the_others(
+        self, channel: grpc.aio.Channel, store: Store, tomogram: str
+    ) -> None:
+        mixed = put_particles(store, "mixed", Particles.from_positions([[1, 1, 1], [20, 20, 20]], VOXEL))
+        parts = [
+            (await extracted(channel, store, extraction(tomogram, mixed, rows=common_pb2.RowRange(first=i, count=1))))[
+                0
+            ]
+            for i in (0, 1)
+        ]
+        assert [(reply.result.count, reply.result.skipped) for reply in parts] == [(0, 1), (1, 0)]
+        uris = [reply.result.subtomograms_uri for reply in parts]
+        reply, merged = await extracted(channel, store, picking_pb2.MergeSubtomogramsRequest(subtomograms_uris=uris))
+        assert reply.result.count == len(merged.read(0, 1)) == 1
+        nothing = picking_pb2.MergeSubtomogramsRequest(subtomograms_uris=uris[:1])
+        await refused(channel, nothing, STATUS.FAILED_PRECONDITION, "none of the 1 sets", uris[0])
+
     async def test_shards_of_an_extraction_become_the_whole(
         self, channel: grpc.aio.Channel, store: Store, tomogram: str, truth: str
     ) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.orchestrator_processes`: starts an orchestrator for each line that it reads, and prints its pid.
+"""`python -m tests.faults.orchestrator_processes`: starts an orchestrator for each line it reads, and prints its pid.
 
 The orchestrators are forked from a process that has loaded all code already, so that a test can kill and restart many;
 each is otherwise the process that `python -m orchestrator` is.

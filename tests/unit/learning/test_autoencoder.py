@@ -145,7 +145,7 @@ def test_only_its_own_config_is_accepted() -> None:
         "subtomogram_voxel_size_angstrom": 10.0,
     }
     check_config(good)
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"architecture": "edss3d"}, "'edss3d'"),
         ({"architecture_version": 2}, "version 2"),
         ({"binning": True}, "binning is True"),
@@ -153,6 +153,7 @@ def test_only_its_own_config_is_accepted() -> None:
         ({"subtomogram_voxel_size_angstrom": "x"}, "subtomogram_voxel_size_angstrom"),
         ({"subtomogram_box_size": 48}, "contradict"),
         ({"box_size": 18, "binning": 2, "subtomogram_box_size": 36}, "contradict"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises(FailedPrecondition, match=message):
             check_config(good | change)

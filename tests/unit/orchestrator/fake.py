@@ -71,6 +71,11 @@ class FakeService(runtime_pb2_grpc.RuntimeServiceServicer):
             draining=self.draining,
         )
 
+    async def Estimate(  # noqa: N802
+        self, request: runtime_pb2.EstimateRequest, context: Any
+    ) -> runtime_pb2.EstimateResponse:
+        return runtime_pb2.EstimateResponse(memory_bytes=1000, slots=1)
+
     async def SelfTest(  # noqa: N802
         self, request: runtime_pb2.SelfTestRequest, context: Any
     ) -> AsyncIterator[runtime_pb2.SelfTestResponse]:
@@ -86,16 +91,12 @@ class FakeService(runtime_pb2_grpc.RuntimeServiceServicer):
             if self.behave is not None:
                 await self.behave(request, context)
             await asyncio.sleep(request.seconds)
-            result = runtime_pb2.SelfTestResult(
-                index=request.index, first_row=request.rows.first, instance=self.name
-            )
+            result = runtime_pb2.SelfTestResult(index=request.index, first_row=request.rows.first, instance=self.name)
             manifest = self._keep(request, result)
             self.done.append(key)
             yield runtime_pb2.SelfTestResponse(
                 result=result,
-                provenance=common_pb2.Provenance(
-                    task_key=self.answers_for or key, seconds=0.25, manifest_uri=manifest
-                ),
+                provenance=common_pb2.Provenance(task_key=self.answers_for or key, seconds=0.25, manifest_uri=manifest),
             )
         except asyncio.CancelledError:
             self.cancelled.append(key)
@@ -126,7 +127,9 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="cf-"))
 
 
-def settings_in(home: Path, *, pools: dict[str, str], pool_wait_seconds: float = 20.0, instance: str = "one") -> Settings:
+def settings_in(
+    home: Path, *, pools: dict[str, str], pool_wait_seconds: float = 20.0, instance: str = "one"
+) -> Settings:
     return Settings(
         home=home,
         store=f"file://{home}/store",

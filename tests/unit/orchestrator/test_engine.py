@@ -250,9 +250,7 @@ async def test_a_failed_shard_fails_its_step_and_names_the_rows(platform: Platfo
     await platform.submit(SHARDED, table=uri)
     run = await platform.ended()
     assert run.state == pb.RUN_STATE_FAILED
-    assert run.error == (
-        f"step parts failed: FAILED_PRECONDITION: rows 20 to 29: row 23 lies outside (input {uri})"
-    )
+    assert run.error == (f"step parts failed: FAILED_PRECONDITION: rows 20 to 29: row 23 lies outside (input {uri})")
     assert states(run) == {"parts": "FAILED"}
     assert run.steps[0].tasks_done == 4, "the other shards are done, for the next attempt to find"
     platform.service.behave = None
@@ -296,7 +294,9 @@ async def test_a_restart_goes_on_where_it_was(platform: Platform) -> None:
     await platform.until(lambda: len(platform.service.done) >= 12)
     await platform.engine.stop()
     with sqlite3.connect(platform.home / "orchestrator.sqlite") as database:
-        recorded = [row[0] for row in database.execute("SELECT output FROM operation_outputs WHERE function_name='task'")]
+        recorded = [
+            row[0] for row in database.execute("SELECT output FROM operation_outputs WHERE function_name='task'")
+        ]
         pending = {row[0] for row in database.execute("SELECT status FROM workflow_status")}
     database.close()
     assert pending == {"PENDING"}, "stopping is no failure"
@@ -326,9 +326,7 @@ async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch:
     assert run.state == pb.RUN_STATE_SUCCEEDED
 
 
-async def test_a_defect_of_the_orchestrator_ends_the_run(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_defect_of_the_orchestrator_ends_the_run(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.2)
 
     async def lying(*_: Any) -> tasks.Outcome:
@@ -339,3 +337,18 @@ async def test_a_defect_of_the_orchestrator_ends_the_run(
     run = await platform.ended(seconds=15)
     assert run.state == pb.RUN_STATE_FAILED
     assert "the outcome of another stands in the place of run:1/" in run.error
+
+
+async def test_runs_of_a_version_that_is_gone_can_be_resumed(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await platform.submit(MAPPED, numbers=[1, 2], seconds=0.5)
+    await platform.until(lambda: platform.service.running == 2)
+    await platform.engine.stop()
+    monkeypatch.setattr("orchestrator.engine.APPLICATION_VERSION", "2")
+    await platform.restart_stopped()
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_FAILED
+    assert "begun by version 1 of the orchestrator, which is gone; resume it" in run.error
+    await platform.next_attempt()
+    assert (await platform.ended()).state == pb.RUN_STATE_SUCCEEDED

@@ -29,9 +29,7 @@ class Instances:
     def __init__(self, home: Path, count: int, pool_wait_seconds: float = 5.0, slots: int = 2) -> None:
         self.services = [FakeService(f"i{number}", slots) for number in range(count)]
         self.addresses = [f"unix:{home}/{service.name}.sock" for service in self.services]
-        self.settings = settings_in(
-            home, pools={"io": ",".join(self.addresses)}, pool_wait_seconds=pool_wait_seconds
-        )
+        self.settings = settings_in(home, pools={"io": ",".join(self.addresses)}, pool_wait_seconds=pool_wait_seconds)
         self.placement = Placement(self.settings)
         self.runner = TaskRunner(self.settings, ResultCache(Store(self.settings.store)), self.placement)
         self.reported: list[tuple[float, str]] = []

@@ -1,0 +1,94 @@
+"""How fast and how well subtomograms are aligned to a clean reference, and averaged without one.
+
+Phantoms are sums of Gaussians, one without symmetry and one with D7; poses are random and uniform, shifts up to two
+voxels, the wedge is -60 to 60 degrees, SNR is the ratio of variances in the whole box. One thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Row, main
+from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, rotation_grid
+from services.alignment.align import Search, align, search_exhaustively
+from services.alignment.average import average
+from tests.unit.alignment.samples import asymmetric, sample, symmetric
+
+WEDGE = (-60.0, 60.0)
+BOX_ANGSTROM = 384.0
+SECONDS = {32: 0.04, 64: 0.15}
+MEDIANS = {None: 0.5, 0.1: 1.5}
+
+
+def _named(box: int, snr: float | None, shape: str) -> str:
+    return f"{box}^3 {'noise-free' if snr is None else f'SNR {snr:g}'} {shape}"
+
+
+def _pairs(box: int, snr: float | None, group: str, count: int) -> Iterator[Row]:
+    blobs = asymmetric(1) if group == "C1" else symmetric(group)
+    data = sample(blobs, box, count, snr, seed=box, wedge=WEDGE)
+    search = Search(box, BOX_ANGSTROM / box, WEDGE)
+    reference = blobs.volume(box)
+    align(data.read, min(count, 4), reference, search)  # compiles, and makes the tables of this band
+    begun = time.perf_counter()
+    poses = align(data.read, count, reference, search)
+    seconds = (time.perf_counter() - begun) / count
+    errors = angular_distance_degrees(data.rotations, poses.rotations, group)
+    case = _named(box, snr, group)
+    yield Row(case, "seconds_per_pair", seconds, "s", "lower", SECONDS[box])
+    yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower", MEDIANS[snr])
+    if snr is None:
+        yield Row(case, "largest_error_degrees", float(errors.max()), "degrees", "lower", 3.0)
+    else:
+        yield Row(case, "share_within_10_degrees", float((errors <= 10).mean()), "", "higher", 0.97)
+    offsets = np.linalg.norm(poses.shifts - data.shifts, axis=1)
+    yield Row(case, "median_shift_error_voxels", float(np.median(offsets)), "voxels", "lower")
+
+
+def _exhaustive(count: int) -> Iterator[Row]:
+    """What a search of every rotation of a grid takes and finds, for comparison."""
+    blobs = asymmetric(1)
+    data = sample(blobs, 32, count, 0.1, seed=32, wedge=WEDGE)
+    search = Search(32, BOX_ANGSTROM / 32, WEDGE, max_shift_voxels=3.0)
+    grid = rotation_grid(12.0)
+    begun = time.perf_counter()
+    found = [search_exhaustively(box, blobs.volume(32), search, grid).rotations for box in data.particles]
+    seconds = (time.perf_counter() - begun) / count
+    errors = [float(angular_distance_degrees(data.rotations[i], f)[0]) for i, f in enumerate(found)]
+    case = "32^3 SNR 0.1 exhaustive, 12 degrees"
+    yield Row(case, "seconds_per_pair", seconds, "s", "lower")
+    yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower")
+
+
+def _averages(count: int, iterations: int) -> Iterator[Row]:
+    data = sample(asymmetric(1), 32, count, 0.1, seed=7, wedge=WEDGE)
+    search = Search(32, 10.0, WEDGE, max_candidates=20)
+    begun = time.perf_counter()
+    result = average(data.read, count, search, iterations=iterations)
+    seconds = time.perf_counter() - begun
+    frame = frame_between(data.rotations, result.poses.rotations)
+    errors = angular_distance_degrees(data.rotations, result.poses.rotations * frame)
+    case = f"average of {count} x 32^3 SNR 0.1, {iterations} iterations, no reference"
+    yield Row(case, "seconds", seconds, "s", "lower")
+    yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower", 5.0)
+    yield Row(case, "share_within_15_degrees", float((errors <= 15).mean()), "", "higher", 0.95)
+    yield Row(case, "resolution_angstrom", result.resolution_angstrom, "Å", "lower")
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    """All cases; a quick run takes fewer particles of each."""
+    torch.set_num_threads(1)
+    for box in (32, 64):
+        for snr in (None, 0.1):
+            for group in ("C1", "D7"):
+                yield from _pairs(box, snr, group, 8 if quick else 40)
+    yield from _exhaustive(1 if quick else 8)
+    yield from _averages(20 if quick else 60, 3 if quick else 6)
+
+
+if __name__ == "__main__":
+    main("alignment", measure)
