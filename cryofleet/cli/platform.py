@@ -95,8 +95,8 @@ def logs(run: str, raw: bool) -> None:
         else:
             where = " ".join(str(entry[key]) for key in ("service", "operation", "task_key") if entry.get(key))
             click.echo(f"{entry.get('time', '')} {entry.get('level', '')} {where}: {entry.get('message', '')}")
-            if entry.get("exception"):
-                click.echo(str(entry["exception"]).rstrip())
+            if entry.get("traceback"):
+                click.echo(str(entry["traceback"]).rstrip())
 
 
 def _log_lines(settings: Settings, run: str) -> Iterator[dict[str, Any]]:

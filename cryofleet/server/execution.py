@@ -149,6 +149,8 @@ class Executions:
             # Without its traceback, which would keep the method's arrays alive as long as somebody holds the answer.
             failure = failure_of(error, self._instance.name).with_traceback(None)
             failure.__cause__ = failure.__context__ = None
+            if not isinstance(failure, (Busy, Draining)):
+                logger.warning("%s: %s", failure.status, failure, extra={"key": question.key})
             answer = Answer(None, None, False, failure)
         finally:
             with self._lock:
@@ -184,6 +186,7 @@ class Executions:
             execution.thread = None
             instance.admission.release(needs)
         instance.metrics.compute_seconds.labels(method.operation.name).inc(manifest.seconds)
+        logger.info("computed", extra={"key": question.key, "seconds": round(manifest.seconds, 3)})
         return Answer(result_of(question, manifest), manifest, False)
 
     def leave(self, ticket: Ticket, why: Failure) -> None:

@@ -100,9 +100,7 @@ def test_an_empty_particle_list(platform: Platform, scene: dict[str, Any], tmp_p
         empty = tmp_path / "empty.parquet"
         empty.write_bytes(table.select(np.zeros(len(table.table), dtype=bool)).to_parquet())
         with pytest.raises(Failure, match=r"empty\.parquet") as caught:
-            client.call(
-                "picking.Extract", tomogram_uri=scene["tomogram"].uri, particles_uri=empty, box_size_voxels=16
-            )
+            client.call("picking.Extract", tomogram_uri=scene["tomogram"].uri, particles_uri=empty, box_size_voxels=16)
     assert caught.value.status == "FAILED_PRECONDITION"
 
 

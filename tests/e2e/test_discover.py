@@ -60,8 +60,8 @@ def test_the_report_stands_alone(discovery: Path) -> None:
     page = (discovery / "report.html").read_text()
     assert "data:image/" in page
     assert "alignment.Average" in page, "what each step took belongs into the report"
-    assert "src=\"http" not in page
-    assert "href=\"http" not in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page
 
 
 def test_a_second_run_is_answered_from_the_store(platform: Platform, scene: dict[str, Any], discovery: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -32,14 +33,14 @@ class Stranger:
         """All events that the method answers `request` with."""
         found = self._pool.FindServiceByName(service).methods_by_name[method]
         message = json_format.ParseDict(request, GetMessageClass(found.input_type)())
-        kind = self._channel.unary_stream if found.server_streaming else self._channel.unary_unary
+        kind: Any = self._channel.unary_stream if found.server_streaming else self._channel.unary_unary
         call = kind(
             f"/{service}/{method}",
             request_serializer=type(message).SerializeToString,
             response_deserializer=GetMessageClass(found.output_type).FromString,
         )
         answer = call(message)
-        events = list(answer) if found.server_streaming else [answer]
+        events: list[Message] = list(answer) if found.server_streaming else [answer]
         return [json_format.MessageToDict(event, preserving_proto_field_name=True) for event in events]
 
 
@@ -63,7 +64,7 @@ def test_a_stranger_does_the_main_job_by_hand(platform: Platform) -> None:
 
     def result(service: str, method: str, request: dict[str, Any]) -> dict[str, Any]:
         events = Stranger(address[service]).call(f"cryofleet.v1.{service.capitalize()}Service", method, request)
-        assert list(events[-1])[0] == "result", json.dumps(events[-1])
+        assert next(iter(events[-1])) == "result", json.dumps(events[-1])
         return dict(events[-1]["result"])
 
     scene = result(
@@ -107,4 +108,4 @@ def test_a_stranger_sees_what_is_wrong(platform: Platform) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stranger.call("cryofleet.v1.PickingService", "DifferenceOfGaussians", {"tomogram_uri": "file:///x"})
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "particle_diameter_angstrom" in caught.value.details()
+    assert "particle_diameter_angstrom" in str(caught.value.details())

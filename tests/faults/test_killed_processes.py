@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -69,25 +70,22 @@ def test_the_orchestrator_is_killed(undisturbed: Undisturbed) -> None:
                 assert executed[operation] == 1, f"{step_id} was recorded before the kill and must not run again"
 
 
-def test_resume_after_the_platform_went_down(undisturbed: Undisturbed) -> None:
-    with running_platform() as platform:
-        with platform.client() as client:
-            run = client.run("discover", **discover_arguments(platform, undisturbed))
-            _wait_for_step(platform, run.id, "extract")
-            run.cancel()
-            while run.refresh().state != "cancelled":
-                time.sleep(0.1)
-            run.resume()
-            run.wait()
-            assert run.state == "succeeded"
-            assert run.record.attempt == 2
-            _same(run.outputs, undisturbed)
+def test_resume_after_a_cancellation(undisturbed: Undisturbed) -> None:
+    with running_platform() as platform, platform.client() as client:
+        run = client.run("discover", **discover_arguments(platform, undisturbed))
+        _wait_for_step(platform, run.id, "extract")
+        run.cancel()
+        while run.refresh().state != "cancelled":
+            time.sleep(0.1)
+        run.resume()
+        run.wait()
+        assert run.state == "succeeded"
+        assert run.record.attempt == 2
+        _same(run.outputs, undisturbed)
 
 
 def _executions(platform: Platform) -> dict[str, int]:
     """How often each operation was computed, as the services logged it."""
-    import json
-
     counts: dict[str, int] = {}
     for path in platform.settings.log_folder.glob("*.log"):
         for line in path.read_text().splitlines():
