@@ -8,6 +8,9 @@ simulated complexes of random pose in white noise: the share of boxes that are o
 
 from __future__ import annotations
 
+# First, as it sets what torch reads when it is loaded.
+import services.learning  # isort: skip  # noqa: F401
+
 import os
 import tempfile
 import time
@@ -237,7 +240,7 @@ def measure(quick: bool) -> Iterator[Row]:
     use_deterministic_algorithms(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     for side, steps in ((16, 10 if quick else 40), (32, 3 if quick else 15)):
         yield from training_steps(side, steps)
-    for side, count in ((16, 512 if quick else 8192), (32, 128 if quick else 2048)):
+    for side, count in ((16, 512 if quick else 4096), (32, 128 if quick else 1024)):
         yield from encoding(side, count)
     for snr in (0.2,) if quick else (0.2, 0.05):
         yield from separation(90 if quick else 240, snr, 5 if quick else 20)

@@ -54,30 +54,37 @@ class Preparation:
         """Prepared boxes. InvalidArgument names the particle, by `ids`, whose box is constant or holds NaN or
         infinity.
         """
-        finite = np.isfinite(boxes).all(axis=(1, 2, 3))
+        highest, lowest = boxes.max(axis=(1, 2, 3)), boxes.min(axis=(1, 2, 3))
+        finite = np.isfinite(highest) & np.isfinite(lowest)
         if not finite.all():
+            particle = ids[int(finite.argmin())]
             raise InvalidArgument(
-                f"{self.source}: the box of particle {ids[int(finite.argmin())]} holds values that are NaN or infinite"
+                f"{self.source}: the box of particle {particle} holds values that are NaN or infinite"
             )
-        largest = np.abs(boxes).max(axis=(1, 2, 3))
-        prepared = fourier_crop(boxes, self.binning)
-        varied = prepared.std(axis=(1, 2, 3), dtype=np.float64) > CONSTANT * largest
+        prepared, deviations = _centre(fourier_crop(boxes, self.binning))
+        varied = deviations > CONSTANT * np.maximum(np.abs(highest), np.abs(lowest))
         if not varied.all():
             particle = ids[int(varied.argmin())]
             raise InvalidArgument(
                 f"{self.source}: the box of particle {particle} is constant, binned by {self.binning}: "
                 "there is nothing to learn from it"
             )
-        if self.contrast == "dark":
-            prepared = -prepared
-        if self.pose_normalisation:
-            prepared = normalise_poses(prepared)
-        return standardise(prepared)
+        sign = -1 if self.contrast == "dark" else 1
+        prepared /= (sign * deviations)[:, None, None, None]
+        return standardise(normalise_poses(prepared)) if self.pose_normalisation else prepared
 
 
 def standardise(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each box of `[i, z, y, x]` with mean 0 and standard deviation 1; a constant box becomes zero."""
-    centred = boxes - boxes.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float64)
-    deviation = centred.std(axis=(1, 2, 3), keepdims=True)
-    standard: NDArray[np.float32] = (centred / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
-    return standard
+    centred, deviations = _centre(boxes)
+    centred /= np.where(deviations > 0, deviations, np.float32(1))[:, None, None, None]
+    return centred
+
+
+def _centre(boxes: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Each box of `[i, z, y, x]` minus its mean, and the standard deviations (n,)."""
+    means = boxes.mean(axis=(1, 2, 3), dtype=np.float64)
+    centred: NDArray[np.float32] = boxes - means.astype(np.float32)[:, None, None, None]
+    flat = centred.reshape(len(centred), -1)
+    deviations: NDArray[np.float32] = np.sqrt(np.einsum("iv,iv->i", flat, flat) / flat.shape[1])
+    return centred, deviations
