@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 # More options for pip, an index of CPU-only torch builds for instance.
 PIP_OPTIONS ?=
 OUT ?= demo-out
+# What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
+DEMO_SETTINGS := --set particle_diameter_angstrom=170 --set threshold=1.5 --set clusters=4
 
 .PHONY: setup demo test lint protos protos-check bench clean
 
@@ -28,7 +30,7 @@ else
 demo: $(READY)
 	$(BIN)/cryofleet run simulate --out "$(OUT)/simulation"
 	$(BIN)/cryofleet run discover --tomogram "$(OUT)/simulation/tomogram.mrc" \
-		--set truth="$(OUT)/simulation/truth.parquet" --out "$(OUT)" $(OPTIONS)
+		--set truth="$(OUT)/simulation/truth.parquet" $(DEMO_SETTINGS) --out "$(OUT)" $(OPTIONS)
 endif
 	@echo "Open $(OUT)/report.html. The platform is still up; stop it with: $(BIN)/cryofleet down"
 

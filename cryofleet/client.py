@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import grpc
 import mrcfile
 import numpy as np
 import pandas as pd
+import starfile
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
@@ -84,7 +86,7 @@ class Artifact:
         if self.name.endswith(".csv"):
             return pd.read_csv(io.BytesIO(data))
         if self.name.endswith(".star"):
-            return _read_star(data.decode())
+            return _read_star(data)
         raise InvalidArgument(f"{self.uri} is no table of particles")
 
     def to_array(self) -> NDArray[np.float32]:
@@ -118,11 +120,12 @@ class Artifact:
         return path
 
 
-def _read_star(text: str) -> pd.DataFrame:
-    """The particles of a STAR file; needs the starfile package, which the io extra brings."""
-    import starfile
-
-    blocks = starfile.read(io.StringIO(text), always_dict=True)
+def _read_star(data: bytes) -> pd.DataFrame:
+    """The particles of a STAR file."""
+    with tempfile.NamedTemporaryFile(suffix=".star") as file:
+        file.write(data)
+        file.flush()
+        blocks = starfile.read(file.name, always_dict=True)
     return cast(pd.DataFrame, blocks["particles"])
 
 
@@ -404,7 +407,7 @@ def _pipeline_fields(pipeline: str | Path) -> dict[str, str]:
     path = Path(pipeline)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
-            return {"pipeline_yaml": path.read_text()}
+            return {"pipeline_yaml": path.read_text(), "pipeline_file": path.name}
         except (OSError, UnicodeDecodeError) as error:
             raise NotFound(f"can't read the pipeline {path}: {error}") from None
     return {"pipeline": str(pipeline)}

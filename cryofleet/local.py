@@ -34,6 +34,7 @@ _STOP_MARGIN_SECONDS = 15.0
 # One slot with all cores suits a training or a simulation; short tasks go side by side.
 _ALL_CORES = ("learning", "simulation")
 _PR_SET_PDEATHSIG = 1
+_DETACH = "--detach"
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ def start(settings: Settings, wait_seconds: float = 60.0) -> None:
     if not is_up(settings):
         settings.log_folder.mkdir(parents=True, exist_ok=True)
         with (settings.log_folder / "supervisor.log").open("ab") as log:
-            subprocess.Popen(
-                [sys.executable, "-m", "cryofleet.local"],
+            subprocess.run(
+                [sys.executable, "-m", "cryofleet.local", _DETACH],
                 env={**os.environ, "CRYOFLEET_HOME": str(settings.home)},
                 cwd=settings.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                check=True,
             )
     deadline = time.monotonic() + wait_seconds
     waiting = members(settings)
@@ -263,7 +264,11 @@ def _say(message: str) -> None:
 
 
 def main() -> None:
-    """Supervise this home's platform until SIGTERM or SIGINT."""
+    """Supervise this home's platform until SIGTERM or SIGINT; with --detach, in the background."""
+    if _DETACH in sys.argv[1:]:
+        if os.fork():
+            return
+        os.setsid()
     settings = Settings.from_environment()
     try:
         with _lock(settings):

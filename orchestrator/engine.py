@@ -240,6 +240,7 @@ class Engine:
     async def begin(self, run_id: str, attempt: int) -> dict[str, Any]:
         """The body of a run's first step."""
         await self.in_thread(retrying, functools.partial(self.runs.set_started, run_id, attempt))
+        logger.info("attempt %d begins", attempt, extra={"run_id": run_id})
         self._announce(run_id)
         return {}
 
@@ -252,6 +253,8 @@ class Engine:
             retrying, functools.partial(self.runs.set_finished, run_id, attempt, state, error, outputs)
         )
         self.tracker.forget(run_id)
+        ended = f": {error}" if error else ""
+        logger.info("attempt %d ended as %s%s", attempt, state, ended, extra={"run_id": run_id})
         self._announce(run_id)
         return {}
 

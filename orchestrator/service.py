@@ -68,7 +68,7 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
     """Checks everything that can be known before, keeps the run, starts it."""
     engine = _engine(context)
     project = request.project or DEFAULT_PROJECT
-    pipeline, text = await _pipeline(request.pipeline, request.pipeline_yaml, context)
+    pipeline, text = await _pipeline(request, context)
     values = pipeline.bind(json_format.MessageToDict(request.arguments))
     await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
     run = RunRow(
@@ -85,11 +85,12 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
     return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
 
 
-async def _pipeline(name: str, text: str, context: CallContext) -> tuple[Pipeline, str]:
+async def _pipeline(request: pb.SubmitRunRequest | pb.EstimateRunRequest, context: CallContext) -> tuple[Pipeline, str]:
     """The pipeline with its text."""
+    text = request.pipeline_yaml
     if text:
-        return await context.in_thread(load, text, "pipeline.yaml"), text
-    pipeline = await context.in_thread(Library(context.settings).get, name)
+        return await context.in_thread(load, text, request.pipeline_file or "pipeline.yaml"), text
+    pipeline = await context.in_thread(Library(context.settings).get, request.pipeline)
     return pipeline, pipeline.document.text
 
 
@@ -111,7 +112,7 @@ async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.E
     """The same checks; nothing is kept or started."""
     engine = _engine(context)
     project = request.project or DEFAULT_PROJECT
-    pipeline, _ = await _pipeline(request.pipeline, request.pipeline_yaml, context)
+    pipeline, _ = await _pipeline(request, context)
     values = pipeline.bind(json_format.MessageToDict(request.arguments))
     await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
     return await estimate_run(engine, pipeline, values, project)

@@ -303,7 +303,8 @@ class TaskRunner:
             case "DEADLINE_EXCEEDED":
                 return self._count_lost(details, instance, history)
             case _ if status in _MAX_FAILURES:
-                logger.warning("task %s: %s on instance %s: %s", task.key, status, instance.name, details)
+                about = {"run_id": task.run_id, "task_key": task.key}
+                logger.warning("%s on instance %s: %s", status, instance.name, details, extra=about)
                 return self._count(status, status, details, instance, history)
             case _:
                 raise _GiveUp(status, details)

@@ -250,6 +250,7 @@ class SubmitRunRequest(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     PROJECT_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    PIPELINE_FILE_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     """Name of a pipeline that the orchestrator ships or was given, or"""
     pipeline_yaml: _builtins.str
@@ -257,6 +258,8 @@ class SubmitRunRequest(_message.Message):
     project: _builtins.str
     run_id: _builtins.str
     """A caller's own id for the run makes a repeated submission harmless; one is made where left out."""
+    pipeline_file: _builtins.str
+    """What messages call pipeline_yaml: the name of its file."""
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct:
         """Inputs and parameters by name."""
@@ -269,10 +272,11 @@ class SubmitRunRequest(_message.Message):
         arguments: _struct_pb2.Struct | None = ...,
         project: _builtins.str = ...,
         run_id: _builtins.str = ...,
+        pipeline_file: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "pipeline", b"pipeline", "pipeline_yaml", b"pipeline_yaml", "project", b"project", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "pipeline", b"pipeline", "pipeline_file", b"pipeline_file", "pipeline_yaml", b"pipeline_yaml", "project", b"project", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,9 +550,11 @@ class EstimateRunRequest(_message.Message):
     PIPELINE_YAML_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     PROJECT_FIELD_NUMBER: _builtins.int
+    PIPELINE_FILE_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     pipeline_yaml: _builtins.str
     project: _builtins.str
+    pipeline_file: _builtins.str
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct: ...
     def __init__(
@@ -558,10 +564,11 @@ class EstimateRunRequest(_message.Message):
         pipeline_yaml: _builtins.str = ...,
         arguments: _struct_pb2.Struct | None = ...,
         project: _builtins.str = ...,
+        pipeline_file: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "pipeline", b"pipeline", "pipeline_yaml", b"pipeline_yaml", "project", b"project"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "pipeline", b"pipeline", "pipeline_file", b"pipeline_file", "pipeline_yaml", b"pipeline_yaml", "project", b"project"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

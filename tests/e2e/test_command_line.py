@@ -68,7 +68,9 @@ def test_runs_show_logs(platform: Platform) -> None:
     assert platform.command("watch", run).returncode == 0
     assert platform.json("show", run)["state"] == "RUN_STATE_SUCCEEDED"
     assert run in [r["id"] for r in platform.json("runs")]
-    assert "self-test" in platform.command("logs", run).stdout or platform.command("logs", run).returncode == 0
+    lines = platform.command("logs", run).stdout.splitlines()
+    assert "attempt 1 begins" in lines[0]
+    assert "attempt 1 ended as succeeded" in lines[-1]
 
 
 def test_estimate_changes_nothing(platform: Platform, scene: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -20,10 +19,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 from google.protobuf.struct_pb2 import Struct
 
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row
 from cryofleet.channels import open_channel
+from cryofleet.particles import Particles
+from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2, orchestrator_pb2, orchestrator_pb2_grpc, runtime_pb2, runtime_pb2_grpc
 
 SLOTS = 4
@@ -32,14 +34,15 @@ _TARGET_MS = 8.0
 
 _PIPELINE = """
 name: nothing
+inputs:
+  particles: {kind: particles}
 parameters:
-  indices: {type: list}
+  index: {type: integer}
 steps:
   - id: nothing
     op: runtime.SelfTest
-    foreach: ${indices}
-    as: index
-    with: {index: "${index}"}
+    with: {index: "${index}", particles_uri: "${particles}"}
+    shards: {over: particles_uri, size: 1}
 """
 
 
@@ -64,17 +67,22 @@ def _process(home: Path, name: str, module: str) -> Iterator[str]:
         process.wait(60)
 
 
-async def _bare(address: str, indices: list[int]) -> float:
+async def _bare(address: str, particles_uri: str, tasks: int, index: int) -> float:
     """Seconds that the calls take by themselves."""
     channel = open_channel(address)
     stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
     await stub.GetCapacity(runtime_pb2.GetCapacityRequest(), wait_for_ready=True, timeout=60)
-    left = iter(indices)
+    left = iter(range(tasks))
 
     async def caller() -> None:
-        for index in left:
-            context = common_pb2.Context(project="bare", task_key=str(index))
-            async for _ in stub.SelfTest(runtime_pb2.SelfTestRequest(context=context, index=index)):
+        for row in left:
+            request = runtime_pb2.SelfTestRequest(
+                context=common_pb2.Context(task_key=str(row)),
+                index=index,
+                particles_uri=particles_uri,
+                rows=common_pb2.RowRange(first=row, count=1),
+            )
+            async for _ in stub.SelfTest(request):
                 pass
 
     started = time.perf_counter()
@@ -84,12 +92,12 @@ async def _bare(address: str, indices: list[int]) -> float:
     return seconds
 
 
-async def _run(address: str, indices: list[int]) -> tuple[float, orchestrator_pb2.Run]:
+async def _run(address: str, particles_uri: str, index: int) -> tuple[float, orchestrator_pb2.Run]:
     """Seconds from the run's submission to its end, and the run."""
     channel = open_channel(address)
     stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
     arguments = Struct()
-    arguments.update({"indices": indices})
+    arguments.update({"particles": particles_uri, "index": index})
     started = time.perf_counter()
     request = orchestrator_pb2.SubmitRunRequest(pipeline_yaml=_PIPELINE, arguments=arguments)
     submitted = await stub.SubmitRun(request, wait_for_ready=True, timeout=60)
@@ -103,28 +111,38 @@ async def _run(address: str, indices: list[int]) -> tuple[float, orchestrator_pb
     return seconds, run
 
 
+def _table(store: Store, rows: int) -> str:
+    """A particle table in the store, to shard over."""
+    uri = f"{store.root}/default/tables/{rows}.parquet"
+    store.put(uri, Particles.from_positions(np.zeros((rows, 3)), 10.0).to_parquet())
+    return uri
+
+
 def _figures(home: Path, tasks: int, rounds: int) -> Iterable[Row]:
-    numbers = random.Random(time.time_ns())
+    # Each index makes the tasks' results new ones, and so does each table.
+    indices = iter(range(1000))
+    store = Store(f"file://{home}/store")
     with (
         _process(home, "io", "cryofleet.server") as service,
         _process(home, "orchestrator", "orchestrator") as orchestrator,
     ):
-        fresh = [numbers.sample(range(10**9), tasks) for _ in range(2 * rounds + 1)]
+        few, many = _table(store, 40), _table(store, tasks)
         # Both processes have then loaded what they need, and the queue is being listened to.
-        asyncio.run(_bare(service, fresh[0][:20]))
-        asyncio.run(_run(orchestrator, fresh[0][20:60]))
+        asyncio.run(_bare(service, few, 40, next(indices)))
+        asyncio.run(_run(orchestrator, few, next(indices)))
         overheads, bares, runs, cached = [], [], [], []
-        for round_ in range(rounds):
-            bare = asyncio.run(_bare(service, fresh[2 * round_ + 1]))
-            wall, run = asyncio.run(_run(orchestrator, fresh[2 * round_ + 2]))
-            again, second = asyncio.run(_run(orchestrator, fresh[2 * round_ + 2]))
+        for _ in range(rounds):
+            bare = asyncio.run(_bare(service, many, tasks, next(indices)))
+            index = next(indices)
+            wall, run = asyncio.run(_run(orchestrator, many, index))
+            again, second = asyncio.run(_run(orchestrator, many, index))
             if run.steps[0].tasks_cached or second.steps[0].tasks_cached != tasks:
                 raise RuntimeError("the first run must compute everything, and the second nothing")
             overheads.append((wall - bare) / tasks * 1000)
             bares.append(bare / tasks * 1000)
             runs.append(wall / tasks * 1000)
             cached.append(again / tasks * 1000)
-    case = f"{tasks} tasks that do nothing, {SLOTS} slots, SQLite"
+    case = f"{tasks} shards of one run that do nothing, {SLOTS} slots, SQLite"
     yield Row(case, "task_overhead", statistics.median(overheads), "ms", "lower", _TARGET_MS)
     yield Row(case, "bare_call", statistics.median(bares), "ms", "lower")
     yield Row(case, "task_in_run", statistics.median(runs), "ms", "lower")
@@ -143,7 +161,3 @@ def measure(quick: bool) -> Iterable[Row]:
         raise
     finally:
         shutil.rmtree(home, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main("orchestration", measure)

@@ -1,4 +1,4 @@
-"""How fast the store moves data, against the plainest code that does the same: python -m benchmarks.storage.
+"""How fast the store moves data, against the plainest code that does the same.
 
 Files: a loop that copies and hashes, and one that reads and hashes. S3: the minio client's own put and get, which hash
 nothing; the server is moto in a process of its own. Each ratio is of the best of several runs, taken in turns.
@@ -16,14 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from minio import Minio
 
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row
 from cryofleet.artifacts import BLOCK_BYTES, ResultWriter, find, open_blob, remove
 from cryofleet.settings import S3Settings
 from cryofleet.storage import Store, file_uri
@@ -211,12 +210,3 @@ def measure(quick: bool) -> Iterator[Row]:
         if quick:
             os.truncate(source, 128 * MIB)
         yield from _s3(folder, source, rounds=2)
-
-
-def rows(quick: bool) -> list[dict[str, Any]]:
-    """The figures as JSON objects."""
-    return [asdict(row) for row in measure(quick)]
-
-
-if __name__ == "__main__":
-    main("storage", measure)
