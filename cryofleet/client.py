@@ -15,20 +15,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
-import mrcfile
-import numpy as np
-import pandas as pd
-import starfile
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
-from numpy.typing import NDArray
 
 from cryofleet import local
-from cryofleet.artifacts import digest_file
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure, InvalidArgument, NotFound, Unavailable
 from cryofleet.operations import (
@@ -38,9 +32,14 @@ from cryofleet.operations import (
     request_from_mapping,
     result_to_mapping,
 )
-from cryofleet.particles import Particles
 from cryofleet.settings import DEFAULT_PROJECT, Settings
 from cryofleet.v1 import common_pb2, io_pb2, io_pb2_grpc, orchestrator_pb2, orchestrator_pb2_grpc
+
+if TYPE_CHECKING:
+    # Loaded where they are needed, for they take a second and the command line should answer at once.
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
 
 _CHUNK_BYTES = 2 * 1024**2
 _ENDED = (
@@ -80,6 +79,10 @@ class Artifact:
 
     def to_dataframe(self) -> pd.DataFrame:
         """The rows of a particle table, or of an exported CSV or STAR file's particles."""
+        import pandas as pd
+
+        from cryofleet.particles import Particles
+
         data = self.read()
         if self.name.endswith(".parquet"):
             return Particles.from_parquet(data).table
@@ -91,6 +94,9 @@ class Artifact:
 
     def to_array(self) -> NDArray[np.float32]:
         """A volume as `[z, y, x]`, a stack of them as `[item, z, y, x]`."""
+        import mrcfile
+        import numpy as np
+
         volume = mrcfile.mrcinterpreter.MrcInterpreter(io.BytesIO(self.read()))
         with contextlib.closing(volume):
             return np.array(volume.data, dtype=np.float32)
@@ -122,6 +128,8 @@ class Artifact:
 
 def _read_star(data: bytes) -> pd.DataFrame:
     """The particles of a STAR file."""
+    import starfile
+
     with tempfile.NamedTemporaryFile(suffix=".star") as file:
         file.write(data)
         file.flush()
@@ -342,6 +350,8 @@ class Client:
 
     def upload(self, path: str | Path) -> str:
         """Store a file and return its URI; a file that the store has already is not sent again."""
+        from cryofleet.artifacts import digest_file
+
         path = Path(path)
         if not path.is_file():
             raise NotFound(f"no such file: {path}")

@@ -14,7 +14,6 @@ from cryofleet import local
 from cryofleet.cli.options import json_option
 from cryofleet.cli.output import print_json, print_table
 from cryofleet.client import Client
-from cryofleet.doctor import examine
 from cryofleet.errors import NotFound
 from cryofleet.settings import Settings
 
@@ -67,6 +66,8 @@ def status(as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Check versions, devices, store, database and services: what is wrong and what to do."""
+    from cryofleet.doctor import examine  # it loads much
+
     findings = examine(Settings.from_environment())
     if as_json:
         print_json([{"check": f.check, "ok": f.ok, "found": f.found, "advice": f.advice} for f in findings])
