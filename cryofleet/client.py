@@ -134,7 +134,7 @@ def _read_star(data: bytes) -> pd.DataFrame:
         file.write(data)
         file.flush()
         blocks = starfile.read(file.name, always_dict=True)
-    return cast(pd.DataFrame, blocks["particles"])
+    return cast("pd.DataFrame", blocks["particles"])
 
 
 class RunHandle:

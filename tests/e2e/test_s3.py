@@ -1,0 +1,48 @@
+"""The same main job with the store on an S3 server, over HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from minio import Minio
+from moto.server import ThreadedMotoServer
+
+from tests.platform import SMALL_DISCOVERY, SMALL_SCENE, running_platform
+
+BUCKET = "tomograms"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        address = f"{host}:{port}"
+        Minio(address, "key", "secret", secure=False, region="us-east-1").make_bucket(BUCKET)
+        yield address
+    finally:
+        server.stop()
+
+
+def test_discover_on_s3(endpoint: str) -> None:
+    settings = {
+        "STORE": f"s3://{BUCKET}/cryofleet",
+        "S3_ENDPOINT": endpoint,
+        "S3_ACCESS_KEY": "key",
+        "S3_SECRET_KEY": "secret",
+        "S3_SECURE": "false",
+    }
+    with running_platform(**settings) as platform, platform.client() as client:
+        scene = client.run("simulate", **SMALL_SCENE).wait().outputs
+        run = client.run("discover", tomogram=scene["tomogram"], truth=scene["truth"], **SMALL_DISCOVERY).wait()
+        assert run.state == "succeeded"
+        assert run.outputs["report"].uri.startswith(f"s3://{BUCKET}/cryofleet/default/")
+        assert len(run.outputs["particles"].to_dataframe()) == run.outputs["picks"] > 0
+        again = client.run("discover", tomogram=scene["tomogram"], truth=scene["truth"], **SMALL_DISCOVERY).wait()
+        assert all(step.tasks_cached == step.tasks_total for step in again.record.steps)
+        # Only sockets, logs and the database are on this machine's disk.
+        assert not (platform.settings.home / "store").exists()
