@@ -22,15 +22,16 @@ $(READY): pyproject.toml constraints.txt
 		-e ".[io,picking,alignment,learning,simulation,orchestrator,dev]"
 	touch $@
 
+# Exit code 3 is a run that ended with items set aside: there is a report all the same.
 # The main job, on a simulated tomogram or on TOMOGRAM=path.mrc; OPTIONS="--set voxel_size_angstrom=10" and the like.
 ifdef TOMOGRAM
 demo: $(READY)
-	$(BIN)/cryofleet run discover --tomogram "$(TOMOGRAM)" --out "$(OUT)" $(OPTIONS)
+	$(BIN)/cryofleet run discover --tomogram "$(TOMOGRAM)" --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 else
 demo: $(READY)
 	$(BIN)/cryofleet run simulate --out "$(OUT)/simulation"
 	$(BIN)/cryofleet run discover --tomogram "$(OUT)/simulation/tomogram.mrc" \
-		--set truth="$(OUT)/simulation/truth.parquet" $(DEMO_SETTINGS) --out "$(OUT)" $(OPTIONS)
+		--set truth="$(OUT)/simulation/truth.parquet" $(DEMO_SETTINGS) --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 endif
 	@echo "Open $(OUT)/report.html. The platform is still up; stop it with: $(BIN)/cryofleet down"
 

@@ -9,15 +9,18 @@ picks = run.outputs["particles"].to_dataframe()
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
+import yaml
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
@@ -26,6 +29,7 @@ from cryofleet import local
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure, InvalidArgument, NotFound, Unavailable
 from cryofleet.operations import (
+    ARTIFACT_KINDS,
     Operation,
     find_operation,
     operations,
@@ -33,7 +37,15 @@ from cryofleet.operations import (
     result_to_mapping,
 )
 from cryofleet.settings import DEFAULT_PROJECT, Settings
-from cryofleet.v1 import common_pb2, io_pb2, io_pb2_grpc, orchestrator_pb2, orchestrator_pb2_grpc
+from cryofleet.v1 import (
+    common_pb2,
+    io_pb2,
+    io_pb2_grpc,
+    orchestrator_pb2,
+    orchestrator_pb2_grpc,
+    runtime_pb2,
+    runtime_pb2_grpc,
+)
 
 if TYPE_CHECKING:
     # Loaded where they are needed, for they take a second and the command line should answer at once.
@@ -42,6 +54,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _CHUNK_BYTES = 2 * 1024**2
+_RECONNECT_SECONDS = 0.5
 _ENDED = (
     orchestrator_pb2.RUN_STATE_SUCCEEDED,
     orchestrator_pb2.RUN_STATE_PARTIAL,
@@ -141,7 +154,7 @@ class RunHandle:
     """One run of a pipeline."""
 
     def __init__(self, client: Client, run: orchestrator_pb2.Run) -> None:
-        self._client = client
+        self._client = client.in_project(run.project)
         self.record = run
 
     @property
@@ -219,6 +232,14 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def in_project(self, project: str) -> Client:
+        """This client for another project, over the same channels."""
+        if project == self.project:
+            return self
+        twin = copy.copy(self)
+        twin.project = project
+        return twin
+
     def close(self) -> None:
         for channel in self._channels.values():
             channel.close()
@@ -233,35 +254,55 @@ class Client:
         this machine, the file is uploaded first.
         """
         request = orchestrator_pb2.SubmitRunRequest(
-            project=self.project, arguments=self.prepare_arguments(arguments), **_pipeline_fields(pipeline)
+            project=self.project, arguments=self._arguments(pipeline, arguments), **_pipeline_fields(pipeline)
         )
         return RunHandle(self, self.orchestrate("SubmitRun", request).run)
 
     def estimate(self, pipeline: str | Path, **arguments: Any) -> orchestrator_pb2.EstimateRunResponse:
         """What a run would take; checks pipeline and arguments as `run` does."""
         request = orchestrator_pb2.EstimateRunRequest(
-            project=self.project, arguments=self.prepare_arguments(arguments), **_pipeline_fields(pipeline)
+            project=self.project, arguments=self._arguments(pipeline, arguments), **_pipeline_fields(pipeline)
         )
         return cast(orchestrator_pb2.EstimateRunResponse, self.orchestrate("EstimateRun", request))
 
-    def prepare_arguments(self, arguments: Mapping[str, Any]) -> Struct:
-        """Arguments as the orchestrator takes them, files on this machine uploaded."""
+    def _arguments(self, pipeline: str | Path, arguments: Mapping[str, Any]) -> Struct:
+        """Arguments as the orchestrator takes them; files of this machine among the pipeline's inputs are uploaded."""
+        inputs = self._input_names(pipeline)
         prepared = Struct()
-        prepared.update({name: self._upload_paths(value) for name, value in arguments.items() if value is not None})
+        prepared.update(
+            {name: self._uploaded(value, name in inputs) for name, value in arguments.items() if value is not None}
+        )
         return prepared
 
-    def _upload_paths(self, value: Any) -> Any:
-        if isinstance(value, Path):
-            return self.upload(value)
-        if isinstance(value, str) and "://" not in value and len(value) < 4096 and Path(value).is_file():
-            return self.upload(Path(value))
-        if isinstance(value, Artifact):
-            return value.uri
-        if isinstance(value, (list, tuple)):
-            return [self._upload_paths(item) for item in value]
-        if isinstance(value, Mapping):
-            return {key: self._upload_paths(item) for key, item in value.items()}
-        return value
+    def _input_names(self, pipeline: str | Path) -> set[str]:
+        """Names of the pipeline's arguments that are artifacts."""
+        text = _pipeline_fields(pipeline).get("pipeline_yaml")
+        if text is not None:
+            with contextlib.suppress(yaml.YAMLError, AttributeError):
+                return set(yaml.safe_load(text).get("inputs") or ())
+            return set()  # the orchestrator says what is wrong with it
+        described = [p for p in self.pipelines() if p.name == str(pipeline)]
+        return {p.name for found in described for p in found.parameters if p.type in ARTIFACT_KINDS}
+
+    def _uploaded(self, value: Any, is_artifact: bool) -> Any:
+        """The value, each file of this machine in it replaced by the URI that it was uploaded to.
+
+        Files are `Path`s and, where an artifact belongs, paths as text.
+        """
+        match value:
+            case Path():
+                return self.upload(value)
+            case str() if is_artifact and "://" not in value:
+                return self.upload(Path(value))
+            case Artifact():
+                return value.uri
+            case list() | tuple():
+                return [self._uploaded(item, is_artifact) for item in value]
+            case Mapping():
+                # Fields that hold artifacts are named so throughout the contract.
+                return {key: self._uploaded(item, key.endswith(("_uri", "_uris"))) for key, item in value.items()}
+            case _:
+                return value
 
     def get(self, run_id: str) -> RunHandle:
         response = self.orchestrate("GetRun", orchestrator_pb2.GetRunRequest(run_id=run_id))
@@ -280,7 +321,12 @@ class Client:
                 failure = failure_from_rpc(error)
                 if failure.status != "UNAVAILABLE":
                     raise failure from None
+                if self._is_own(self.settings.orchestrator) and not local.is_up(self.settings):
+                    raise Unavailable(
+                        f"the platform went down; run {run_id} goes on at the next: cryofleet up"
+                    ) from None
                 # The orchestrator is restarting; the run is durable and the watch goes on.
+                time.sleep(_RECONNECT_SECONDS)
 
     def runs(self, limit: int = 50) -> list[orchestrator_pb2.Run]:
         """The newest runs of the project."""
@@ -309,8 +355,10 @@ class Client:
     def orchestrate(self, method: str, request: Message) -> Any:
         """Call one of the orchestrator's methods; raises the Failure that it answers with."""
         stub = orchestrator_pb2_grpc.OrchestratorServiceStub(self._orchestrator())
+        # What is collected as garbage may be long to find; nothing else takes its time.
+        timeout = None if method == "CollectGarbage" else 120
         with _failures():
-            return getattr(stub, method)(request, timeout=120)
+            return getattr(stub, method)(request, timeout=timeout)
 
     # Single operations
 
@@ -328,7 +376,7 @@ class Client:
         Raises the Failure that the service answers with.
         """
         found = find_operation(operation)
-        request = request_from_mapping(found, {name: self._upload_paths(v) for name, v in parameters.items()})
+        request = request_from_mapping(found, self._uploaded(parameters, False))
         cast(Any, request).context.project = self.project
         call = self._service(found.service).unary_stream(
             found.full_name,
@@ -385,10 +433,20 @@ class Client:
         with _failures():
             yield from stub.List(io_pb2.ListRequest(context=self._context(), uri=uri))
 
+    def store_root(self) -> str:
+        """URI of the root that the platform keeps its results under."""
+        stub = runtime_pb2_grpc.RuntimeServiceStub(self._service("io"))
+        with _failures():
+            return stub.GetCapacity(runtime_pb2.GetCapacityRequest(), timeout=30).store
+
     def artifact(self, uri: str) -> Artifact:
         return Artifact(uri, self)
 
     # Channels
+
+    def _is_own(self, address: str) -> bool:
+        """Whether it is this machine's own platform that listens there."""
+        return address.startswith(f"unix:{self.settings.run_folder}/")
 
     def _context(self) -> common_pb2.Context:
         return common_pb2.Context(project=self.project)
@@ -403,11 +461,11 @@ class Client:
 
     def _channel(self, address: str, what: str) -> grpc.Channel:
         if address not in self._channels:
-            own = address.startswith(f"unix:{self.settings.run_folder}/")
-            if own and not local.is_up(self.settings):
-                if not self._start:
+            if self._is_own(address):
+                if self._start:
+                    local.start(self.settings)
+                elif not local.is_up(self.settings):
                     raise Unavailable(f"{what} is not up on this machine; start the platform with: cryofleet up")
-                local.start(self.settings)
             self._channels[address] = open_blocking_channel(address, self.settings.tls)
         return self._channels[address]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -19,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cryofleet.channels import open_blocking_channel
 from cryofleet.errors import FailedPrecondition, Internal, Unavailable
-from cryofleet.settings import SERVICES, Settings
+from cryofleet.settings import SERVICES, Settings, available_cores
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its final NUL
 _RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0)
@@ -35,6 +37,8 @@ _STOP_MARGIN_SECONDS = 15.0
 _ALL_CORES = ("learning", "simulation")
 _PR_SET_PDEATHSIG = 1
 _DETACH = "--detach"
+_LAUNCH_SECONDS = 10.0
+"""A supervisor that was launched has its lock within this time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Member:
     name: str
     module: str
     socket: Path
+    defaults: Mapping[str, str]
+    """Settings that the platform's own environment may override."""
     environment: Mapping[str, str]
+    """Settings that make this process what it is."""
 
     @property
     def address(self) -> str:
@@ -53,24 +60,38 @@ class Member:
 
 def members(settings: Settings) -> list[Member]:
     """The processes that make up the platform on this machine."""
-    cores = os.cpu_count() or 1
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = available_cores()
     found = []
-    for name in (*SERVICES, "orchestrator"):
+    for number, name in enumerate((*SERVICES, "orchestrator")):
         threads = cores if name in _ALL_CORES else 1
         socket = settings.run_folder / f"{name}.sock"
+        defaults = {
+            "CRYOFLEET_SLOTS": str(max(1, cores // threads)),
+            "CRYOFLEET_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(threads),
+        }
         environment = {
             "CRYOFLEET_HOME": str(settings.home),
             "CRYOFLEET_ADDRESS": f"unix:{socket}",
             "CRYOFLEET_INSTANCE": name,
-            "CRYOFLEET_SLOTS": str(max(1, cores // threads)),
-            "CRYOFLEET_THREADS": str(threads),
-            "CRYOFLEET_MEMORY_BYTES": str(settings.memory_bytes or machine_bytes // 2),
-            "OMP_NUM_THREADS": str(threads),
+            "CRYOFLEET_METRICS_PORT": str(settings.metrics_port + number if settings.metrics_port else 0),
         }
         module = "orchestrator" if name == "orchestrator" else f"services.{name}"
-        found.append(Member(name, module, socket, environment))
+        found.append(Member(name, module, socket, defaults, environment))
     return found
+
+
+def code_stamp() -> str:
+    """Changes whenever the code that the platform runs does, or its place."""
+    stamp = hashlib.sha256()
+    for package in ("cryofleet", "services", "orchestrator"):
+        spec = find_spec(package)
+        for folder in spec.submodule_search_locations or [] if spec else []:
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in (".py", ".yaml", ".html"):
+                    status = path.stat()
+                    stamp.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return stamp.hexdigest()
 
 
 def is_up(settings: Settings) -> bool:
@@ -91,16 +112,23 @@ def _lock(settings: Settings) -> Iterator[None]:
         yield
 
 
-def process_ids(settings: Settings) -> dict[str, int]:
-    """Process ids by member, of the supervisor too, as the supervisor wrote them last."""
+def _state(settings: Settings) -> dict[str, Any]:
+    """What the supervisor wrote last: its processes and the code that they run."""
     try:
-        return dict(json.loads((settings.run_folder / "processes.json").read_text()))
+        return dict(json.loads((settings.run_folder / "platform.json").read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def start(settings: Settings, wait_seconds: float = 60.0) -> None:
+def process_ids(settings: Settings) -> dict[str, int]:
+    """Process ids by member, and the supervisor's."""
+    return dict(_state(settings).get("processes", {}))
+
+
+def start(settings: Settings, wait_seconds: float = 180.0) -> None:
     """Start the platform in the background and wait until every process answers.
+
+    A platform that runs other code than this, an older checkout's, is started anew; its runs go on.
 
     Raises FailedPrecondition where the services' code is not installed, Internal where a process does not come up.
     """
@@ -116,26 +144,35 @@ def start(settings: Settings, wait_seconds: float = 60.0) -> None:
             f"CRYOFLEET_HOME {settings.home} is too long for Unix sockets by {longest - _LONGEST_SOCKET_PATH} "
             "characters; choose a shorter folder"
         )
-    if not is_up(settings):
-        settings.log_folder.mkdir(parents=True, exist_ok=True)
-        with (settings.log_folder / "supervisor.log").open("ab") as log:
-            subprocess.run(
-                [sys.executable, "-m", "cryofleet.local", _DETACH],
-                env={**os.environ, "CRYOFLEET_HOME": str(settings.home)},
-                cwd=settings.home,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                check=True,
-            )
+    if is_up(settings) and _state(settings).get("code", code_stamp()) != code_stamp():
+        stop(settings)
     deadline = time.monotonic() + wait_seconds
+    launched = -_LAUNCH_SECONDS
     waiting = members(settings)
     while waiting:
+        # Also where one is just stopping: it is started when that has ended.
+        if not is_up(settings) and time.monotonic() - launched > _LAUNCH_SECONDS:
+            _launch_supervisor(settings)
+            launched = time.monotonic()
         waiting = [member for member in waiting if not is_serving(member.address, settings)]
         if waiting and time.monotonic() > deadline:
             names = ", ".join(member.name for member in waiting)
             raise Internal(f"{names} did not come up within {wait_seconds:.0f} s; see {settings.log_folder}")
         time.sleep(0.1 if waiting else 0)
+
+
+def _launch_supervisor(settings: Settings) -> None:
+    settings.log_folder.mkdir(parents=True, exist_ok=True)
+    with (settings.log_folder / "supervisor.log").open("ab") as log:
+        subprocess.run(
+            [sys.executable, "-m", "cryofleet.local", _DETACH],
+            env={**os.environ, "CRYOFLEET_HOME": str(settings.home)},
+            cwd=settings.home,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
 
 
 def is_serving(address: str, settings: Settings) -> bool:
@@ -186,6 +223,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._code = code_stamp()
         self._children = [
             _Child(member, log=settings.log_folder / f"{member.name}.log") for member in members(settings)
         ]
@@ -222,7 +260,7 @@ class Supervisor:
         with child.log.open("ab") as log:
             child.process = subprocess.Popen(
                 [sys.executable, "-m", child.member.module],
-                env={**os.environ, **child.member.environment},
+                env={**child.member.defaults, **os.environ, **child.member.environment},
                 cwd=self._settings.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -234,9 +272,10 @@ class Supervisor:
 
     def _write_process_ids(self) -> None:
         running = {child.member.name: child.process.pid for child in self._children if child.process is not None}
-        path = self._settings.run_folder / "processes.json"
+        path = self._settings.run_folder / "platform.json"
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps({"supervisor": os.getpid(), **running}))
+        state = {"code": self._code, "processes": {"supervisor": os.getpid(), **running}}
+        temporary.write_text(json.dumps(state))
         temporary.replace(path)
 
     def _stop_all(self) -> None:
@@ -251,7 +290,7 @@ class Supervisor:
                 _say(f"process {process.pid} does not end; killing it")
                 process.kill()
                 process.wait()
-        (self._settings.run_folder / "processes.json").unlink(missing_ok=True)
+        (self._settings.run_folder / "platform.json").unlink(missing_ok=True)
 
 
 def _end_with_parent() -> None:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -213,10 +213,11 @@ def find_operation(name: str) -> Operation:
     try:
         return operations()[name]
     except KeyError:
-        raise InvalidArgument(f"unknown operation {name!r}{_suggestion(name, operations())}") from None
+        raise InvalidArgument(f"unknown operation {name!r}{suggestion(name, operations())}") from None
 
 
-def _suggestion(word: str, known: Mapping[str, object] | list[str] | tuple[str, ...]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown word: the nearest of those that are known, or all of them."""
     folded = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
     if close:
@@ -354,7 +355,7 @@ def _fill(message: Message, mapping: Mapping[str, Any], where: str, prefix: str)
     for name, value in mapping.items():
         field = known.get(name)
         if field is None:
-            raise InvalidArgument(f"{where} has no parameter {prefix + name!r}{_suggestion(name, list(known))}")
+            raise InvalidArgument(f"{where} has no parameter {prefix + name!r}{suggestion(name, list(known))}")
         if value is None:
             continue
         label = f"{where}: {prefix}{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from cryofleet.client import Client
 
 _REFERENCE = "store:"
+_RESULT = re.compile(r"(?P<root>.+)/[^/]+/[0-9a-f]{64}(?=/|$)")
+"""The folder of a result, ROOT/PROJECT/KEY, at the beginning of what is in it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def trace(client: Client, uri: str) -> Origin:
     Raises NotFound where nothing is stored at `uri`.
     """
     seen: set[str] = set()
-    root = client.settings.store
+    match = _RESULT.match(uri)
+    root = match["root"] if match else ""
 
     def follow(uri: str) -> Origin:
         if uri.startswith(_REFERENCE):
@@ -79,13 +83,12 @@ def trace(client: Client, uri: str) -> Origin:
 
 
 def _manifest(client: Client, uri: str) -> dict[str, Any] | None:
-    """The manifest of the result that `uri` belongs to: ROOT/PROJECT/KEY/…; None for a file from elsewhere."""
-    root = client.settings.store
-    parts = uri.removeprefix(root + "/").split("/")
-    if not uri.startswith(root + "/") or len(parts) < 2:
+    """The manifest of the result that `uri` belongs to; None for a file from elsewhere."""
+    match = _RESULT.match(uri)
+    if match is None:
         return None
     try:
-        data = client.artifact("/".join([root, *parts[:2], "manifest.json"])).read()
+        data = client.artifact(f"{match[0]}/manifest.json").read()
     except NotFound:
         return None
     return dict(json.loads(data))

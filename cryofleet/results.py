@@ -21,15 +21,17 @@ def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
     Figures and what each step took go into metrics.json; a report shows the latter too.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_former(folder)
     written: list[Path] = []
     figures: dict[str, Any] = {}
     for name, value in sorted(handle.outputs.items()):
         items = value if isinstance(value, list) else [value]
-        artifacts = [item for item in items if isinstance(item, Artifact)]
-        if not artifacts:
+        if not any(isinstance(item, Artifact) for item in items):
             figures[name] = value
             continue
-        for number, artifact in enumerate(artifacts, start=1):
+        for number, artifact in enumerate(items, start=1):
+            if not isinstance(artifact, Artifact):
+                continue  # an item that was set aside: the others keep their numbers
             suffix = f"_{number}" if isinstance(value, list) else ""
             written.append(artifact.save(folder / f"{name}{suffix}{Path(artifact.name).suffix}"))
     for path in written:
@@ -46,9 +48,24 @@ def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
         **figures,
         "set_aside": set_aside,
         "steps": steps,
+        "files": [path.name for path in written],
     }
     metrics.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     return [*written, metrics]
+
+
+def _remove_former(folder: Path) -> None:
+    """Remove the files that an earlier run brought to `folder`, so that none is taken for this one's."""
+    metrics = folder / "metrics.json"
+    try:
+        former = json.loads(metrics.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in former:
+        path = folder / Path(str(name)).name
+        if path.is_file():
+            path.unlink()
+    metrics.unlink()
 
 
 def _step_figures(step: orchestrator_pb2.StepStatus) -> dict[str, Any]:

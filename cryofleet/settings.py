@@ -16,6 +16,11 @@ PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DEFAULT_PROJECT = "default"
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which a container may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class TlsFiles:
     """PEM files of mutual TLS: this process's certificate and key, and the authority of its peers."""
@@ -116,7 +121,7 @@ class Settings:
             orchestrator=read.text("ORCHESTRATOR", f"unix:{run_folder}/orchestrator.sock"),
             database=read.text("DATABASE", f"sqlite:///{home}/orchestrator.sqlite"),
             pipelines=tuple(Path(folder) for folder in read.text("PIPELINES", "").split(":") if folder),
-            slots=read.integer("SLOTS", os.cpu_count() or 1, least=1),
+            slots=read.integer("SLOTS", available_cores(), least=1),
             threads=read.integer("THREADS", 1, least=1),
             memory_bytes=read.integer("MEMORY_BYTES", 0, least=0),
             scratch=Path(scratch) if scratch else None,

@@ -24,10 +24,12 @@ from cryofleet.storage import Store
 from cryofleet.volumes import open_subtomograms
 from orchestrator import workflows
 from orchestrator.cache import ResultCache
-from orchestrator.pipeline import Pipeline, Step, load
+from orchestrator.pipeline import Pipeline, Step
+from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Tracker, Unit, retrying
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Unit, retrying
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
+from orchestrator.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

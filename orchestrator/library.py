@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 
 from cryofleet.errors import InvalidArgument, NotFound
+from cryofleet.operations import suggestion
 from cryofleet.settings import Settings
-from orchestrator.pipeline import Pipeline, load_file
+from orchestrator.pipeline import Pipeline
+from orchestrator.pipeline_reading import load
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,11 @@ class Library:
         """Raises NotFound with the nearest name, InvalidArgument where the file is not sound."""
         files = self._files()
         if name not in files:
-            close = difflib.get_close_matches(name, files, n=1, cutoff=0.5)
-            told = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(files))}"
-            raise NotFound(f"there is no pipeline {name!r}{told}")
-        pipeline = load_file(files[name])
+            raise NotFound(f"there is no pipeline {name!r}{suggestion(name, sorted(files))}")
+        file = files[name]
+        pipeline = load(file.read_text(encoding="utf-8"), file.name)
         if pipeline.name != name:
-            raise InvalidArgument(f"{files[name].name}:1: the pipeline is named {pipeline.name!r}, its file {name!r}")
+            raise InvalidArgument(f"{file.name}:1: the pipeline is named {pipeline.name!r}, its file {name!r}")
         return pipeline
 
     def all(self) -> list[Pipeline]:

@@ -1,4 +1,4 @@
-"""YAML with the line that each value stands on."""
+"""YAML with the line that each value stands on, and what is wrong with it by these lines."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class Document:
             path = path[:-1]
         return self._lines.get(path, 1)
 
+    def place(self, path: Path) -> str:
+        """The line as messages name it: source:line."""
+        return f"{self.source}:{self.line(path)}"
+
     def _construct(self, loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> Any:
         line = node.start_mark.line + 1
         self._lines.setdefault(path, line)
@@ -57,3 +61,21 @@ class Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(loader, child, (*path, index)) for index, child in enumerate(node.value)]
         return loader.construct_object(node, deep=True)
+
+
+class Problems:
+    """What is wrong with a document."""
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._found: list[tuple[Path, str]] = []
+
+    def add(self, path: Path, message: str) -> None:
+        """Notes what is wrong with the value at `path`."""
+        self._found.append((path, message))
+
+    def raise_if_any(self) -> None:
+        """Raises InvalidArgument, a line `source:line: what` for each problem, in the document's order."""
+        if self._found:
+            found = sorted(self._found, key=lambda problem: self._document.line(problem[0]))
+            raise InvalidArgument("\n".join(f"{self._document.place(path)}: {message}" for path, message in found))

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from google.protobuf.struct_pb2 import Struct
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cryofleet.errors import AlreadyExists, NotFound
-from cryofleet.v1 import orchestrator_pb2 as pb
-from orchestrator.pipeline import Pipeline, Step
 
 logger = logging.getLogger(__name__)
 
@@ -222,10 +217,11 @@ class RunStore:
 
     def newest(self, project: str, limit: int) -> list[tuple[RunRow, AttemptRow]]:
         """The newest runs of a project, or of all, each with its last attempt."""
-        last = sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt")).group_by(
-            _attempts.c.run_id
+        latest = (
+            sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt"))
+            .group_by(_attempts.c.run_id)
+            .subquery()
         )
-        latest = last.subquery()
         query = sa.select(_runs).order_by(_runs.c.created_at.desc()).limit(limit)
         if project:
             query = query.where(_runs.c.project == project)
@@ -376,182 +372,6 @@ def _uris(value: Any) -> Iterable[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _uris(item)
-
-
-class Tracker:
-    """The units that this orchestrator works on; what has changed is written by `flush`."""
-
-    def __init__(self, store: RunStore) -> None:
-        self._store = store
-        self._units: dict[UnitKey, Unit] = {}
-        self._written: dict[UnitKey, str] = {}
-        self._lock = threading.Lock()
-
-    def unit(self, run_id: str, attempt: int, name: str, path: str) -> Unit:
-        """A fresh unit; one of the same name is replaced, as its workflow is replayed."""
-        unit = Unit(path)
-        self._units[run_id, attempt, name] = unit
-        return unit
-
-    def flush(self, run_id: str | None = None) -> None:
-        """Writes what has changed, of one run or of all, in one transaction. Blocks."""
-        with self._lock:
-            changed = {}
-            for key, unit in list(self._units.items()):
-                if run_id is not None and key[0] != run_id:
-                    continue
-                record = unit.to_json()
-                if self._written.get(key) != record:
-                    changed[key] = record
-            self._store.write_units(changed)
-            self._written.update(changed)
-
-    def forget(self, run_id: str) -> None:
-        """The run's units are not written any more."""
-        for key in [key for key in self._units if key[0] == run_id]:
-            self._units.pop(key, None)
-            self._written.pop(key, None)
-
-    def keep(self, run_ids: set[str]) -> None:
-        """Forgets the units of all other runs."""
-        for run_id in {key[0] for key in self._units} - run_ids:
-            self.forget(run_id)
-
-
-# The run as the contract has it
-
-_RUN_STATES = {
-    QUEUED: pb.RUN_STATE_QUEUED,
-    RUNNING: pb.RUN_STATE_RUNNING,
-    SUCCEEDED: pb.RUN_STATE_SUCCEEDED,
-    PARTIAL: pb.RUN_STATE_PARTIAL,
-    FAILED: pb.RUN_STATE_FAILED,
-    CANCELLED: pb.RUN_STATE_CANCELLED,
-}
-_STEP_STATES = {
-    WAITING: pb.STEP_STATE_WAITING,
-    RUNNING: pb.STEP_STATE_RUNNING,
-    SUCCEEDED: pb.STEP_STATE_SUCCEEDED,
-    PARTIAL: pb.STEP_STATE_PARTIAL,
-    FAILED: pb.STEP_STATE_FAILED,
-    CANCELLED: pb.STEP_STATE_CANCELLED,
-    SKIPPED: pb.STEP_STATE_SKIPPED,
-}
-ENDED = (pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_PARTIAL, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED)
-
-
-def run_message(
-    run: RunRow, attempt: AttemptRow, pipeline: Pipeline | None = None, units: Mapping[str, Unit] | None = None
-) -> pb.Run:
-    """The run; its steps where pipeline and units are given."""
-    message = pb.Run(
-        id=run.run_id,
-        pipeline=run.pipeline,
-        project=run.project,
-        state=_RUN_STATES[attempt.state],
-        attempt=attempt.attempt,
-        arguments=_struct(run.arguments),
-        error=attempt.error,
-        outputs=_struct(attempt.outputs),
-        created_at=_timestamp(run.created_at),
-        started_at=_timestamp(attempt.started_at),
-        finished_at=_timestamp(attempt.finished_at),
-    )
-    if pipeline is None:
-        return message
-    grouped: dict[str, list[Unit]] = {}
-    for _, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
-        grouped.setdefault(unit.path, []).append(unit)
-        message.set_aside.extend(pb.SetAside(**problem) for problem in unit.problems)
-    for path, step in _paths(pipeline.steps, ""):
-        message.steps.append(_step_message(path, step, grouped.get(path, []), attempt.state))
-    return message
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sorts item 10 behind item 9."""
-    word = ""
-    parts: list[tuple[int, int | str]] = []
-    for character in name + "\0":
-        if word and character.isdigit() != word[-1].isdigit():
-            parts.append((0, int(word)) if word.isdigit() else (1, word))
-            word = ""
-        word += character
-    return parts
-
-
-def _paths(steps: Iterable[Step], prefix: str) -> Iterable[tuple[str, Step]]:
-    for step in steps:
-        path = prefix + step.id
-        yield path, step
-        yield from _paths(step.steps, path + ".")
-
-
-def _step_message(path: str, step: Step, units: list[Unit], run_state: str) -> pb.StepStatus:
-    leading = [unit for unit in units if unit.state]
-    states = {unit.state for unit in leading}
-    if run_state not in ACTIVE:
-        # Whatever had not ended when the run did never will.
-        states = {CANCELLED if state in (RUNNING, WAITING) else state for state in states} or {CANCELLED}
-    state = _joint_state(states)
-    total = sum(unit.total for unit in units)
-    done = sum(unit.done for unit in units)
-    ended = state not in (RUNNING, WAITING)
-    started = [unit.started_at for unit in leading if unit.started_at is not None]
-    finished = [unit.finished_at for unit in leading if unit.finished_at is not None]
-    fraction = min(1.0, (done + sum(unit.partial for unit in units)) / total) if total else 0.0
-    return pb.StepStatus(
-        id=path,
-        operation=step.operation.name if step.operation is not None else "",
-        state=_STEP_STATES[state],
-        tasks_total=total,
-        tasks_done=done,
-        tasks_cached=sum(unit.cached for unit in units),
-        tasks_set_aside=sum(unit.set_aside for unit in units),
-        fraction=1.0 if state == SUCCEEDED else fraction,
-        phase="" if ended else next((unit.phase for unit in units if unit.phase), ""),
-        started_at=_timestamp(min(started, default=None)),
-        finished_at=_timestamp(max(finished, default=None)) if ended else None,
-        compute_seconds=sum(unit.compute_seconds for unit in units),
-        outputs=_struct(_joint_outputs(leading)),
-    )
-
-
-def _joint_state(states: set[str]) -> str:
-    """Of a step that runs for several items."""
-    if not states:
-        return WAITING
-    if RUNNING in states or (WAITING in states and len(states) > 1):
-        return RUNNING
-    if len(states) == 1:
-        return next(iter(states))
-    if CANCELLED in states:
-        return CANCELLED
-    if states == {SUCCEEDED, SKIPPED}:
-        return SUCCEEDED
-    return PARTIAL
-
-
-def _joint_outputs(units: list[Unit]) -> dict[str, Any]:
-    outputs = [unit.outputs for unit in units if unit.outputs is not None]
-    if len(units) == 1:
-        return outputs[0] if outputs else {}
-    names = dict.fromkeys(name for each in outputs for name in each)
-    return {name: [each[name] for each in outputs if name in each] for name in names}
-
-
-def _struct(values: Mapping[str, Any]) -> Struct:
-    struct = Struct()
-    struct.update({name: value for name, value in values.items() if value is not None})
-    return struct
-
-
-def _timestamp(seconds: float | None) -> Timestamp | None:
-    if seconds is None:
-        return None
-    stamp = Timestamp()
-    stamp.FromNanoseconds(int(seconds * 1e9))
-    return stamp
 
 
 def retrying(function: Callable[[], ResultT], seconds: float = 600.0) -> ResultT:

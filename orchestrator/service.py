@@ -20,11 +20,14 @@ from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
 from orchestrator import garbage
+from orchestrator.arguments import Argument
 from orchestrator.engine import Engine
 from orchestrator.estimate import estimate_run
 from orchestrator.library import Library
-from orchestrator.pipeline import Argument, Pipeline, Step, load
-from orchestrator.runs import ACTIVE, CANCELLED, ENDED, FAILED, PARTIAL, RunRow, run_message
+from orchestrator.pipeline import Pipeline, Step
+from orchestrator.pipeline_reading import load
+from orchestrator.run_message import ENDED, run_message
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, RunRow
 
 service = Service(pb.DESCRIPTOR.services_by_name["OrchestratorService"])
 

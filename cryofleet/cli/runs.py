@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ from cryofleet.cli.output import (
     time_text,
 )
 from cryofleet.client import Client, RunHandle, state_name
+from cryofleet.errors import Failure
 from cryofleet.results import save_outputs
 from cryofleet.v1 import orchestrator_pb2
+
+_PARTIAL = 3
+_VOLUME_ENDING = re.compile(r"\.(mrc|rec|map|st|tiff?)(\.gz)?$", re.IGNORECASE)
 
 
 @click.command()
@@ -57,20 +62,34 @@ def run(
             for wanted in each:
                 _print_estimate(client.estimate(pipeline, **wanted), as_json)
             return
-        handles = [client.run(pipeline, **wanted) for wanted in each]
+        handles: list[RunHandle] = []
+        try:
+            for wanted in each:
+                handles += [client.run(pipeline, **wanted)]
+        except Failure:
+            for handle in handles:
+                click.echo(f"run {handle.id} was started and goes on", err=True)
+            raise
         if detach:
             if as_json:
                 print_json([handle.record for handle in handles])
             else:
                 click.echo("\n".join(handle.id for handle in handles))
             return
-        codes = []
-        for handle, wanted in zip(handles, each, strict=True):
-            folder = out
-            if out is not None and len(handles) > 1:
-                folder = out / Path(str(wanted["tomogram"])).name.split(".")[0]
-            codes.append(_finish(handle, folder, as_json))
-    sys.exit(max(codes))
+        folders = _folders(out, handles, tomograms)
+        codes = [_finish(handle, folder, as_json) for handle, folder in zip(handles, folders, strict=True)]
+    sys.exit(next((code for code in codes if code not in (0, _PARTIAL)), max(codes)))
+
+
+def _folders(out: Path | None, handles: list[RunHandle], tomograms: tuple[str, ...]) -> list[Path | None]:
+    """Where the outputs of each run go: to `out` itself, or to a folder in it for each of several tomograms."""
+    if out is None or len(handles) == 1:
+        return [out] * len(handles)
+    names = [_VOLUME_ENDING.sub("", Path(tomogram).name) for tomogram in tomograms]
+    return [
+        out / (name if names.count(name) == 1 else f"{name}-{handle.id}")
+        for name, handle in zip(names, handles, strict=True)
+    ]
 
 
 def _finish(handle: RunHandle, out: Path | None, as_json: bool) -> int:

@@ -20,7 +20,7 @@ from cryofleet.provenance import Origin, trace
 def ls(uri: str | None, project: str, as_json: bool) -> None:
     """List stored objects under URI; all of the project where left out."""
     with Client(project=project, start=False) as client:
-        found = list(client.list(uri or f"{client.settings.store}/{project}"))
+        found = list(client.list(uri or f"{client.store_root()}/{project}"))
     if as_json:
         print_json([{"uri": entry.uri, "size_bytes": entry.size_bytes} for entry in found])
     else:
@@ -30,9 +30,10 @@ def ls(uri: str | None, project: str, as_json: bool) -> None:
 @click.command()
 @click.argument("uri")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-def get(uri: str, path: Path | None) -> None:
+@project_option
+def get(uri: str, path: Path | None, project: str) -> None:
     """Bring one object to PATH, or all objects under a URI to the folder PATH."""
-    with Client(start=False) as client:
+    with Client(project=project, start=False) as client:
         artifact = client.artifact(uri.rstrip("/"))
         target = path / artifact.name if path is not None and path.is_dir() else path
         click.echo(str(artifact.save(target or artifact.name)))
@@ -49,10 +50,11 @@ def put(path: Path, project: str) -> None:
 
 @click.command()
 @click.argument("uri")
+@project_option
 @json_option
-def provenance(uri: str, as_json: bool) -> None:
+def provenance(uri: str, project: str, as_json: bool) -> None:
     """Trace a result back to the raw data: every operation, its version, parameters and inputs."""
-    with Client(start=False) as client:
+    with Client(project=project, start=False) as client:
         origin = trace(client, uri)
     if as_json:
         print_json(origin.to_mapping())

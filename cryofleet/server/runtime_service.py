@@ -39,6 +39,7 @@ async def get_capacity(
         devices=instance.devices(),
         draining=instance.draining,
         operations=list(instance.methods),
+        store=instance.store.root,
     )
 
 

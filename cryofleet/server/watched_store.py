@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from cryofleet.storage import Data, Stat, Store
 
@@ -69,7 +68,3 @@ class WatchedStore(Store):
     def delete(self, uri: str) -> None:
         """Remove an object."""
         self._watched.delete(uri)
-
-    def local_path(self, uri: str) -> Path | None:
-        """The file behind a URI of a file store."""
-        return self._watched.local_path(uri)

@@ -27,7 +27,7 @@ from cryofleet.v1 import common_pb2 as cryofleet_dot_v1_dot_common__pb2
 from cryofleet.v1 import options_pb2 as cryofleet_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/runtime.proto\x12\x0c\x63ryofleet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19\x63ryofleet/v1/common.proto\x1a\x1a\x63ryofleet/v1/options.proto\"\x14\n\x12GetCapacityRequest\"\xe0\x01\n\x13GetCapacityResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nslots_free\x18\x05 \x01(\x05\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x12\n\noperations\x18\n \x03(\t\">\n\x0f\x45stimateRequest\x12\x1a\n\toperation\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"\x8b\x01\n\x10\x45stimateResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x05\x12 \n\x04pool\x18\x05 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x13\n\x0binput_bytes\x18\x06 \x01(\x03\"\x85\x03\n\x0fSelfTestRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.cryofleet.v1.Context\x12)\n\x05index\x18\x02 \x01(\x03\x42\x1a\xea\xc7\x18\x16\n\x14\x65\x63hoed in the result\x12I\n\x07seconds\x18\x03 \x01(\x01\x42\x33\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00 \xac@)\x00\x00\x00\x00\x00\x00\x00\x00\xea\xc7\x18\x18\n\x10how long to take\x12\x01s\x1a\x01\x30H\x00\x88\x01\x01\x12;\n\tfail_with\x18\x04 \x01(\tB(\xea\xc7\x18$\n\"name of a gRPC status to fail with\x12K\n\x04rows\x18\x05 \x01(\x0b\x32\x16.cryofleet.v1.RowRangeB%\xea\xc7\x18!\n\x1fstands for a shard of particles\x12>\n\rparticles_uri\x18\x06 \x01(\tB\'\xea\xc7\x18#\n\x1f\x61 table to shard over; not read \x04\x42\n\n\x08_seconds\"i\n\x0eSelfTestResult\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x35\n\x08instance\x18\x03 \x01(\tB#\xea\xc7\x18\x1f\n\x1dthe instance that computed it\"\xd3\x01\n\x10SelfTestResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.cryofleet.v1.ProgressH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.cryofleet.v1.HeartbeatH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.cryofleet.v1.SelfTestResultH\x00\x12,\n\nprovenance\x18\x04 \x01(\x0b\x32\x18.cryofleet.v1.ProvenanceB\x07\n\x05\x65vent2\xf6\x02\n\x0eRuntimeService\x12R\n\x0bGetCapacity\x12 .cryofleet.v1.GetCapacityRequest\x1a!.cryofleet.v1.GetCapacityResponse\x12I\n\x08\x45stimate\x12\x1d.cryofleet.v1.EstimateRequest\x1a\x1e.cryofleet.v1.EstimateResponse\x12\xc4\x01\n\x08SelfTest\x12\x1d.cryofleet.v1.SelfTestRequest\x1a\x1e.cryofleet.v1.SelfTestResponse\"w\xf2\xc7\x18s\ndDo nothing for a while, or fail on purpose; for checking an installation and measuring its overhead.\x10\x01\x18\x01!\x00\x00\x00\x00\x00\x00^@0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/runtime.proto\x12\x0c\x63ryofleet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19\x63ryofleet/v1/common.proto\x1a\x1a\x63ryofleet/v1/options.proto\"\x14\n\x12GetCapacityRequest\"\xef\x01\n\x13GetCapacityResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nslots_free\x18\x05 \x01(\x05\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x12\n\noperations\x18\n \x03(\t\x12\r\n\x05store\x18\x0b \x01(\t\">\n\x0f\x45stimateRequest\x12\x1a\n\toperation\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"\x8b\x01\n\x10\x45stimateResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x05\x12 \n\x04pool\x18\x05 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x13\n\x0binput_bytes\x18\x06 \x01(\x03\"\x85\x03\n\x0fSelfTestRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.cryofleet.v1.Context\x12)\n\x05index\x18\x02 \x01(\x03\x42\x1a\xea\xc7\x18\x16\n\x14\x65\x63hoed in the result\x12I\n\x07seconds\x18\x03 \x01(\x01\x42\x33\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00 \xac@)\x00\x00\x00\x00\x00\x00\x00\x00\xea\xc7\x18\x18\n\x10how long to take\x12\x01s\x1a\x01\x30H\x00\x88\x01\x01\x12;\n\tfail_with\x18\x04 \x01(\tB(\xea\xc7\x18$\n\"name of a gRPC status to fail with\x12K\n\x04rows\x18\x05 \x01(\x0b\x32\x16.cryofleet.v1.RowRangeB%\xea\xc7\x18!\n\x1fstands for a shard of particles\x12>\n\rparticles_uri\x18\x06 \x01(\tB\'\xea\xc7\x18#\n\x1f\x61 table to shard over; not read \x04\x42\n\n\x08_seconds\"i\n\x0eSelfTestResult\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x35\n\x08instance\x18\x03 \x01(\tB#\xea\xc7\x18\x1f\n\x1dthe instance that computed it\"\xd3\x01\n\x10SelfTestResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.cryofleet.v1.ProgressH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.cryofleet.v1.HeartbeatH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.cryofleet.v1.SelfTestResultH\x00\x12,\n\nprovenance\x18\x04 \x01(\x0b\x32\x18.cryofleet.v1.ProvenanceB\x07\n\x05\x65vent2\xf6\x02\n\x0eRuntimeService\x12R\n\x0bGetCapacity\x12 .cryofleet.v1.GetCapacityRequest\x1a!.cryofleet.v1.GetCapacityResponse\x12I\n\x08\x45stimate\x12\x1d.cryofleet.v1.EstimateRequest\x1a\x1e.cryofleet.v1.EstimateResponse\x12\xc4\x01\n\x08SelfTest\x12\x1d.cryofleet.v1.SelfTestRequest\x1a\x1e.cryofleet.v1.SelfTestResponse\"w\xf2\xc7\x18s\ndDo nothing for a while, or fail on purpose; for checking an installation and measuring its overhead.\x10\x01\x18\x01!\x00\x00\x00\x00\x00\x00^@0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,17 +53,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCAPACITYREQUEST']._serialized_start=128
   _globals['_GETCAPACITYREQUEST']._serialized_end=148
   _globals['_GETCAPACITYRESPONSE']._serialized_start=151
-  _globals['_GETCAPACITYRESPONSE']._serialized_end=375
-  _globals['_ESTIMATEREQUEST']._serialized_start=377
-  _globals['_ESTIMATEREQUEST']._serialized_end=439
-  _globals['_ESTIMATERESPONSE']._serialized_start=442
-  _globals['_ESTIMATERESPONSE']._serialized_end=581
-  _globals['_SELFTESTREQUEST']._serialized_start=584
-  _globals['_SELFTESTREQUEST']._serialized_end=973
-  _globals['_SELFTESTRESULT']._serialized_start=975
-  _globals['_SELFTESTRESULT']._serialized_end=1080
-  _globals['_SELFTESTRESPONSE']._serialized_start=1083
-  _globals['_SELFTESTRESPONSE']._serialized_end=1294
-  _globals['_RUNTIMESERVICE']._serialized_start=1297
-  _globals['_RUNTIMESERVICE']._serialized_end=1671
+  _globals['_GETCAPACITYRESPONSE']._serialized_end=390
+  _globals['_ESTIMATEREQUEST']._serialized_start=392
+  _globals['_ESTIMATEREQUEST']._serialized_end=454
+  _globals['_ESTIMATERESPONSE']._serialized_start=457
+  _globals['_ESTIMATERESPONSE']._serialized_end=596
+  _globals['_SELFTESTREQUEST']._serialized_start=599
+  _globals['_SELFTESTREQUEST']._serialized_end=988
+  _globals['_SELFTESTRESULT']._serialized_start=990
+  _globals['_SELFTESTRESULT']._serialized_end=1095
+  _globals['_SELFTESTRESPONSE']._serialized_start=1098
+  _globals['_SELFTESTRESPONSE']._serialized_end=1309
+  _globals['_RUNTIMESERVICE']._serialized_start=1312
+  _globals['_RUNTIMESERVICE']._serialized_end=1686
 # @@protoc_insertion_point(module_scope)

@@ -49,6 +49,7 @@ class GetCapacityResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service of this instance: io, picking, ..."""
     instance: _builtins.str
@@ -58,6 +59,8 @@ class GetCapacityResponse(_message.Message):
     memory_total_bytes: _builtins.int
     memory_free_bytes: _builtins.int
     draining: _builtins.bool
+    store: _builtins.str
+    """URI of the root that results are written under."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -77,10 +80,11 @@ class GetCapacityResponse(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         draining: _builtins.bool = ...,
         operations: _abc.Iterable[_builtins.str] | None = ...,
+        store: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "draining", b"draining", "instance", b"instance", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "operations", b"operations", "service", b"service", "slots_free", b"slots_free", "slots_total", b"slots_total", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "draining", b"draining", "instance", b"instance", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "operations", b"operations", "service", b"service", "slots_free", b"slots_free", "slots_total", b"slots_total", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

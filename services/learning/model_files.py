@@ -68,7 +68,7 @@ def read_model(config: Mapping[str, Any], weights: bytes, build: Callable[[Mappi
     if tensors.keys() != expected.keys():
         names = ", ".join(sorted(tensors.keys() ^ expected.keys()))
         raise FailedPrecondition(f"the model's {WEIGHTS_FILE} and its architecture differ in the tensors {names}")
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
             raise FailedPrecondition(
                 f"tensor {name} of the model's {WEIGHTS_FILE} is {value.dtype} {tuple(value.shape)}, "

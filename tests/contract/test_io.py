@@ -23,7 +23,7 @@ import starfile
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from cryofleet.artifacts import BLOCK_BYTES, Hasher, ResultWriter, content_digest, manifest_for
+from cryofleet.artifacts import BLOCK_BYTES, ResultWriter, content_digest, digest_of, manifest_for
 from cryofleet.channels import open_blocking_channel
 from cryofleet.particles import Particles
 from cryofleet.settings import Settings
@@ -67,9 +67,7 @@ def stub(channel: grpc.aio.Channel) -> Any:
 
 def put(store: Store, name: str, data: bytes) -> str:
     """An artifact as some operation would have left it."""
-    hasher = Hasher()
-    hasher.update(data + name.encode())
-    writer = ResultWriter(store, "default", hasher.digest())
+    writer = ResultWriter(store, "default", digest_of(data + name.encode()))
     uri = writer.put(name, data)
     writer.commit(operation="test.Make", version=1, parameters={}, inputs={}, result={"uri": uri}, seconds=0.0)
     return uri
@@ -378,9 +376,7 @@ async def test_report_with_the_tomogram_alone_and_with_too_much(channel: grpc.ai
 
 
 def header(file_name: str, data: bytes, **changed: Any) -> io_pb2.UploadHeader:
-    hasher = Hasher()
-    hasher.update(data)
-    fields: Any = {"name": file_name, "size_bytes": len(data), "digest": hasher.digest()} | changed
+    fields: Any = {"name": file_name, "size_bytes": len(data), "digest": digest_of(data)} | changed
     return io_pb2.UploadHeader(**fields)
 
 

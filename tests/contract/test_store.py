@@ -16,10 +16,10 @@ import pytest
 from minio import Minio
 from moto.server import ThreadedMotoServer
 
-from cryofleet import storage
 from cryofleet.errors import Failure, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from cryofleet.settings import S3Settings, Settings
 from cryofleet.storage import CHUNK_BYTES, S3Store, Store, file_uri
+from cryofleet.storage import s3 as s3_module
 
 PART = 5 * 1024 * 1024  # the least that S3 takes
 
@@ -83,7 +83,7 @@ def test_put_takes_iterables_and_buffers(store: Store, uri: str) -> None:
 
 
 def test_put_of_many_parts(store: Store, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", PART)
+    monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     content = os.urandom(4 * PART + 12345)
     step = 700_001
     stat = store.put(uri, (content[start : start + step] for start in range(0, len(content), step)))
@@ -176,7 +176,7 @@ def test_delete(store: Store, uri: str) -> None:
 
 @pytest.mark.parametrize("size", [10, 3 * PART])
 def test_a_put_that_fails_leaves_nothing(store: Store, uri: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", PART)
+    monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
 
     class Broken(Exception):
         pass
@@ -199,7 +199,7 @@ def test_a_put_that_fails_leaves_nothing(store: Store, uri: str, size: int, monk
 
 
 def test_an_object_is_seen_only_when_whole(store: Store, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", PART)
+    monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
     seen = []
 
     def data() -> Iterator[bytes]:
@@ -305,7 +305,7 @@ def test_opened_from_settings(store: Store, uri: str) -> None:
 
 
 def test_failed_uploads_leave_no_parts(s3: S3Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", PART)
+    monkeypatch.setattr(s3_module, "_PART_BYTES", PART)
 
     def data() -> Iterator[bytes]:
         yield bytes(3 * PART)

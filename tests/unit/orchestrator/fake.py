@@ -21,8 +21,9 @@ from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2, orchestrator_pb2, runtime_pb2, runtime_pb2_grpc
 from orchestrator.cache import ResultCache
 from orchestrator.engine import Engine
-from orchestrator.pipeline import load
-from orchestrator.runs import ENDED, RunRow, run_message
+from orchestrator.pipeline_reading import load
+from orchestrator.run_message import ENDED, run_message
+from orchestrator.runs import RunRow
 
 Behaviour = Callable[[runtime_pb2.SelfTestRequest, Any], Awaitable[None]]
 

@@ -5,7 +5,8 @@ import pytest
 from cryofleet.errors import InvalidArgument, NotFound
 from cryofleet.settings import Settings
 from orchestrator.library import Library
-from orchestrator.pipeline import Pipeline, load
+from orchestrator.pipeline import Pipeline
+from orchestrator.pipeline_reading import load
 
 GOOD = """\
 name: sound
@@ -140,6 +141,7 @@ FAULTS = {
     ),
     "shards into nothing": ("size: 100", "into: box_size_voxels", "into:", "takes no range of rows"),
     "bad size": ("size: 100", "size: none", "size:", "must be an integer of at least 1"),
+    "a size from its own step": ("size: 100", "size: ${boxes.count}", "- id: boxes", "in a circle: boxes -> boxes"),
     "bad reduce": ("field: subtomograms_uris", "field: particles_uris", "field: part", "takes no list of results"),
     "reduce of another kind": (
         "op: picking.MergeSubtomograms\n        field: subtomograms_uris",
@@ -149,6 +151,7 @@ FAULTS = {
     ),
     "unknown kind": ("kind: volume, help", "kind: volum, help", "kind: volum,", "did you mean 'volume'"),
     "unknown type": ("{type: integer", "{type: int", "{type: int", "unknown type 'int'"),
+    "missing type": ("diameter: {type: number, default: 200, ", "diameter: {", "diameter: {", "'type' is missing"),
     "bad default": ("default: 32", "default: big", "default: big", "it must be an integer"),
     "unknown key": ("    if: ${truth}", "    when: ${truth}", "when:", "a step has no 'when'"),
     "unknown output's reference": ("picks: ${pick.particles_uri}", "picks: ${pik.x}", "pik.x", "unknown reference"),
@@ -177,6 +180,12 @@ def test_what_is_no_yaml() -> None:
         load("name: x\nsteps: [}\n", "bad.yaml")
     with pytest.raises(InvalidArgument, match=r"bad\.yaml:1: a pipeline must be a mapping"):
         load("- a\n- b\n", "bad.yaml")
+
+
+def test_a_foreach_needs_steps() -> None:
+    text = "name: x\nparameters:\n  l: {type: list}\nsteps:\n  - id: each\n    foreach: ${l}\n    steps: []\n"
+    with pytest.raises(InvalidArgument, match=r"bad\.yaml:7: 'steps' must be a list of one step at least"):
+        load(text, "bad.yaml")
 
 
 def test_foreach_has_a_greatest_depth() -> None:

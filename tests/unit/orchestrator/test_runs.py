@@ -6,8 +6,9 @@ import sys
 from google.protobuf.json_format import MessageToDict
 
 from cryofleet.v1 import orchestrator_pb2 as pb
-from orchestrator.pipeline import load
-from orchestrator.runs import AttemptRow, RunRow, Unit, run_message
+from orchestrator.pipeline_reading import load
+from orchestrator.run_message import run_message
+from orchestrator.runs import AttemptRow, RunRow, Unit
 
 PIPELINE = """
 name: nested

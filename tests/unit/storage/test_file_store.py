@@ -6,13 +6,13 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cryofleet.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from cryofleet.storage import FileStore, Store, checked_uri, file_uri
+from tests.unit.storage.conftest import path_of
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_errors_of_the_disk_name_the_object(
     uri = f"{files.root}/a"
     files.put(uri, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr("cryofleet.storage.os.write", write)
+        patch.setattr("cryofleet.storage.files.os.write", write)
         with pytest.raises(failure, match=uri):
             files.put(uri, b"new")
     assert files.get(uri) == b"old"
-    assert len(os.listdir(files.local_path(files.root))) == 1
+    assert len(os.listdir(path_of(files.root))) == 1
 
 
 def test_a_really_full_disk(files: FileStore) -> None:
@@ -110,12 +110,12 @@ def test_a_really_full_disk(files: FileStore) -> None:
         [sys.executable, "-c", script, files.root], capture_output=True, text=True, check=False, timeout=60
     )
     assert f"ResourceExhausted: {files.root}/a could not be written" in ended.stderr
-    assert os.listdir(files.local_path(files.root)) == []
+    assert os.listdir(path_of(files.root)) == []
 
 
 def test_short_writes_are_continued(files: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
-    monkeypatch.setattr("cryofleet.storage.os.write", lambda descriptor, data: write(descriptor, data[:7]))
+    monkeypatch.setattr("cryofleet.storage.files.os.write", lambda descriptor, data: write(descriptor, data[:7]))
     files.put(f"{files.root}/a", bytes(range(100)))
     monkeypatch.undo()
     assert files.get(f"{files.root}/a") == bytes(range(100))
@@ -136,26 +136,22 @@ def test_a_killed_writer_leaves_nothing_visible(files: FileStore) -> None:
         assert process.stdout.readline() == b"half\n"
         assert not files.exists(uri)
         process.kill()
-    left = os.listdir(files.local_path(f"{files.root}/a"))
+    left = os.listdir(path_of(f"{files.root}/a"))
     assert len(left) == 1
     assert list(files.list(files.root)) == []
     with pytest.raises(NotFound):
         files.get(uri)
     with pytest.raises(PermissionDenied):
         files.get(f"{files.root}/a/{left[0]}")
-    assert files.remove_abandoned(older_than_seconds=3600) == 0
-    os.utime(files.local_path(f"{files.root}/a") / left[0], (time.time() - 7200,) * 2)
-    assert files.remove_abandoned(older_than_seconds=3600) == 1
-    assert os.listdir(files.local_path(f"{files.root}/a")) == []
 
 
 def test_folders_go_with_their_last_object(files: FileStore) -> None:
     files.put(f"{files.root}/a/b/c", b"")
     files.put(f"{files.root}/a/d", b"")
     files.delete(f"{files.root}/a/b/c")
-    assert os.listdir(files.local_path(f"{files.root}/a")) == ["d"]
+    assert os.listdir(path_of(f"{files.root}/a")) == ["d"]
     files.delete(f"{files.root}/a/d")
-    assert os.listdir(files.local_path(files.root)) == []
+    assert os.listdir(path_of(files.root)) == []
 
 
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(files: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +162,11 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(files: FileStore, monk
     def late(path: os.PathLike[str], *rest: int) -> int:
         if not calls:
             calls.append(path)
-            os.rmdir(files.local_path(f"{files.root}/a"))
+            os.rmdir(path_of(f"{files.root}/a"))
         return real(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cryofleet.storage.os.open", late)
+        patch.setattr("cryofleet.storage.files.os.open", late)
         files.put(uri, b"x")
     assert files.get(uri) == b"x"
     assert len(calls) == 1
@@ -193,7 +189,7 @@ def test_uris_are_literal(files: FileStore) -> None:
     for name in ("50% of it", "a b", "what?", "a#b", "ä", "back\\slash"):
         uri = f"{files.root}/{name}"
         files.put(uri, name.encode())
-        assert files.local_path(uri).read_bytes() == name.encode()
+        assert path_of(uri).read_bytes() == name.encode()
     assert file_uri("/a/../b c") == "file:///b c"
 
 
@@ -207,3 +203,12 @@ def test_ambiguous_uris(uri: str) -> None:
 def test_no_uris(uri: str) -> None:
     with pytest.raises(InvalidArgument):
         checked_uri(uri)
+
+
+def test_a_file_store_does_not_load_the_s3_client(files: FileStore) -> None:
+    script = (
+        "import sys; import cryofleet.artifacts; from cryofleet.storage import Store;"
+        "Store(sys.argv[1]).put(sys.argv[1] + '/a', b'x'); assert not {'minio', 'urllib3'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, files.root], check=True, timeout=60)
+    assert files.get(f"{files.root}/a") == b"x"

@@ -29,6 +29,7 @@ from cryofleet.volumes import (
     write_subtomograms,
     write_subtomograms_index,
 )
+from tests.unit.storage.conftest import path_of
 
 INFO = VolumeInfo((5, 6, 7), 13.48, "dark", -50, 70.25)
 BOX = VolumeInfo((4, 4, 4), 2.5, "light", -60, 60)
@@ -198,8 +199,7 @@ def test_a_slab_reads_only_its_blocks_and_verifies_them(store: Store, writer: Re
     info = VolumeInfo((24, 512, 512), 1.0, "dark")  # a plane is 1 MiB
     uri = writer.put("v.mrc", encoded_volume(np.zeros(info.shape, np.float32), info))
     commit(writer)
-    path = store.local_path(uri)
-    assert path is not None
+    path = path_of(uri)
     with path.open("r+b") as file:
         file.seek(BLOCK_BYTES + 100)
         file.write(b"\1")
@@ -399,7 +399,7 @@ def test_subtomograms_span_shards(store: Store, writer: ResultWriter) -> None:
             found.read(first, count)
     assert found.particles().table["score"].tolist() == list(range(10))
     for shard in found.shards:
-        assert validated(store.local_path(shard.uri))
+        assert validated(path_of(shard.uri))
         assert shard.digest == open_blob(store, shard.uri).digest
 
 
@@ -466,8 +466,7 @@ def test_damage_in_a_set_is_found(store: Store, writer: ResultWriter) -> None:
     uri = write_subtomograms(writer, store, "set", voxels((10, 4, 4, 4)), BOX, particles(10))
     commit(writer)
     shard = open_subtomograms(store, uri).shards[1]
-    path = store.local_path(shard.uri)
-    assert path is not None
+    path = path_of(shard.uri)
     with path.open("r+b") as file:
         file.seek(1200)
         file.write(b"\xff")

@@ -1,0 +1,84 @@
+"""The roots that a process may reach."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from cryofleet.errors import InvalidArgument, PermissionDenied
+from cryofleet.settings import PROJECT_PATTERN, S3Settings, Settings
+from cryofleet.storage.files import FileStore
+from cryofleet.storage.object_store import Data, ObjectStore, Stat
+from cryofleet.storage.uris import checked_uri, is_below
+
+
+class Store(ObjectStore):
+    """What a process may reach: one root to write under, and roots to read from."""
+
+    def __init__(self, root: str, read_only_roots: Sequence[str] = (), s3: S3Settings | None = None) -> None:
+        """`root` and `read_only_roots` are URIs of folders; `s3` is needed where one is in S3."""
+        self.root = checked_uri(root)
+        self.read_only_roots = tuple(checked_uri(uri) for uri in read_only_roots)
+        self._s3 = s3
+        self._project: str | None = None
+        self._backends: dict[str, ObjectStore] = {}
+        self._lock = threading.Lock()
+        for uri in (self.root, *self.read_only_roots):
+            if uri.startswith("s3://") and s3 is None:
+                raise InvalidArgument(f"{uri} needs the S3 settings")
+
+    @classmethod
+    def open(cls, settings: Settings) -> Store:
+        """The store of a process's settings."""
+        return cls(settings.store, settings.read_only_roots, settings.s3)
+
+    def for_project(self, project: str) -> Store:
+        """The same store, closed to what other projects have under the root."""
+        if not PROJECT_PATTERN.fullmatch(project):
+            raise InvalidArgument(f"project {project!r} must match {PROJECT_PATTERN.pattern}")
+        narrowed = Store(self.root, self.read_only_roots, self._s3)
+        narrowed._project = project
+        narrowed._backends, narrowed._lock = self._backends, self._lock
+        return narrowed
+
+    def put(self, uri: str, data: Data) -> Stat:
+        return self._backend(uri, write=True).put(checked_uri(uri), data)
+
+    def stream(self, uri: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        return self._backend(uri).stream(checked_uri(uri), offset, length)
+
+    def stat(self, uri: str) -> Stat:
+        return self._backend(uri).stat(checked_uri(uri))
+
+    def list(self, prefix_uri: str) -> Iterator[Stat]:
+        return self._backend(prefix_uri).list(checked_uri(prefix_uri))
+
+    def delete(self, uri: str) -> None:
+        self._backend(uri, write=True).delete(checked_uri(uri))
+
+    def _backend(self, uri: str, write: bool = False) -> ObjectStore:
+        uri = checked_uri(uri)
+        own = self.root if self._project is None else f"{self.root}/{self._project}"
+        if is_below(uri, own):
+            return self._opened(self.root)
+        if is_below(uri, self.root):
+            raise PermissionDenied(f"{uri} is not of project {self._project}")
+        for root in self.read_only_roots:
+            if is_below(uri, root):
+                if write:
+                    raise PermissionDenied(f"{uri} is under {root}, which is read only")
+                return self._opened(root)
+        raise PermissionDenied(f"{uri} is outside the roots of this store")
+
+    def _opened(self, root: str) -> ObjectStore:
+        # All of S3 is one service and one connection pool.
+        name = "s3" if root.startswith("s3://") else root
+        with self._lock:
+            if name not in self._backends:
+                if name == "s3" and self._s3 is not None:
+                    from cryofleet.storage.s3 import S3Store  # slow to load, and most stores are folders
+
+                    self._backends[name] = S3Store(self._s3)
+                else:
+                    self._backends[name] = FileStore(root)
+            return self._backends[name]
