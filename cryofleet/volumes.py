@@ -449,15 +449,17 @@ def open_subtomograms(store: Store, uri: str) -> Subtomograms:
             content["tilt_min_degrees"],
             content["tilt_max_degrees"],
         )
-        particles = (str(content["particles"]["ref"]), str(content["particles"]["digest"]))
-        shards = [Shard(expand(store, each["ref"]), str(each["digest"]), each["count"]) for each in content["shards"]]
+        particles = (expand(store, str(content["particles"]["ref"]), uri), str(content["particles"]["digest"]))
+        shards = [
+            Shard(expand(store, each["ref"], uri), str(each["digest"]), each["count"]) for each in content["shards"]
+        ]
         if not all(type(shard.count) is int and shard.count > 0 for shard in shards):
             raise InvalidArgument("a shard's count must be a whole number above 0")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidArgument(f"{wrong}: {type(error).__name__} {error}") from None
     except InvalidArgument as error:
         raise InvalidArgument(f"{wrong}: {error}") from None
-    return Subtomograms(store, uri, info, (expand(store, particles[0]), particles[1]), shards)
+    return Subtomograms(store, uri, info, particles, shards)
 
 
 def write_subtomograms_index(

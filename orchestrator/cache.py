@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
 from google.protobuf.message import Message
 
-from cryofleet.artifacts import Manifest, content_digest, find, identity
+from cryofleet.artifacts import (
+    MANIFEST,
+    Manifest,
+    complete,
+    content_digest,
+    find,
+    identity,
+    is_result_uri,
+    manifest_for,
+    remove,
+    verify,
+)
+from cryofleet.errors import DataLoss
 from cryofleet.operations import Operation, inputs_of, parameters_of
 from cryofleet.storage import Store
 
-_IMMUTABLE = re.compile(r"/[0-9a-f]{64}/")
+logger = logging.getLogger(__name__)
+# An object in a result, as messages name it.
+_URI = re.compile(r"(?:file|s3)://\S+?/[0-9a-f]{64}(?=[/:,\s]|$)")
 _REMEMBERED = 20_000
 
 
@@ -34,18 +49,52 @@ class ResultCache:
     def find(self, operation: Operation, request: Message, project: str) -> Manifest | None:
         """The manifest of the request's result, if the store has it. Blocks; raises the store's failures."""
         key = self.key(operation, request, project)
-        return find(self._store.for_project(project), project, key)
+        store = self._store.for_project(project)
+        try:
+            manifest = find(store, project, key)
+        except DataLoss as damage:
+            logger.warning("a damaged result counts as not there: %s", damage)
+            return None
+        return manifest if manifest is not None and complete(store, manifest) else None
+
+    def take_back_damaged(self, request: Message, project: str, cause: str) -> list[str]:
+        """Take back the manifests of damaged results among the inputs, and of those that `cause` names.
+
+        They are then made anew when they are next asked for. Blocks, and reads all of them. The URIs of the damaged
+        objects.
+        """
+        store = self._store.for_project(project)
+        uris = {uri for uris in inputs_of(request).values() for uri in uris if uri} | set(_URI.findall(cause))
+        folders = {result_folder(store, uri) for uri in uris if is_result_uri(store, uri)}
+        damaged = []
+        for folder in sorted(folders):
+            try:
+                manifest = manifest_for(store, f"{folder}/{MANIFEST}")
+                names = verify(store, manifest) if manifest is not None else []
+            except DataLoss:
+                names = [MANIFEST]
+            if names:
+                remove(store, *folder.rsplit("/", 2)[1:])
+                self._digests = {place: digest for place, digest in self._digests.items() if folder not in place[1]}
+                damaged += [f"{folder}/{name}" for name in names]
+        return damaged
 
     def _digest(self, store: Store, project: str, uri: str) -> str:
         known = self._digests.get((project, uri))
         if known is not None:
             return known
         digest = content_digest(store, uri)
-        if _IMMUTABLE.search(uri):
+        if is_result_uri(store, uri):
             if len(self._digests) >= _REMEMBERED:
                 self._digests.clear()
             self._digests[project, uri] = digest
         return digest
+
+
+def result_folder(store: Store, uri: str) -> str:
+    """The folder ROOT/PROJECT/KEY of the result of ours that a URI belongs to."""
+    names = uri.removeprefix(store.root + "/").split("/")
+    return "/".join([store.root, *names[:2]])
 
 
 def portable(value: Any) -> Any:

@@ -13,7 +13,8 @@ from cryofleet.storage import Store
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(rb"store:/([a-z0-9][a-z0-9_-]{0,62}/[0-9a-f]{64})")
-_LARGEST_INDEX_BYTES = 256 * 2**20
+_ABANDONED_SECONDS = 86400.0
+"""Files that a killed writer left are older than any write takes."""
 PINS = "_pins"
 WORK = "_work"
 
@@ -86,6 +87,8 @@ def collect(
         folder.modified = max(folder.modified, found.modified)
         folder.objects.append(found.uri)
         folder.finished |= names[2:] == [MANIFEST]
+    if delete:
+        store.remove_abandoned(max(older_than_seconds, _ABANDONED_SECONDS))
     limit = time.time() - older_than_seconds
     old = {name: folder for name, folder in folders.items() if folder.modified <= limit}
     if not old:
@@ -109,7 +112,10 @@ def _roots(store: Store, uris: Iterable[str], pins: set[ResultId]) -> set[Result
 
 
 def _reach(store: Store, roots: set[ResultId]) -> set[ResultId]:
-    """The results that `roots` are made from or refer to, themselves included."""
+    """The results that `roots` are made from or refer to, themselves included.
+
+    Raises DataLoss where one of them cannot be read: what it is made from is then not known, and might be deleted.
+    """
     reached: set[ResultId] = set()
     left = sorted(roots)
     while left:
@@ -117,10 +123,7 @@ def _reach(store: Store, roots: set[ResultId]) -> set[ResultId]:
         if result in reached:
             continue
         reached.add(result)
-        try:
-            manifest = manifest_for(store, f"{store.root}/{result}/{MANIFEST}")
-        except DataLoss:
-            continue
+        manifest = manifest_for(store, f"{store.root}/{result}/{MANIFEST}")
         if manifest is not None:
             left += _references(store, manifest)
     return reached
@@ -134,11 +137,8 @@ def _references(store: Store, manifest: Manifest) -> Iterator[ResultId]:
                 yield result
     for blob in manifest.blobs:
         # An index names the shards that it joins.
-        if blob["name"].endswith(".json") and blob["size_bytes"] <= _LARGEST_INDEX_BYTES:
-            try:
-                content = open_blob(store, f"{manifest.uri}/{blob['name']}", manifest).read()
-            except (DataLoss, NotFound):
-                continue
+        if blob["name"].endswith(".json"):
+            content = open_blob(store, f"{manifest.uri}/{blob['name']}", manifest).read()
             for match in set(_REFERENCE.findall(content)):
                 yield match.decode()
 
@@ -155,7 +155,11 @@ def _operation(store: Store, name: str, folder: _Folder) -> str:
 
 def _delete(store: Store, name: str, folders: dict[str, _Folder]) -> None:
     project, _, key = name.partition("/")
-    if folders[name].finished:
+    # Looked up again: an unfinished result may have been finished meanwhile, and is then a new one.
+    finished = store.exists(f"{store.root}/{name}/{MANIFEST}")
+    if finished != folders[name].finished:
+        return
+    if finished:
         remove(store, project, key)
         return
     for uri in folders[name].objects:

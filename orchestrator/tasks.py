@@ -148,6 +148,13 @@ class TaskRunner:
             outcome["status"], outcome["cause"] = error.status, error.cause
         except Failure as failure:
             outcome["status"], outcome["cause"] = failure.status, str(failure)
+        if outcome["status"] == "DATA_LOSS" and request is not None:
+            damaged = await self.in_thread(self._cache.take_back_damaged, request, task.project, outcome["cause"])
+            if damaged:
+                outcome["cause"] += (
+                    f" (damaged: {', '.join(damaged)}; it was taken out of the store, and "
+                    f"'cryofleet resume {task.run_id}' makes it anew)"
+                )
         if outcome["status"] != "OK" and request is not None:
             outcome["input_uri"] = _input_concerned(request, outcome["cause"])
         outcome["finished_at"] = time.time()

@@ -128,3 +128,15 @@ def open_blob(store: Store, uri: str, manifest: Manifest | None = None) -> Blob:
         return Blob(store, uri, entry)
     except NotFound:
         raise DataLoss(f"{uri} is missing, though the manifest of its result names it") from None
+
+
+def verify(store: Store, manifest: Manifest) -> list[str]:
+    """The names of a result's objects that are damaged or missing; everything is read."""
+    damaged = []
+    for entry in manifest.blobs:
+        try:
+            for _ in open_blob(store, f"{manifest.uri}/{entry['name']}", manifest).stream():
+                pass
+        except DataLoss:
+            damaged.append(entry["name"])
+    return damaged

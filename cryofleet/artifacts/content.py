@@ -6,7 +6,8 @@ import hashlib
 
 from cryofleet.artifacts.digests import digest_of
 from cryofleet.artifacts.keys import canonical_json
-from cryofleet.artifacts.results import load, place_of
+from cryofleet.artifacts.manifests import MANIFEST
+from cryofleet.artifacts.results import is_result_uri, load, place_of
 from cryofleet.errors import NotFound
 from cryofleet.storage import Store, checked_uri
 
@@ -40,3 +41,17 @@ def content_digest(store: Store, uri: str) -> str:
     if not members:
         raise NotFound(f"{uri} does not exist")
     return hashlib.sha256(canonical_json(sorted(members))).hexdigest()
+
+
+def versions(store: Store, uri: str) -> dict[str, str]:
+    """The present versions of the files whose change would change an artifact, by their URIs.
+
+    None of a result of this store, which never changes; of a result in a read-only root, its manifest's. To be asked
+    for before `content_digest`, and again once the artifact was read: the same answer means that what was read is what
+    was hashed.
+    """
+    uri = checked_uri(uri)
+    if is_result_uri(store, uri):
+        return {}
+    place = place_of(store, uri)
+    return {found.uri: found.version for found in store.list(f"{place[0]}/{MANIFEST}" if place else uri)}

@@ -15,9 +15,15 @@ def contract(store: Store, uri: str) -> str:
     return _REFERENCE + uri[len(store.root) + 1 :] if uri.startswith(store.root + "/") else uri
 
 
-def expand(store: Store, reference: str) -> str:
-    """The URI of a store:/ reference; others as they are."""
-    return f"{store.root}/{reference[len(_REFERENCE) :]}" if reference.startswith(_REFERENCE) else reference
+def expand(store: Store, reference: str, source: str) -> str:
+    """The URI of a store:/ reference; others as they are.
+
+    `source` is the URI of the object that holds the reference, which means that object's own root: in a read-only root
+    lies another platform's store. Raises PermissionDenied where `source` is outside the roots.
+    """
+    if not reference.startswith(_REFERENCE):
+        return reference
+    return f"{store.root_of(source)}/{reference[len(_REFERENCE) :]}"
 
 
 def contract_all(store: Store, value: Any) -> Any:
@@ -25,9 +31,9 @@ def contract_all(store: Store, value: Any) -> Any:
     return _map_strings(value, lambda text: contract(store, text))
 
 
-def expand_all(store: Store, value: Any) -> Any:
+def expand_all(store: Store, value: Any, source: str) -> Any:
     """`expand` for every string in a JSON value."""
-    return _map_strings(value, lambda text: expand(store, text))
+    return _map_strings(value, lambda text: expand(store, text, source))
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from cryofleet.artifacts.manifests import MANIFEST, Manifest
 from cryofleet.artifacts.references import expand_all
-from cryofleet.errors import DataLoss, InvalidArgument, NotFound
+from cryofleet.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied
 from cryofleet.settings import PROJECT_PATTERN
 from cryofleet.storage import Store, checked_uri
+from cryofleet.storage.uris import is_below
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -61,18 +62,27 @@ def load(store: Store, folder: str) -> Manifest | None:
     manifest = Manifest.from_json(text, uri)
     if manifest.key != folder.rpartition("/")[2]:
         raise DataLoss(f"{uri} is the manifest of another result, {manifest.key}")
-    return replace(
-        manifest, inputs=expand_all(store, manifest.inputs), result=expand_all(store, manifest.result), uri=folder
-    )
+    inputs, result = (expand_all(store, value, uri) for value in (manifest.inputs, manifest.result))
+    return replace(manifest, inputs=inputs, result=result, uri=folder)
 
 
 def place_of(store: Store, uri: str) -> tuple[str, str] | None:
-    """The result's folder and the name below it, for a URI under a result."""
+    """The result's folder and the name below it, for a URI under a result, of this store or in a read-only root."""
     uri = checked_uri(uri)
-    if not uri.startswith(store.root + "/"):
-        return None
-    project, _, rest = uri[len(store.root) + 1 :].partition("/")
+    try:
+        root = store.root_of(uri)
+    except PermissionDenied:
+        return None  # which a reader is told when it opens the object
+    project, _, rest = uri[len(root) + 1 :].partition("/")
     key, _, name = rest.partition("/")
     if not PROJECT_PATTERN.fullmatch(project) or not _KEY.fullmatch(key):
         return None
-    return f"{store.root}/{project}/{key}", name
+    return f"{root}/{project}/{key}", name
+
+
+def is_result_uri(store: Store, uri: str) -> bool:
+    """Whether a URI is of one of this store's own results, whose content never changes.
+
+    False for other files, and for what lies in a read-only root, of which others dispose.
+    """
+    return is_below(checked_uri(uri), store.root) and place_of(store, uri) is not None

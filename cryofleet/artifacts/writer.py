@@ -14,7 +14,7 @@ from cryofleet.artifacts.keys import canonical_json
 from cryofleet.artifacts.manifests import MANIFEST, BlobEntry, InputEntry, Manifest, is_object_name
 from cryofleet.artifacts.references import contract_all
 from cryofleet.artifacts.results import complete, load, result_uri
-from cryofleet.errors import DataLoss, InvalidArgument, Unavailable
+from cryofleet.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from cryofleet.storage import Data, Stat, Store
 
 
@@ -22,7 +22,10 @@ class ResultWriter:
     """Writes one result. Its objects are seen by nobody until `commit`, which publishes them with one atomic put.
 
     Where several write one result, the first to commit wins: the others then keep their hands off its objects, and
-    their `commit` gives the manifest that is there.
+    their `commit` gives the manifest that is there. No store can put an object on the condition that another, the
+    manifest, is absent; so each writer looks at the manifest after each of its puts, and at the objects after its
+    manifest. Of two whose bytes differ, one at least sees the other, and takes the manifest back: the result is then
+    made again.
     """
 
     def __init__(self, store: Store, project: str, key: str) -> None:
@@ -30,6 +33,7 @@ class ResultWriter:
         self.uri = result_uri(store, project, key)
         self.key = key
         self._store = store
+        self._manifest_uri = f"{self.uri}/{MANIFEST}"
         self._entries: dict[str, BlobEntry] = {}
         self._versions: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -58,14 +62,44 @@ class ResultWriter:
         with self._lock:
             self._entries[name] = entry
             self._versions[uri] = version
+        if version:
+            self._published()
         return uri
 
     def _store_blocks(self, uri: str, blocks: Iterator[bytes]) -> tuple[int, str]:
         """The object's size and version; of a result that somebody committed, nothing is written over."""
-        if self._store.exists(f"{self.uri}/{MANIFEST}"):
-            return sum(len(block) for block in blocks), ""
-        stored = self._store.put(uri, blocks)
-        return stored.size_bytes, stored.version
+        size = 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal size
+            for block in blocks:
+                size += len(block)
+                yield block
+            # The last moment: the bytes are written, but the object is not yet there.
+            if self._store.exists(self._manifest_uri):
+                raise _Committed
+
+        try:
+            if not self._store.exists(self._manifest_uri):
+                stored = self._store.put(uri, counted())
+                return size, stored.version
+            for _ in counted():
+                pass
+        except _Committed:
+            pass
+        return size, ""
+
+    def _has_replaced(self, manifest: Manifest) -> bool:
+        """Whether an object of another writer's result is now one of ours, whose bytes differ."""
+        with self._lock:
+            ours, versions = dict(self._entries), dict(self._versions)
+        for theirs in manifest.blobs:
+            name, uri = theirs["name"], f"{self.uri}/{theirs['name']}"
+            if versions.get(uri) and ours[name]["digest"] != theirs["digest"]:
+                with contextlib.suppress(NotFound):
+                    if self._store.stat(uri).version == versions[uri]:
+                        return True
+        return False
 
     def entry(self, name: str) -> BlobEntry:
         """Size and digests of an object that was put."""
@@ -118,7 +152,15 @@ class ResultWriter:
         )
         canonical_json(kept.result)
         canonical_json(kept.parameters)
-        self._store.put(manifest.manifest_uri, kept.to_json().encode())
+        text = kept.to_json().encode()
+        self._store.put(self._manifest_uri, text)
+        try:
+            self._check_untouched(blobs)
+        except Unavailable:
+            with contextlib.suppress(NotFound):
+                if self._store.get(self._manifest_uri) == text:
+                    self._store.delete(self._manifest_uri)
+            raise
         return manifest
 
     def discard(self) -> None:
@@ -129,16 +171,17 @@ class ResultWriter:
             names, self._entries, self._versions = list(self._entries), {}, {}
         for name in names:
             self._store.delete(f"{self.uri}/{name}")
+        self._published()  # takes back what was committed meanwhile and has lost its objects
 
     def _published(self) -> Manifest | None:
-        """The result as somebody else committed it; a damaged one is taken back."""
+        """The result as somebody else committed it; one that is damaged, or that we have damaged, is taken back."""
         try:
             manifest = load(self._store, self.uri)
         except DataLoss:
             manifest = None
-            self._store.delete(f"{self.uri}/{MANIFEST}")
-        if manifest is not None and not complete(self._store, manifest):
-            self._store.delete(manifest.manifest_uri)
+            self._store.delete(self._manifest_uri)
+        if manifest is not None and (not complete(self._store, manifest) or self._has_replaced(manifest)):
+            self._store.delete(self._manifest_uri)
             return None
         return manifest
 
@@ -151,6 +194,10 @@ class ResultWriter:
                 continue
             if uri not in found or digest_of(self._store.stream(uri)) != entry["digest"]:
                 raise Unavailable(f"{uri} was changed by another writer of the same result; try again")
+
+
+class _Committed(Exception):
+    """Another writer has committed the result while an object of it was being written."""
 
 
 def _blocks(data: Data, digests: list[bytes]) -> Generator[bytes, None, None]:

@@ -10,10 +10,11 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from cryofleet.channels import MESSAGE_LIMIT_BYTES, is_unix
 from cryofleet.errors import Failure
@@ -37,6 +38,7 @@ EXIT_NOT_STARTED = 1
 MAX_CONNECTION_AGE_SECONDS = 30.0
 """After this a connection takes no new calls, so that clients spread over new instances; calls on it go on."""
 
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 _WITHOUT_LIMIT = 2**31 - 1  # what gRPC takes for infinity
 
 
@@ -52,6 +54,23 @@ def _server_options() -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.so_reuseport", 0),
     ]
+
+
+def _reflection_handlers(names: list[str]) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
+    """Reflection under its two names: current tools ask for v1 first, whose messages are the same bytes as v1alpha's.
+
+    v1 is not in the list of services that it answers with, for its own description is not there to be asked for.
+    """
+    servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # the stubs know no asyncio
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return tuple(
+        grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method})
+        for service in (_REFLECTION_V1, reflection.SERVICE_NAME)
+    )
 
 
 class Server:
@@ -80,7 +99,9 @@ class Server:
             names = [service.descriptor.full_name for service in instance.services]
             self._server.add_generic_rpc_handlers(tuple(self._calls.handler(service) for service in instance.services))
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+            self._server.add_generic_rpc_handlers(
+                _reflection_handlers([*names, health.SERVICE_NAME, reflection.SERVICE_NAME])
+            )
             self.address = listen(self._server, self.settings.address, self.settings.tls)
             instance.devices()  # loads torch, where operations use it, before the first call instead of in it
             if self._service.lifespan is not None:

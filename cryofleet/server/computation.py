@@ -13,8 +13,17 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from cryofleet.artifacts import InputEntry, Manifest, ResultWriter, complete, content_digest, find, identity
-from cryofleet.errors import DataLoss, Failure
+from cryofleet.artifacts import (
+    InputEntry,
+    Manifest,
+    ResultWriter,
+    complete,
+    content_digest,
+    find,
+    identity,
+    versions,
+)
+from cryofleet.errors import DataLoss, Failure, Unavailable
 from cryofleet.operations import (
     inputs_of,
     parameters_of,
@@ -45,6 +54,8 @@ class Question:
     key: str
     parameters: dict[str, Any]
     inputs: dict[str, list[InputEntry]]
+    versions: dict[str, dict[str, str]]
+    """Of each input's files, before they were hashed (`cryofleet.artifacts.versions`)."""
 
 
 def project_of(request: Any) -> str:
@@ -61,14 +72,16 @@ def identify(method: Method, request: Message, store: Store) -> Question:
     store = store.for_project(project)
     resolved = resolve_defaults(request)
     parameters = parameters_of(resolved)
+    uris_of = inputs_of(resolved)
+    seen = {uri: versions(store, uri) for uris in uris_of.values() for uri in uris if uri}
     inputs = {
         field: [InputEntry(uri=uri, digest=content_digest(store, uri) if uri else "") for uri in uris]
-        for field, uris in inputs_of(resolved).items()
+        for field, uris in uris_of.items()
     }
     digests = {field: [entry["digest"] for entry in entries] for field, entries in inputs.items()}
     operation = method.operation
     key = identity(operation.name, operation.version, parameters, digests)
-    return Question(method, resolved, store, project, key, parameters, inputs)
+    return Question(method, resolved, store, project, key, parameters, inputs, seen)
 
 
 def look_up(question: Question) -> Manifest | None:
@@ -98,6 +111,13 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(item) for item in value]
     return value
+
+
+def _check_inputs(question: Question) -> None:
+    """Raises Unavailable where an input is no longer what was hashed: the result would lie under a wrong key."""
+    for uri, seen in question.versions.items():
+        if versions(question.store, uri) != seen:
+            raise Unavailable(f"{uri} changed while it was read; try again")
 
 
 def compute(
@@ -130,6 +150,7 @@ def compute(
     started = time.monotonic()
     try:
         result = question.method.function(question.request, task)
+        _check_inputs(question)
         manifest = writer.commit(
             operation=operation.name,
             version=operation.version,

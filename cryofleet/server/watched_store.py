@@ -68,3 +68,7 @@ class WatchedStore(Store):
     def delete(self, uri: str) -> None:
         """Remove an object."""
         self._watched.delete(uri)
+
+    def remove_abandoned(self, older_than_seconds: float) -> int:
+        """Delete what killed writers left."""
+        return self._watched.remove_abandoned(older_than_seconds)

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import stat as stat_bits
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,14 +110,32 @@ class FileStore(ObjectStore):
                 if path.is_dir():
                     return
                 raise
-            # Folders exist only for what is in them, as in S3.
-            for folder in path.parents:
-                if folder == self._folder:
-                    break
-                try:
-                    folder.rmdir()
-                except OSError:
-                    break
+            self._remove_empty(path.parent)
+
+    def remove_abandoned(self, older_than_seconds: float) -> int:
+        oldest = time.time() - older_than_seconds
+        count = 0
+        with _file_errors(self.root):
+            for folder, _, names in os.walk(self._folder):
+                for name in names:
+                    if not name.startswith(UNFINISHED):
+                        continue
+                    path = Path(folder, name)
+                    with contextlib.suppress(FileNotFoundError):  # finished or removed meanwhile
+                        if path.lstat().st_mtime <= oldest:
+                            path.unlink()
+                            count += 1
+                            self._remove_empty(path.parent)
+        return count
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Folders exist only for what is in them, as in S3."""
+        while folder != self._folder:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+            folder = folder.parent
 
     def _path(self, uri: str) -> Path:
         """The file of a URI; no link on the way there leaves the root."""

@@ -55,6 +55,13 @@ class ObjectStore(ABC):
     def delete(self, uri: str) -> None:
         """Remove an object; no error where there is none."""
 
+    def remove_abandoned(self, older_than_seconds: float) -> int:
+        """Delete what killed writers left unfinished that long ago; how many there were.
+
+        For stores that leave such things about; here nothing is done.
+        """
+        return 0
+
     def get(self, uri: str) -> bytes:
         """A whole object. Raises NotFound."""
         return b"".join(self.stream(uri))

@@ -69,8 +69,8 @@ _CODES: dict[str, type[Failure]] = {
 class S3Store(ObjectStore):
     """Objects in the buckets of one S3 service.
 
-    Parts of uploads that were cut off together with their process are never visible; a life-cycle rule
-    of the bucket removes them.
+    Parts of uploads that were cut off together with their process are never visible; MinIO removes them after a day,
+    elsewhere a life-cycle rule of the bucket does. `remove_abandoned` leaves them: MinIO lists no uploads by folder.
     """
 
     def __init__(self, settings: S3Settings) -> None:

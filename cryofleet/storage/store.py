@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +18,10 @@ class Store(ObjectStore):
     """What a process may reach: one root to write under, and roots to read from."""
 
     def __init__(self, root: str, read_only_roots: Sequence[str] = (), s3: S3Settings | None = None) -> None:
-        """`root` and `read_only_roots` are URIs of folders; `s3` is needed where one is in S3."""
+        """`root` and `read_only_roots` are URIs of folders; `s3` is needed where one is in S3.
+
+        Raises InvalidArgument where a read-only root and `root` overlap: what is read only is open to all projects.
+        """
         self.root = checked_uri(root)
         self.read_only_roots = tuple(checked_uri(uri) for uri in read_only_roots)
         self._s3 = s3
@@ -26,6 +31,12 @@ class Store(ObjectStore):
         for uri in (self.root, *self.read_only_roots):
             if uri.startswith("s3://") and s3 is None:
                 raise InvalidArgument(f"{uri} needs the S3 settings")
+        for uri in self.read_only_roots:
+            if _overlap(uri, self.root):
+                raise InvalidArgument(
+                    f"CRYOFLEET_READ_ONLY_ROOTS has {uri} and CRYOFLEET_STORE is {self.root}: "
+                    "one must not lie within the other, for read-only roots are open to all projects"
+                )
 
     @classmethod
     def open(cls, settings: Settings) -> Store:
@@ -36,10 +47,17 @@ class Store(ObjectStore):
         """The same store, closed to what other projects have under the root."""
         if not PROJECT_PATTERN.fullmatch(project):
             raise InvalidArgument(f"project {project!r} must match {PROJECT_PATTERN.pattern}")
-        narrowed = Store(self.root, self.read_only_roots, self._s3)
+        narrowed = copy.copy(self)  # with the same connections
         narrowed._project = project
-        narrowed._backends, narrowed._lock = self._backends, self._lock
         return narrowed
+
+    def root_of(self, uri: str) -> str:
+        """The root that a URI lies under, the innermost of several. Raises PermissionDenied where there is none."""
+        uri = checked_uri(uri)
+        roots = [root for root in (self.root, *self.read_only_roots) if is_below(uri, root)]
+        if not roots:
+            raise PermissionDenied(f"{uri} is outside the roots of this store")
+        return max(roots, key=len)
 
     def put(self, uri: str, data: Data) -> Stat:
         return self._backend(uri, write=True).put(checked_uri(uri), data)
@@ -56,19 +74,18 @@ class Store(ObjectStore):
     def delete(self, uri: str) -> None:
         self._backend(uri, write=True).delete(checked_uri(uri))
 
+    def remove_abandoned(self, older_than_seconds: float) -> int:
+        """What killed writers left under the root, of whatever project."""
+        return self._opened(self.root).remove_abandoned(older_than_seconds)
+
     def _backend(self, uri: str, write: bool = False) -> ObjectStore:
         uri = checked_uri(uri)
-        own = self.root if self._project is None else f"{self.root}/{self._project}"
-        if is_below(uri, own):
-            return self._opened(self.root)
-        if is_below(uri, self.root):
+        root = self.root_of(uri)
+        if root != self.root and write:
+            raise PermissionDenied(f"{uri} is under {root}, which is read only")
+        if root == self.root and self._project is not None and not is_below(uri, f"{root}/{self._project}"):
             raise PermissionDenied(f"{uri} is not of project {self._project}")
-        for root in self.read_only_roots:
-            if is_below(uri, root):
-                if write:
-                    raise PermissionDenied(f"{uri} is under {root}, which is read only")
-                return self._opened(root)
-        raise PermissionDenied(f"{uri} is outside the roots of this store")
+        return self._opened(root)
 
     def _opened(self, root: str) -> ObjectStore:
         # All of S3 is one service and one connection pool.
@@ -82,3 +99,12 @@ class Store(ObjectStore):
                 else:
                     self._backends[name] = FileStore(root)
             return self._backends[name]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one root lies within the other, by its name or through links."""
+    one, other = (
+        "file://" + os.path.realpath(root.removeprefix("file://")) if root.startswith("file://") else root
+        for root in (one, other)
+    )
+    return is_below(one, other) or is_below(other, one)

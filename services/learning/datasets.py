@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryofleet.errors import InvalidArgument, ResourceExhausted
+from cryofleet.errors import InvalidArgument
 from cryofleet.progress import Progress
+from cryofleet.scratch_array import reserved_array
 from services.learning.preparation import Preparation
 
 Read = Callable[[int, int], NDArray[np.float32]]
@@ -82,30 +81,12 @@ def load_prepared(
     if size_bytes <= memory_limit_bytes:
         prepared = np.empty(shape, np.float32)
     else:
-        path = scratch / "prepared.float32"
-        _reserve(path, size_bytes)
-        prepared = np.memmap(path, np.float32, "r+", shape=shape)
+        prepared = reserved_array(scratch / "prepared.float32", shape, np.float32)
     for first, boxes in prepared_chunks(read, ids, preparation):
         prepared[first : first + len(boxes)] = boxes
         done = first + len(boxes)
         progress(done / len(ids), "preparing subtomograms", subtomograms=done)
     return prepared
-
-
-def _reserve(path: Path, size_bytes: int) -> None:
-    """Create a file and claim its disk space now: a mapped file that finds the disk full later kills the process."""
-    try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-            else:
-                file.truncate(size_bytes)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise ResourceExhausted(
-            f"{path.parent} has no room for {size_bytes / 1e9:.1f} GB of prepared subtomograms"
-        ) from error
 
 
 class BoxBatches:

@@ -11,6 +11,7 @@ from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.particles import POSITION, SHIFT, Particles, row_count
 from cryofleet.progress import part
+from cryofleet.scratch_array import reserved_array
 from cryofleet.server import Needs, Reader, Service, Task
 from cryofleet.v1 import common_pb2, picking_pb2
 from cryofleet.volumes import SHARD_BYTES, Subtomograms, Volume, VolumeInfo
@@ -122,7 +123,7 @@ def extract(request: picking_pb2.ExtractRequest, task: Task) -> picking_pb2.Extr
     # boxes are cut in the tomogram's order and written in the table's; between the two they wait on disk
     boxes: NDArray[np.float32] = np.empty((0, *box), np.float32)
     if count:
-        boxes = np.memmap(task.scratch / "boxes.f32", np.float32, "w+", shape=(count, *box))
+        boxes = reserved_array(task.scratch / "boxes.f32", (count, *box), np.float32)
         extraction.cut_boxes(
             tomogram.slab,
             info.shape,

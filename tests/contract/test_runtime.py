@@ -30,14 +30,15 @@ from cryptography.x509.oid import NameOID
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cryofleet.artifacts import find, manifest_for
 from cryofleet.channels import open_blocking_channel, open_channel, reason_of
-from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.errors import FailedPrecondition, InvalidArgument, Unavailable
 from cryofleet.logs import JsonFormatter
 from cryofleet.operations import find_operation
-from cryofleet.server import CallContext, Needs, Server, Service, bootstrap, instance
+from cryofleet.server import CallContext, Needs, Server, Service, Task, bootstrap, instance
 from cryofleet.server.runtime_service import service as runtime_service
 from cryofleet.settings import Settings, TlsFiles
 from cryofleet.storage import Store
@@ -156,6 +157,28 @@ async def test_client_that_knows_nothing_calls_an_operation_by_reflection(settin
         services, result = await asyncio.to_thread(call_dynamically)
     assert {PICKING, "cryofleet.v1.RuntimeService", "grpc.health.v1.Health"} <= set(services)
     assert result == {"index": 5, "task_key": "t5"}
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_answers_under_both_its_names(channel: grpc.aio.Channel, version: str) -> None:
+    ask = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=PICKING),
+    ]
+    listed, described = [answer async for answer in ask(iter(requests), timeout=10)]
+    names = [each.name for each in listed.list_services_response.service]
+    assert PICKING in names
+    assert described.file_descriptor_response.file_descriptor_proto
+    # Tools ask for the description of each service that is listed.
+    asked = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names]
+    assert [answer.HasField("file_descriptor_response") async for answer in ask(iter(asked), timeout=10)] == [
+        True for _ in names
+    ]
 
 
 async def test_capacity_names_instance_slots_and_operations(channel: grpc.aio.Channel, settings: Settings) -> None:
@@ -557,6 +580,34 @@ async def test_read_only_roots_are_open_to_all_projects(settings: Settings, tmp_
         reply = await call_operation(channel, request, project="ribosomes")
     assert f"{settings.store}/ribosomes/{reply.provenance.key}/" in reply.result.metrics_uri
     assert json.loads(Store.open(settings).get(reply.result.metrics_uri))["truth"] == "from the microscope"
+
+
+@pytest.mark.parametrize("whose", ["own", "read-only"])
+def test_an_input_that_changes_while_it_is_read_makes_no_result(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    store = Store(settings.store, [f"file://{raw}"])
+    uri = f"file://{raw}/truth.csv" if whose == "read-only" else f"{store.root}/default/inputs/truth.csv"
+    path = Path(uri.removeprefix("file://"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("as it was hashed")
+    local_copy = Task.local_copy
+
+    def late(task: Task, uri: str) -> Path:
+        path.with_suffix(".new").write_text("changed since")
+        path.with_suffix(".new").rename(path)
+        return local_copy(task, uri)
+
+    request = picking_pb2.EvaluateRequest(particles_uri=uri, truth_uri=uri, distance_angstrom=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Task, "local_copy", late)
+        with pytest.raises(Unavailable, match=f"{uri} changed while it was read"):
+            run_operation(runtime_instance.service, request, store)
+    assert [name for name in objects(store) if "/inputs/" not in name] == []
+    result = run_operation(runtime_instance.service, request, store)
+    assert json.loads(store.get(result.metrics_uri))["truth"] == "changed since"
 
 
 def test_gpu_is_used_where_asked_for_and_there(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,6 +290,54 @@ def test_read_only_roots(store: Store, tmp_path: Path) -> None:
     assert (data / "raw.mrc").read_bytes() == b"raw"
 
 
+def test_read_only_roots_and_the_own_one_must_not_overlap(tmp_path: Path) -> None:
+    (tmp_path / "real" / "store").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    own = file_uri(tmp_path / "real" / "store")
+    linked = file_uri(tmp_path / "link")
+    for uri in (own, own + "/other", file_uri(tmp_path), "file:///", linked, linked + "/store/other"):
+        with pytest.raises(InvalidArgument, match=r"CRYOFLEET_READ_ONLY_ROOTS has .* and CRYOFLEET_STORE is"):
+            Store(own, [file_uri("/elsewhere"), uri])
+    Store(own, [own + "-2", file_uri(tmp_path / "real" / "data")])
+    s3 = S3Settings(endpoint="localhost:9", secure=False)
+    for uri in ("s3://bucket", "s3://bucket/store", "s3://bucket/store/other"):
+        with pytest.raises(InvalidArgument, match="CRYOFLEET_READ_ONLY_ROOTS"):
+            Store("s3://bucket/store", [uri], s3)
+    Store("s3://bucket/store", ["s3://bucket/data", "s3://another", own], s3)
+
+
+def test_links_out_of_a_read_only_root_are_refused(tmp_path: Path) -> None:
+    own = Store(file_uri(tmp_path / "store"))
+    own.put(f"{own.root}/other/secret", b"secret")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "folder").symlink_to(tmp_path / "store")
+    (data / "file").symlink_to(tmp_path / "store" / "other" / "secret")
+    both = Store(own.root, [file_uri(data)]).for_project("mine")
+    for name in ("file", "folder/other/secret"):
+        with pytest.raises(PermissionDenied, match="link"):
+            both.get(file_uri(data / name))
+    with pytest.raises(PermissionDenied, match="link"):
+        list(both.list(file_uri(data / "folder")))
+    assert list(both.list(file_uri(data))) == []
+
+
+def test_abandoned_writes_are_removed_under_the_own_root_only(store: Store, uri: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / ".cryofleet-unfinished-1").write_bytes(b"half")
+    both = Store(store.root, [file_uri(data)], store._s3)
+    both.put(uri, b"whole")
+    count = 0
+    if store.root.startswith("file://"):
+        (tmp_path / "store" / ".cryofleet-unfinished-2").write_bytes(b"half")
+        count = 1
+    assert both.for_project("default").remove_abandoned(older_than_seconds=-1) == count
+    assert both.remove_abandoned(older_than_seconds=-1) == 0
+    assert both.get(uri) == b"whole"
+    assert len(list(data.iterdir())) == 1
+
+
 def test_opened_from_settings(store: Store, uri: str) -> None:
     environment = {"CRYOFLEET_STORE": store.root, "CRYOFLEET_S3_SECURE": "false"}
     if store._s3 is not None:

@@ -14,6 +14,7 @@ import pytest
 
 from cryofleet.artifacts import (
     BLOCK_BYTES,
+    BlobEntry,
     Manifest,
     ResultWriter,
     canonical_json,
@@ -25,10 +26,13 @@ from cryofleet.artifacts import (
     expand,
     find,
     identity,
+    is_result_uri,
     manifest_for,
     open_blob,
     remove,
     result_uri,
+    verify,
+    versions,
 )
 from cryofleet.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from cryofleet.storage import Data, Stat, Store, file_uri
@@ -177,12 +181,12 @@ def test_uris_in_the_file_outlive_a_move(store: Store, writer: ResultWriter, tmp
 def test_references(store: Store) -> None:
     uri = f"{store.root}/default/x"
     assert contract(store, uri) == "store:/default/x"
-    assert expand(store, "store:/default/x") == uri
+    assert expand(store, "store:/default/x", f"{store.root}/other/index.json") == uri
     for other in ("file:///elsewhere/x", store.root + "-2/x", "text"):
         assert contract(store, other) == other
-        assert expand(store, other) == other
+        assert expand(store, other, uri) == other
     with pytest.raises(PermissionDenied):
-        store.get(expand(store, "store:/../../etc/passwd"))
+        store.get(expand(store, "store:/../../etc/passwd", uri))
 
 
 @pytest.mark.parametrize("name", ["", "/x", "../x", "a/../b", "a//b", "a/", "manifest.json", "a\0", "%2e%2e/x"])
@@ -303,6 +307,83 @@ def test_many_threads_write_one_result(store: Store) -> None:
         assert open_blob(store, f"{found.uri}/{name}").read() == name.encode() * 1000
 
 
+def test_a_slow_put_does_not_replace_an_object_of_a_result_that_was_committed_meanwhile(store: Store) -> None:
+    one, two = (ResultWriter(store, "default", KEY) for _ in range(2))
+    first: list[Manifest] = []
+
+    def slow() -> Iterator[bytes]:
+        yield b"tw"
+        one.put("a", b"one")
+        first.append(commit(one))
+        yield b"o"
+
+    uri = two.put("a", slow())
+    assert two.entry("a")["size_bytes"] == 3
+    assert two.entry("a")["digest"] == plain_digest(b"two")
+    assert commit(two) == first[0]
+    assert open_blob(store, uri).read() == b"one"
+
+
+def test_a_result_whose_object_was_replaced_is_taken_back_by_who_replaced_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit falls between the last look at the manifest and the end of the put."""
+    one, two = (ResultWriter(store, "default", KEY) for _ in range(2))
+    one.put("a", b"one")
+    put = Store.put
+
+    def late(self: Store, uri: str, data: Data) -> Stat:
+        content = data if isinstance(data, bytes) else b"".join(bytes(piece) for piece in data)
+        if uri.endswith("/a"):
+            monkeypatch.setattr(Store, "put", put)
+            commit(one)
+        return put(self, uri, content)
+
+    monkeypatch.setattr(Store, "put", late)
+    uri = two.put("a", b"two")
+    assert find(store, "default", KEY) is None
+    commit(two)
+    assert open_blob(store, uri).read() == b"two"
+
+
+def test_a_result_whose_object_was_replaced_is_taken_back_by_who_committed_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's put, and its look at the manifest, fall just before the manifest is written."""
+    one = ResultWriter(store, "default", KEY)
+    uri = one.put("a", b"one")
+    untouched = one._check_untouched
+    replaced: list[Stat] = []
+
+    def check(entries: list[BlobEntry]) -> None:
+        untouched(entries)
+        if not replaced:
+            replaced.append(store.put(uri, b"two"))
+
+    monkeypatch.setattr(one, "_check_untouched", check)
+    with pytest.raises(Unavailable, match="another writer"):
+        commit(one)
+    assert find(store, "default", KEY) is None
+
+
+def test_a_discard_that_takes_objects_of_a_committed_result_takes_back_its_manifest(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (ResultWriter(store, "default", KEY) for _ in range(2))
+    one.put("a", b"same")
+    two.put("a", b"same")
+    delete = Store.delete
+
+    def late(self: Store, uri: str) -> None:
+        monkeypatch.setattr(Store, "delete", delete)
+        commit(one)
+        delete(self, uri)
+
+    monkeypatch.setattr(Store, "delete", late)
+    two.discard()
+    assert find(store, "default", KEY) is None
+
+
 # --- Damage --------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +440,19 @@ def test_a_missing_object_is_found_and_made_again(store: Store, writer: ResultWr
     again.put("a", b"1")
     assert complete(store, commit(again))
     assert open_blob(store, uri).read() == b"1"
+
+
+def test_verify_names_what_is_damaged_or_missing(store: Store, writer: ResultWriter, content: bytes) -> None:
+    for name in ("good", "folder/flipped", "missing", "short", "empty"):
+        writer.put(name, b"" if name == "empty" else content)
+    manifest = commit(writer)
+    assert verify(store, manifest) == []
+    flip(store, f"{writer.uri}/folder/flipped", BLOCK_BYTES + 1)
+    store.delete(f"{writer.uri}/missing")
+    os.truncate(path_of(f"{writer.uri}/short"), 3)
+    assert verify(store, manifest) == ["folder/flipped", "missing", "short"]
+    remove(store, "default", KEY)
+    assert find(store, "default", KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -552,6 +646,54 @@ def test_another_projects_result_is_closed(store: Store) -> None:
     for call in (lambda: open_blob(mine, uri), lambda: content_digest(mine, uri), lambda: find(mine, "other", KEY)):
         with pytest.raises(PermissionDenied):
             call()
+
+
+# --- Other platforms' stores, read only -----------------------------------------------------------------------------
+
+
+def other_platform(tmp_path: Path) -> Store:
+    return Store(file_uri(tmp_path / "other"))
+
+
+def test_a_result_in_a_read_only_root_is_verified(store: Store, tmp_path: Path) -> None:
+    other = other_platform(tmp_path)
+    writer = ResultWriter(other, "default", KEY)
+    uri = writer.put("data", b"theirs")
+    unfinished = ResultWriter(other, "default", "1" * 64).put("data", b"half")
+    manifest = commit(writer, data_uri=uri)
+    both = Store(store.root, [other.root]).for_project("mine")
+    found = manifest_for(both, uri)
+    assert found == manifest
+    assert found.result == {"data_uri": uri}, "not the same name under our own root"
+    assert content_digest(both, uri) == plain_digest(b"theirs")
+    assert open_blob(both, uri).read() == b"theirs"
+    with pytest.raises(NotFound, match="no finished result"):
+        open_blob(both, unfinished)
+    flip(other, uri, 2)
+    with pytest.raises(DataLoss, match=uri):
+        open_blob(both, uri).read()
+
+
+def test_what_may_change_and_what_may_not(store: Store, tmp_path: Path) -> None:
+    other = other_platform(tmp_path)
+    own, theirs = (ResultWriter(each, "default", KEY) for each in (store, other))
+    uris = [each.put("data", b"same") for each in (own, theirs)]
+    for each in (own, theirs):
+        commit(each)
+    both = Store(store.root, [other.root])
+    files = [f"{store.root}/default/inputs/{KEY}/x", f"{store.root}/default/x", f"{other.root}/x"]
+    assert [is_result_uri(both, uri) for uri in [*uris, *files]] == [True, False, False, False, False]
+    assert is_result_uri(both, own.uri)
+    assert versions(both, uris[0]) == {}
+    before = versions(both, uris[1])
+    assert list(before) == [f"{theirs.uri}/manifest.json"]
+    remove(other, "default", KEY)
+    assert versions(both, uris[1]) != before
+    store.put(files[1], b"1")
+    before = versions(both, files[1])
+    store.put(files[1], b"2")
+    assert list(versions(both, files[1])) == list(before) == [files[1]]
+    assert versions(both, files[1]) != before
 
 
 def test_the_manifest_is_written_last(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,11 @@ def test_a_killed_writer_leaves_nothing_visible(files: FileStore) -> None:
         files.get(uri)
     with pytest.raises(PermissionDenied):
         files.get(f"{files.root}/a/{left[0]}")
+    files.put(f"{files.root}/b", b"whole")
+    assert files.remove_abandoned(older_than_seconds=3600) == 0
+    assert os.listdir(path_of(f"{files.root}/a")) == left
+    assert files.remove_abandoned(older_than_seconds=0) == 1
+    assert os.listdir(path_of(files.root)) == ["b"], "with the folder that is empty now"
 
 
 def test_folders_go_with_their_last_object(files: FileStore) -> None:
