@@ -58,7 +58,6 @@ async def test_tomogram_truth_clean_volume_and_metrics(channel: grpc.aio.Channel
     reply = await call_operation(channel, request())
     result = reply.result
     assert result.count == 9
-    assert reply.progress
 
     tomogram = open_volume(store, result.tomogram_uri)
     assert tomogram.info.shape == (40, 56, 64)
