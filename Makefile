@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/cryofleet run discover --tomogram "$(TOMOGRAM)" --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 else
 demo: $(READY)
-	$(BIN)/cryofleet run simulate --out "$(OUT)/simulation"
+	$(BIN)/cryofleet run simulate-tomogram --out "$(OUT)/simulation"
 	$(BIN)/cryofleet run discover --tomogram "$(OUT)/simulation/tomogram.mrc" \
 		--set truth="$(OUT)/simulation/truth.parquet" $(DEMO_SETTINGS) --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 endif

@@ -226,13 +226,36 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def resolve_defaults(request: Message) -> Message:
-    """A copy of `request` in which optional fields that were left out have their documented defaults."""
+    """A copy of `request` in which optional fields that were left out have their documented defaults.
+
+    So have the fields of messages inside it; a message that was left out is put in where all of its fields have one.
+    """
     resolved = type(request)()
     resolved.CopyFrom(request)
-    for field, value in _defaults(request.DESCRIPTOR):
-        if not resolved.HasField(field):
-            setattr(resolved, field, value)
+    _fill_in(resolved)
     return resolved
+
+
+def _fill_in(message: Message) -> None:
+    for name, value in _defaults(message.DESCRIPTOR):
+        if not message.HasField(name):
+            setattr(message, name, value)
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        if field.is_repeated:
+            for item in getattr(message, field.name):
+                _fill_in(item)
+        elif message.HasField(field.name) or _is_all_defaults(field.message_type):
+            child = getattr(message, field.name)
+            child.SetInParent()
+            _fill_in(child)
+
+
+@functools.cache
+def _is_all_defaults(descriptor: Descriptor) -> bool:
+    """Whether each field of a message has a default, so that the message may be left out as a whole."""
+    return len(_defaults(descriptor)) == len(descriptor.fields) > 0
 
 
 @functools.cache

@@ -38,6 +38,8 @@ COLUMNS: Mapping[str, str] = {
     "class_id": "int32",
     "class_name": "str",
     "half": "int32",
+    # Which filament a subunit belongs to; -1 for what belongs to none.
+    "filament": "int32",
     # The tomogram of each row, in a table that has rows of several.
     "tomogram": "str",
 }

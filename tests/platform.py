@@ -27,7 +27,7 @@ SMALL_SCENE: dict[str, Any] = {
     "snr": 0.5,
     "seed": 7,
 }
-"""Arguments of `simulate` for a scene that a test can analyse in seconds."""
+"""Arguments of `simulate-tomogram` for a scene that a test can analyse in seconds."""
 
 SMALL_DISCOVERY: dict[str, Any] = {
     "particle_diameter_angstrom": 200,

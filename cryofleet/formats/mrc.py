@@ -118,6 +118,18 @@ class MrcHeader:
             return None
         return sizes[0], sizes[1], sizes[2]
 
+    @property
+    def pixel_size_angstrom(self) -> tuple[float, float] | None:
+        """Along x and y, of a stack of images, whose third size says nothing; None where the header has none."""
+        sizes = []
+        for axis in (0, 1):
+            intervals = self.intervals[axis] if self.intervals[axis] > 0 else self.volume_shape[2 - axis]
+            size = self.cell_angstrom[axis] / intervals
+            if not math.isfinite(size) or size <= 0:
+                return None
+            sizes.append(size)
+        return None if sizes == [1.0, 1.0] else (sizes[0], sizes[1])
+
 
 def parse_header(head: bytes, name: str) -> MrcHeader:
     """Reads the first 1024 bytes of a file; `name` is what errors call the file.
@@ -235,12 +247,10 @@ def check_size(header: MrcHeader, size_bytes: int, name: str) -> None:
         raise InvalidArgument(f"{name}: the header's size is wrong: it says {promised}; the file has {size_bytes}")
 
 
-class MrcVolume:
-    """One volume in an uncompressed MRC file, read slab by slab along z.
+class MrcSections:
+    """The sections of an uncompressed MRC file, read slab by slab along z.
 
-    Raises on opening:
-        InvalidArgument: no MRC file, or its size is not what its header says.
-        FailedPrecondition: a readable MRC file that does not hold one volume on orthogonal axes.
+    Raises InvalidArgument on opening: no MRC file, or its size is not what its header says.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -249,13 +259,15 @@ class MrcVolume:
         try:
             self.header = parse_header(self._file.read(HEADER_BYTES), self.name)
             check_size(self.header, path.stat().st_size, self.name)
-            _check_is_volume(self.header, self.name)
+            self._check()
         except BaseException:
             self._file.close()
             raise
         self.shape = self.header.volume_shape
-        self.voxel_size_angstrom = self.header.voxel_size_angstrom
         self._path = path
+
+    def _check(self) -> None:
+        """Raises FailedPrecondition where the file holds something else than is wanted."""
 
     def slab(self, start: int, stop: int) -> NDArray[np.float32]:
         """Sections start to stop along z, as float32 [z, y, x].
@@ -284,6 +296,35 @@ class MrcVolume:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MrcVolume(MrcSections):
+    """One volume. Raises FailedPrecondition too, where a readable file does not hold one on orthogonal axes."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        super().__init__(path, name)
+        self.voxel_size_angstrom = self.header.voxel_size_angstrom
+
+    def _check(self) -> None:
+        _check_is_volume(self.header, self.name)
+
+
+class MrcImages(MrcSections):
+    """A stack of images, a tilt series say: one section an image, a single image included.
+
+    Raises FailedPrecondition too, where the sections of a readable file are no images.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        super().__init__(path, name)
+        self.pixel_size_angstrom = self.header.pixel_size_angstrom
+
+    def _check(self) -> None:
+        if self.header.axes != (3, 2, 1):
+            raise FailedPrecondition(
+                f"{self.name}: its sections run along axis {'xyz'[self.header.axes[0] - 1]}; those of a stack of images "
+                "run along z, its rows along y"
+            )
 
 
 def _check_is_volume(header: MrcHeader, name: str) -> None:

@@ -34,17 +34,83 @@ class SimulationServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.SimulateTomogram = channel.unary_stream(
-                '/cryofleet.v1.SimulationService/SimulateTomogram',
-                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramRequest.SerializeToString,
-                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramResponse.FromString,
+        self.SimulateDensity = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/SimulateDensity',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityResponse.FromString,
+                _registered_method=True)
+        self.SimulateScene = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/SimulateScene',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneResponse.FromString,
+                _registered_method=True)
+        self.SimulateTiltSeries = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/SimulateTiltSeries',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesResponse.FromString,
+                _registered_method=True)
+        self.Reconstruct = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/Reconstruct',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructResponse.FromString,
+                _registered_method=True)
+        self.SimulateParticles = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/SimulateParticles',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesResponse.FromString,
+                _registered_method=True)
+        self.SimulateSubtomograms = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/SimulateSubtomograms',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsResponse.FromString,
+                _registered_method=True)
+        self.ReconstructSubtomograms = channel.unary_stream(
+                '/cryofleet.v1.SimulationService/ReconstructSubtomograms',
+                request_serializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsResponse.FromString,
                 _registered_method=True)
 
 
 class SimulationServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def SimulateTomogram(self, request, context):
+    def SimulateDensity(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulateScene(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulateTiltSeries(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reconstruct(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulateParticles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulateSubtomograms(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReconstructSubtomograms(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,10 +119,40 @@ class SimulationServiceServicer:
 
 def add_SimulationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'SimulateTomogram': grpc.unary_stream_rpc_method_handler(
-                    servicer.SimulateTomogram,
-                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramRequest.FromString,
-                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramResponse.SerializeToString,
+            'SimulateDensity': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateDensity,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityResponse.SerializeToString,
+            ),
+            'SimulateScene': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateScene,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneResponse.SerializeToString,
+            ),
+            'SimulateTiltSeries': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateTiltSeries,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesResponse.SerializeToString,
+            ),
+            'Reconstruct': grpc.unary_stream_rpc_method_handler(
+                    servicer.Reconstruct,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructResponse.SerializeToString,
+            ),
+            'SimulateParticles': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateParticles,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesResponse.SerializeToString,
+            ),
+            'SimulateSubtomograms': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateSubtomograms,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsResponse.SerializeToString,
+            ),
+            'ReconstructSubtomograms': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReconstructSubtomograms,
+                    request_deserializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -70,7 +166,7 @@ class SimulationService:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def SimulateTomogram(request,
+    def SimulateDensity(request,
             target,
             options=(),
             channel_credentials=None,
@@ -83,9 +179,171 @@ class SimulationService:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/cryofleet.v1.SimulationService/SimulateTomogram',
-            cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramRequest.SerializeToString,
-            cryofleet_dot_v1_dot_simulation__pb2.SimulateTomogramResponse.FromString,
+            '/cryofleet.v1.SimulationService/SimulateDensity',
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateDensityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulateScene(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/SimulateScene',
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateSceneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulateTiltSeries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/SimulateTiltSeries',
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateTiltSeriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconstruct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/Reconstruct',
+            cryofleet_dot_v1_dot_simulation__pb2.ReconstructRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.ReconstructResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulateParticles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/SimulateParticles',
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateParticlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulateSubtomograms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/SimulateSubtomograms',
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.SimulateSubtomogramsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReconstructSubtomograms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.SimulationService/ReconstructSubtomograms',
+            cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsRequest.SerializeToString,
+            cryofleet_dot_v1_dot_simulation__pb2.ReconstructSubtomogramsResponse.FromString,
             options,
             channel_credentials,
             insecure,

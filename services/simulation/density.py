@@ -1,12 +1,14 @@
-"""A structure ready to be placed: its density on a fine grid, and its shape.
+"""The density of a structure: a map of its own (`density_map`), or ready to be placed in a scene (`Density`).
 
-Densities are kept at half the tomogram's voxel size, so that a cubic spline turns them without loss, cut close and
-faded to zero at the cut, so that no box edge shows in a scene. The shape, a binary mask, is what may not overlap: the
-density low-passed to 15 Å or its own resolution above 15% of its maximum, holes filled.
+Densities to be placed are kept at half the tomogram's voxel size, so that a cubic spline turns them without loss, cut
+close and faded to zero at the cut, so that no box edge shows in a scene. The shape, a binary mask, is what may not
+overlap: the density low-passed to 15 Å or its own resolution above 15% of its maximum, holes filled.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +16,13 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from cryofleet.errors import InvalidArgument
+from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.numerics import fourier
 from cryofleet.numerics.compiled import compiled
+from services.simulation.catalogue import Entry, load_catalogue
 from services.simulation.phantoms import phantom
 from services.simulation.potential import Scatterers, render
-from services.simulation.structures import Map, load
+from services.simulation.structures import AS_IT_IS, Map, Treatment, load
 
 #: Fraction of the maximum above which a density belongs to the shape.
 SHAPE_LEVEL = 0.15
@@ -143,6 +146,40 @@ def _sample_nearest(
                     mask[z, y, x] = shape[i, j, k] != 0
 
 
+def load_source(
+    name: str,
+    file: bytes | None,
+    file_name: str,
+    treatment: Treatment | None = None,
+    catalogue: Mapping[str, Entry] | None = None,
+) -> Scatterers | Map:
+    """What a structure is made of: a built-in phantom's pseudo-atoms, or what the bytes of its file hold.
+
+    Args:
+        name: of a phantom where there is no file; of an entry of the catalogue whose treatment the file takes; or any.
+        file: the bytes of a PDB, mmCIF or MRC file (see `structures.load`).
+        file_name: what errors call the file.
+        treatment: what to take from the file, in place of what the catalogue says.
+        catalogue: the built-in one where None.
+
+    Raises:
+        InvalidArgument: no phantom of this name; an unreadable file.
+        FailedPrecondition: a structure of the catalogue without its file; a map without a voxel size.
+    """
+    entries = load_catalogue() if catalogue is None else catalogue
+    entry = entries.get(name)
+    if file is None:
+        if entry is not None and entry.kind != "phantom":
+            raise FailedPrecondition(
+                f"structures: {name!r} is made from a file; pass {' or '.join(entry.files)} ({entry.source}, "
+                f"{entry.url}) as its source_uri"
+            )
+        return phantom(name).scatterers()
+    if treatment is None:
+        treatment = entry.treatment if entry is not None else AS_IT_IS
+    return load(file, file_name, treatment)
+
+
 def build(
     name: str,
     file: bytes | None,
@@ -150,33 +187,62 @@ def build(
     voxel_size_angstrom: float,
     resolution_angstrom: float,
     workers: int = 1,
+    treatment: Treatment | None = None,
+    catalogue: Mapping[str, Entry] | None = None,
 ) -> Density:
-    """The density of a built-in phantom, or of the structure in a file's bytes (see `structures.load`).
+    """The density of a built-in phantom, or of the structure in a file's bytes, to be placed in a scene; see
+    `load_source`."""
+    source = load_source(name, file, file_name, treatment, catalogue)
+    called = name if file is None else file_name
+    return from_source(called, source, voxel_size_angstrom, resolution_angstrom, workers).named(name)
 
-    Errors call a file by `file_name`.
-    """
+
+def build_subunit(
+    name: str,
+    file: bytes | None,
+    file_name: str,
+    voxel_size_angstrom: float,
+    resolution_angstrom: float,
+    workers: int = 1,
+    treatment: Treatment | None = None,
+    catalogue: Mapping[str, Entry] | None = None,
+) -> Density:
+    """The density of one subunit of a filament, its helical axis along z through `centre`: of a helical phantom, or of
+    a file whose own origin lies on the axis (of a map, voxel n // 2)."""
     if file is None:
-        return from_scatterers(name, phantom(name).scatterers(), voxel_size_angstrom, resolution_angstrom, workers)
-    source = load(file, file_name)
-    if isinstance(source, Map):
-        return from_map(file_name, source, voxel_size_angstrom, resolution_angstrom, workers).named(name)
-    return from_scatterers(file_name, source, voxel_size_angstrom, resolution_angstrom, workers).named(name)
+        subunit = phantom(name).subunit()
+        return from_source(name, subunit, voxel_size_angstrom, resolution_angstrom, workers)
+    if treatment is None:
+        entry = (load_catalogue() if catalogue is None else catalogue).get(name)
+        treatment = entry.treatment if entry is not None else AS_IT_IS
+    source = load(file, file_name, replace(treatment, centred=False))
+    return from_source(file_name, source, voxel_size_angstrom, resolution_angstrom, workers).named(name)
 
 
-def estimated_side(name: str, file_bytes: int | None, voxel_size_angstrom: float, resolution_angstrom: float) -> int:
-    """The side of the fine grid that a structure is likely to need, for a statement of memory before it is read.
-
-    A file is taken to be gzipped coordinates with 20 bytes an atom, an assembly of two, packed as protein in a body
-    twice as long as wide.
-    """
-    if file_bytes is None:
-        radius = phantom(name).scatterers().radius_angstrom()
-    else:
-        atoms = max(1000.0, 2 * file_bytes / 20)
-        radius = 1.6 * (3 * atoms * 20 / (4 * np.pi)) ** (1 / 3)
+def estimated_side(
+    name: str,
+    file_bytes: int | None,
+    voxel_size_angstrom: float,
+    resolution_angstrom: float,
+    catalogue: Mapping[str, Entry] | None = None,
+) -> int:
+    """The side of the fine grid of a `Density` that a structure is likely to need, for a statement of memory before it
+    is read."""
+    radius = _estimated_radius(name, file_bytes, catalogue)
     radius += _margin(max(resolution_angstrom, 2 * voxel_size_angstrom))
     factor = oversampling(radius, voxel_size_angstrom)
-    return min(MAX_SIDE, int(np.ceil(2 * radius * factor / voxel_size_angstrom)) + 2)
+    return min(MAX_SIDE, int(np.ceil(2 * radius * factor / voxel_size_angstrom)) + 4)
+
+
+def _estimated_radius(name: str, file_bytes: int | None, catalogue: Mapping[str, Entry] | None) -> float:
+    """Of a phantom, or of a file, which is taken to be gzipped coordinates with 20 bytes an atom, an assembly of two,
+    packed as protein in a body twice as long as wide."""
+    if file_bytes is None:
+        source = load_source(name, None, "", None, catalogue)
+        assert isinstance(source, Scatterers)  # a phantom, then
+        return source.radius_angstrom()
+    atoms = max(1000.0, 2 * file_bytes / 20)
+    return float(1.6 * (3 * atoms * 20 / (4 * np.pi)) ** (1 / 3))
 
 
 def oversampling(radius_angstrom: float, voxel_size_angstrom: float) -> int:
@@ -185,17 +251,29 @@ def oversampling(radius_angstrom: float, voxel_size_angstrom: float) -> int:
     return 2 if 4 * radius_angstrom / voxel_size_angstrom <= MAX_SIDE // 2 else 1
 
 
+def from_source(
+    name: str, source: Scatterers | Map, voxel_size_angstrom: float, resolution_angstrom: float, workers: int = 1
+) -> Density:
+    """The density of what `load_source` gives, to be placed in a scene."""
+    if isinstance(source, Map):
+        return from_map(name, source, voxel_size_angstrom, resolution_angstrom, workers)
+    return from_scatterers(name, source, voxel_size_angstrom, resolution_angstrom, workers)
+
+
 def from_scatterers(
     name: str, scatterers: Scatterers, voxel_size_angstrom: float, resolution_angstrom: float, workers: int = 1
 ) -> Density:
     """The density of atoms or pseudo-atoms. A resolution finer than two voxels is taken as two voxels, which is all
-    they hold."""
+    they hold, and as three where the structure is too large for oversampling: see `potential.render`."""
+    _check_voxels(name, voxel_size_angstrom, resolution_angstrom)
     resolution = max(resolution_angstrom, 2 * voxel_size_angstrom)
     radius = scatterers.radius_angstrom() + _margin(resolution)
     factor = oversampling(radius, voxel_size_angstrom)
+    if factor == 1 and resolution < 3 * voxel_size_angstrom:
+        resolution = 3 * voxel_size_angstrom
+        radius = scatterers.radius_angstrom() + _margin(resolution)
     spacing = voxel_size_angstrom / factor
-    side = _side(name, radius, spacing)
-    values = render(scatterers, side, spacing, resolution, workers)
+    values = render(scatterers, _side(name, radius, spacing), spacing, resolution, workers)
     return _finish(name, values, spacing, factor, resolution, scatterers.molecular_weight_kda, workers)
 
 
@@ -207,31 +285,210 @@ def from_map(
     A map has neither a scale nor a zero: its background (the median) becomes 0 and its mean within its shape that of
     protein. What lies outside the shape, the noise of an experimental map, fades out over the resolution.
     """
+    _check_voxels(name, voxel_size_angstrom, resolution_angstrom)
     resolution = max(resolution_angstrom, 2 * voxel_size_angstrom)
-    sizes = np.array(source.voxel_sizes_angstrom)
-    values = _isotropic_low_pass(source.values - np.median(source.values), sizes, resolution, workers)
-    inside = _shape_of(_isotropic_low_pass(values, sizes, max(resolution, SHAPE_RESOLUTION), workers))
-    if not inside.any() or not float(values[inside].sum()) > 0:
-        raise InvalidArgument(f"{name}: the map holds no density above its background; is its protein light?")
-    outside = scipy.ndimage.distance_transform_edt(~inside, sampling=sizes)
-    values *= _fade(outside.astype(np.float32), 0.5 * resolution, resolution)
-    weights = np.where(inside, values, 0).astype(np.float64)
-    grids = np.ogrid[tuple(slice(0, side) for side in values.shape)]
-    centre = np.array([float((weights * grid).sum()) for grid in grids]) / weights.sum()
-    corners = np.argwhere(inside)
-    radius = float(np.sqrt((((corners - centre) * sizes) ** 2).sum(axis=1).max())) + _margin(resolution)
+    cut = _cut_out(name, source, resolution, workers)
+    radius = cut.radius_angstrom + _margin(resolution)
     factor = oversampling(radius, voxel_size_angstrom)
     spacing = voxel_size_angstrom / factor
-    side = _side(name, radius, spacing)
-    matrix = spacing / sizes
-    offset = centre - matrix * (side // 2)
-    coefficients = scipy.ndimage.spline_filter(values, order=3, output=np.float32)
-    cube = scipy.ndimage.affine_transform(
-        coefficients, matrix, offset, (side,) * 3, output=np.float32, order=3, prefilter=False
-    )
-    shape = _shape_of(fourier.low_pass(cube, max(resolution, SHAPE_RESOLUTION), spacing, workers=workers))
-    cube *= np.float32(PROTEIN_MEAN_VOLTAGE / float(cube[shape].mean()))
+    cube = cut.resampled(_side(name, radius, spacing), spacing, resolution, workers)
     return _finish(name, cube, spacing, factor, resolution, None, workers)
+
+
+@dataclass(frozen=True)
+class DensityMap:
+    """A structure's density in a box of its own.
+
+    values: potential above ice (V) `[z, y, x]`, float32, protein positive, the centroid at voxel n // 2 of each axis.
+    extent_angstrom: of its shape (see the module) along x, y and z. molecular_weight_kda: None of a map.
+    """
+
+    values: NDArray[np.float32]
+    voxel_size_angstrom: float
+    resolution_angstrom: float
+    extent_angstrom: tuple[float, float, float]
+    molecular_weight_kda: float | None
+
+
+def density_map(
+    source: Scatterers | Map,
+    voxel_size_angstrom: float,
+    resolution_angstrom: float,
+    box_voxels: int | None = None,
+    workers: int = 1,
+    name: str = "the structure",
+) -> DensityMap:
+    """A map of a structure: a template, a reference, a ground truth.
+
+    |k| <= 1 / resolution is kept whole. Atoms and pseudo-atoms are exact to that resolution; a map holds no more than
+    its file does.
+
+    Args:
+        source: what `load_source` gives.
+        voxel_size_angstrom: of the map.
+        resolution_angstrom: at least two voxels.
+        box_voxels: side of the box; where None, an even one with room for what the low-pass spreads.
+        workers: threads.
+        name: what errors call the structure.
+
+    Raises:
+        InvalidArgument: a resolution that the voxels don't hold, a box smaller than the structure, more voxels than
+            can be done, a map without density.
+    """
+    _check_voxels(name, voxel_size_angstrom, resolution_angstrom)
+    if resolution_angstrom < 2 * voxel_size_angstrom:
+        raise InvalidArgument(
+            f"{name}: a resolution of {resolution_angstrom:g} Å is asked for, voxels of {voxel_size_angstrom:g} Å hold "
+            f"{2 * voxel_size_angstrom:g} Å"
+        )
+    factor = _refinement(voxel_size_angstrom, resolution_angstrom)
+    spacing = voxel_size_angstrom / factor
+    if isinstance(source, Map):
+        cut = _cut_out(name, source, resolution_angstrom, workers)
+        radius = cut.radius_angstrom
+        side = _side(name, radius + _margin(resolution_angstrom), spacing)
+        fine = cut.resampled(side, spacing, resolution_angstrom, workers)
+        mass = None
+    else:
+        radius = source.radius_angstrom()
+        side = _side(name, radius + _margin(resolution_angstrom), spacing)
+        fine = render(source, side, spacing, resolution_angstrom, workers)
+        mass = source.molecular_weight_kda
+    if box_voxels is not None and box_voxels * voxel_size_angstrom < 2 * radius:
+        raise InvalidArgument(
+            f"{name}: it needs {2 * radius:.0f} Å, a box of {box_voxels} voxels of {voxel_size_angstrom:g} Å has "
+            f"{box_voxels * voxel_size_angstrom:.0f}"
+        )
+    values = fourier.fourier_crop(fine, factor, workers)
+    shape = _shape_of(_at_most(values, resolution_angstrom, voxel_size_angstrom, workers))
+    covered = [np.flatnonzero(shape.any(axis=tuple({0, 1, 2} - {axis}))) for axis in (2, 1, 0)]
+    x, y, z = (float(along[-1] - along[0] + 1) * voxel_size_angstrom for along in covered)
+    if box_voxels is not None:
+        values = _boxed(values, box_voxels)
+    return DensityMap(values, voxel_size_angstrom, resolution_angstrom, (x, y, z), mass)
+
+
+def _refinement(voxel_size_angstrom: float, resolution_angstrom: float) -> int:
+    """Fine voxels per voxel: so many that what `render` folds over at its Nyquist frequency lies beyond the
+    resolution."""
+    return 1 if resolution_angstrom >= 3 * voxel_size_angstrom else 2
+
+
+def density_map_bytes(
+    name: str,
+    file_bytes: int | None,
+    voxel_size_angstrom: float,
+    resolution_angstrom: float,
+    box_voxels: int | None,
+    catalogue: Mapping[str, Entry] | None = None,
+) -> int:
+    """The memory that `density_map` is likely to take, for a statement before the structure is read."""
+    radius = _estimated_radius(name, file_bytes, catalogue) + _margin(resolution_angstrom)
+    spacing = voxel_size_angstrom / _refinement(voxel_size_angstrom, resolution_angstrom)
+    fine = min(MAX_SIDE, math.ceil(2 * radius / spacing) + 4)
+    return BUILD_BYTES_PER_VOXEL * fine**3 + 4 * (box_voxels or 0) ** 3
+
+
+def _boxed(values: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """A cube cut or filled up with zeros to another side, voxel n // 2 staying voxel n // 2."""
+    there = len(values)
+    start = there // 2 - side // 2
+    low, high = max(0, start), min(there, start + side)
+    result = np.zeros((side,) * 3, np.float32)
+    result[(slice(low - start, high - start),) * 3] = values[(slice(low, high),) * 3]
+    return result
+
+
+def _check_voxels(name: str, voxel_size_angstrom: float, resolution_angstrom: float) -> None:
+    for what, value in (("voxel_size_angstrom", voxel_size_angstrom), ("resolution_angstrom", resolution_angstrom)):
+        if not 0 < value < np.inf:
+            raise InvalidArgument(f"{name}: {what} is {value:g}, it must be a positive number")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A map's structure by itself: low-passed, 0 elsewhere. centre: (z, y, x) in its voxels; radius_angstrom: of its
+    shape about that centre."""
+
+    values: NDArray[np.float32]
+    voxel_sizes_angstrom: NDArray[np.float64]
+    centre: NDArray[np.float64]
+    radius_angstrom: float
+
+    def resampled(
+        self, side: int, spacing_angstrom: float, resolution_angstrom: float, workers: int
+    ) -> NDArray[np.float32]:
+        """On a cube, the centre at side // 2, with the mean potential of protein within its shape."""
+        matrix = spacing_angstrom / self.voxel_sizes_angstrom
+        offset = self.centre - matrix * (side // 2)
+        coefficients = scipy.ndimage.spline_filter(self.values, order=3, output=np.float32)
+        cube: NDArray[np.float32] = scipy.ndimage.affine_transform(
+            coefficients, matrix, offset, (side,) * 3, output=np.float32, order=3, prefilter=False
+        )
+        smooth = fourier.low_pass(cube, max(resolution_angstrom, SHAPE_RESOLUTION), spacing_angstrom, workers=workers)
+        shape = _shape_of(smooth)
+        cube *= np.float32(PROTEIN_MEAN_VOLTAGE / float(cube[shape].mean()))
+        return cube
+
+
+def _cut_out(name: str, source: Map, resolution_angstrom: float, workers: int) -> _Cut:
+    """Tell a map's structure from what is around it; see `Treatment` for level, component and centre."""
+    sizes = np.array(source.voxel_sizes_angstrom)
+    treatment = source.treatment
+    values = source.values - np.median(source.values)
+    if treatment.level is None:
+        smooth = _isotropic_low_pass(values, sizes, max(resolution_angstrom, SHAPE_RESOLUTION), workers)
+        # a body that stands out of its surroundings skews the values to its side
+        if not float((smooth.astype(np.float64) ** 3).mean()) > 0:
+            raise InvalidArgument(
+                f"{name}: the map holds no density above its background, and some below; is its protein dark? "
+                "(inverted or level in a catalogue say so)"
+            )
+        inside = _shape_of(smooth)
+    else:
+        inside = source.values >= treatment.level
+        if not inside.any() or inside.all():
+            raise InvalidArgument(
+                f"{name}: level is {treatment.level:g}, it must lie among the map's values, "
+                f"{float(source.values.min()):g} to {float(source.values.max()):g}"
+            )
+        inside = scipy.ndimage.binary_fill_holes(inside)
+    if treatment.component is not None:
+        inside = _component(name, inside, values, sizes, treatment.component)
+    values = _isotropic_low_pass(values, sizes, resolution_angstrom, workers)
+    weights = np.where(inside, values, 0).astype(np.float64)
+    if not weights.sum() > 0:
+        raise InvalidArgument(f"{name}: the map holds no density above its background; is its protein light?")
+    outside = scipy.ndimage.distance_transform_edt(~inside, sampling=sizes).astype(np.float32)
+    values *= fourier.soft_step(outside, 0.5 * resolution_angstrom, resolution_angstrom)
+    if treatment.centred:
+        grids = np.ogrid[tuple(slice(0, side) for side in values.shape)]
+        centre = np.array([float((weights * grid).sum()) for grid in grids]) / weights.sum()
+    else:
+        centre = np.array([side // 2 for side in values.shape], np.float64)
+    corners = np.argwhere(inside)
+    radius = float(np.sqrt((((corners - centre) * sizes) ** 2).sum(axis=1).max()))
+    return _Cut(values, sizes, centre, radius)
+
+
+def _component(
+    name: str, inside: NDArray[np.bool_], values: NDArray[np.float32], sizes: NDArray[np.float64], wanted: int
+) -> NDArray[np.bool_]:
+    """The nth largest connected part; `values` nearer to another part than to it become 0."""
+    labels, count = scipy.ndimage.label(inside)
+    voxels = np.bincount(labels.ravel())[1:]
+    order = np.argsort(-voxels, kind="stable")
+    if wanted > count:
+        largest = ", ".join(str(voxels[index]) for index in order[:5])
+        raise InvalidArgument(
+            f"{name}: component {wanted} is asked for, at its level the map has {count} (of {largest} voxels)"
+        )
+    label = int(order[wanted - 1]) + 1
+    nearest = scipy.ndimage.distance_transform_edt(
+        labels == 0, sampling=sizes, return_distances=False, return_indices=True
+    )
+    values[labels[tuple(nearest)] != label] = 0
+    return np.asarray(labels == label)
 
 
 def _margin(resolution_angstrom: float) -> float:
@@ -240,7 +497,9 @@ def _margin(resolution_angstrom: float) -> float:
 
 
 def _side(name: str, radius_angstrom: float, spacing_angstrom: float) -> int:
-    side = fourier.fast_length(2 * int(np.ceil(radius_angstrom / spacing_angstrom)) + 2)
+    # a multiple of 4, so that the middle stays a voxel when the grid is halved
+    needed = 2 * min(radius_angstrom / spacing_angstrom, 1e9) + 2
+    side = 4 * fourier.fast_length(math.ceil(needed / 4))
     if side > MAX_SIDE:
         raise InvalidArgument(
             f"{name}: {2 * radius_angstrom:.0f} Å across are {side} voxels of {spacing_angstrom:g} Å, "
@@ -259,10 +518,7 @@ def _finish(
     workers: int,
 ) -> Density:
     """Take the shape of a cube of density, cut the cube close to it, fade the cut, prefilter."""
-    smooth = values
-    if resolution_angstrom < SHAPE_RESOLUTION:
-        smooth = fourier.low_pass(values, SHAPE_RESOLUTION, spacing_angstrom, workers=workers)
-    shape = _shape_of(smooth)
+    shape = _shape_of(_at_most(values, resolution_angstrom, spacing_angstrom, workers))
     margin = _margin(resolution_angstrom) / spacing_angstrom
     fade = 0.5 * resolution_angstrom / spacing_angstrom
     window, centre = [], []
@@ -288,14 +544,18 @@ def _finish(
     )
 
 
+def _at_most(
+    values: NDArray[np.float32], resolution_angstrom: float, spacing_angstrom: float, workers: int
+) -> NDArray[np.float32]:
+    """A density of a resolution, low-passed to `SHAPE_RESOLUTION` where it is finer."""
+    if resolution_angstrom >= SHAPE_RESOLUTION:
+        return values
+    return fourier.low_pass(values, SHAPE_RESOLUTION, spacing_angstrom, workers=workers)
+
+
 def _shape_of(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     mask: NDArray[np.bool_] = scipy.ndimage.binary_fill_holes(values > SHAPE_LEVEL * float(values.max()))
     return mask
-
-
-def _fade(distance: NDArray[np.float32], start: float, width: float) -> NDArray[np.float32]:
-    """1 up to a distance, 0 beyond it by `width`, half a cosine between."""
-    return fourier.soft_step(distance, start, width)
 
 
 def _isotropic_low_pass(

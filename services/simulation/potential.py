@@ -69,11 +69,18 @@ class Scatterers:
     def centred(self) -> Scatterers:
         """The same with the centroid of its potential at the origin, which is what a position in a truth table
         means."""
-        integrals = self.weights * np.array([factor.total for factor in self.factors])[self.kinds]
+        integrals = self._integrals()
         centroid = integrals @ self.positions / integrals.sum()
         return Scatterers(
             self.positions - centroid, self.weights, self.sigmas, self.kinds, self.factors, self.molecular_weight_kda
         )
+
+    def integral(self) -> float:
+        """The integral of its potential, V Å^3."""
+        return float(self._integrals().sum())
+
+    def _integrals(self) -> NDArray[np.float64]:
+        return np.asarray(self.weights * np.array([factor.total for factor in self.factors])[self.kinds])
 
     def radius_angstrom(self) -> float:
         """Distance of the farthest scatterer from the origin."""

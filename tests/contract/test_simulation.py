@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import mrcfile
 import numpy as np
 import pytest
 
@@ -17,9 +18,12 @@ from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from cryofleet.testing import call_operation, run_operation, running_server, settings_for
 from cryofleet.v1 import common_pb2, simulation_pb2
-from cryofleet.volumes import open_volume
-from services.simulation.service import _needs, service
+from cryofleet.volumes import open_subtomograms, open_volume
+from services.simulation.service import service
 from tests.unit.simulation.files import mrc_file, pdb_file
+
+SHAPE = (40, 56, 64)
+VOXEL = 12.0
 
 
 @pytest.fixture
@@ -38,68 +42,185 @@ async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
         yield opened
 
 
-def request(**changes: Any) -> simulation_pb2.SimulateTomogramRequest:
+def scene_request(**changes: Any) -> simulation_pb2.SimulateSceneRequest:
     fields: dict[str, Any] = {
-        "size_x": 64,
-        "size_y": 56,
-        "size_z": 40,
-        "voxel_size_angstrom": 12.0,
+        "size_x": SHAPE[2],
+        "size_y": SHAPE[1],
+        "size_z": SHAPE[0],
+        "voxel_size_angstrom": VOXEL,
         "structures": [
             simulation_pb2.Structure(name="hexameric-ring", count=5),
             simulation_pb2.Structure(name="double-ring", count=4),
         ],
         "seed": 3,
-        "tilt_min_degrees": -50.0,
     }
-    return simulation_pb2.SimulateTomogramRequest(**(fields | changes))
+    return simulation_pb2.SimulateSceneRequest(**(fields | changes))
 
 
-async def test_tomogram_truth_clean_volume_and_metrics(channel: grpc.aio.Channel, store: Store) -> None:
-    reply = await call_operation(channel, request())
-    result = reply.result
+def subtomogram_request(particles_uri: str, **changes: Any) -> simulation_pb2.SimulateSubtomogramsRequest:
+    fields: dict[str, Any] = {
+        "particles_uri": particles_uri,
+        "structures": [{"name": "hexameric-ring"}, {"name": "single-ring"}],
+        "box_size_voxels": 20,
+        "voxel_size_angstrom": 12.0,
+        "tilt_scheme": {"tilt_step_degrees": 10},
+        "microscope": {"defocus_um": 1},
+    }
+    return simulation_pb2.SimulateSubtomogramsRequest(**(fields | changes))
+
+
+def table(store: Store, uri: str) -> dict[str, Any]:
+    return Reader(store, "default", Path).read_table(uri)
+
+
+async def test_a_scene_and_its_truth(channel: grpc.aio.Channel, store: Store) -> None:
+    result = (await call_operation(channel, scene_request())).result
     assert result.count == 9
-
-    tomogram = open_volume(store, result.tomogram_uri)
-    assert tomogram.info.shape == (40, 56, 64)
-    assert tomogram.info.voxel_size_angstrom == 12.0
-    assert tomogram.info.contrast == "dark"
-    assert (tomogram.info.tilt_min_degrees, tomogram.info.tilt_max_degrees) == (-50.0, 60.0)
-    clean = open_volume(store, result.clean_uri)
-    assert clean.info.contrast == "light"
-    assert (clean.info.tilt_min_degrees, clean.info.tilt_max_degrees) == (-90.0, 90.0)
-    inside = clean.read() > 1.0
-    assert tomogram.read()[inside].mean() < tomogram.read()[~inside].mean()
+    density = open_volume(store, result.density_uri)
+    assert density.info.shape == SHAPE
+    assert density.info.contrast == "light"
+    assert (density.info.tilt_min_degrees, density.info.tilt_max_degrees) == (-90.0, 90.0)
 
     truth = Particles.from_parquet(open_blob(store, result.truth_uri), result.truth_uri)
-    assert truth.voxel_size_angstrom == 12.0
-    assert truth.tomogram_shape == (40, 56, 64)
-    assert sorted(truth.table["id"]) == list(range(9))
+    assert truth.voxel_size_angstrom == VOXEL
+    assert truth.tomogram_shape == SHAPE
+    assert truth.rotations() is not None
     counted = truth.table.groupby(["class_id", "class_name"]).size().to_dict()
     assert counted == {(0, "hexameric-ring"): 5, (1, "double-ring"): 4}
-    assert truth.rotations() is not None
 
-    metrics = Reader(store, "default", Path).read_table(result.metrics_uri)
+    voxels, labels = density.read(), open_volume(store, result.labels_uri).read()
+    instances = open_volume(store, result.instances_uri).read()
+    assert set(np.unique(instances)) == set(range(10))
+    outside = voxels[instances == 0].mean()
+    for row in truth.table.itertuples():
+        own = instances == row.id + 1
+        assert voxels[own].mean() > outside
+        assert np.unique(labels[own]).tolist() == [row.class_id + 1]
+
+    metrics = table(store, result.metrics_uri)
     assert [entry["placed"] for entry in metrics["structures"]] == [5, 4]
     assert [entry["molecular_weight_kda"] for entry in metrics["structures"]] == pytest.approx([314.4, 800.8])
-    assert metrics["snr_measured"] == pytest.approx(0.1, rel=0.01)
-    assert metrics["signal_variance"] / metrics["noise_variance"] == pytest.approx(0.1, rel=0.01)
     assert 0.005 < metrics["occupancy"] < 0.2
 
 
+async def test_a_tilt_series_and_its_tomogram(channel: grpc.aio.Channel, store: Store, tmp_path: Path) -> None:
+    scene = (await call_operation(channel, scene_request())).result
+    series = (
+        await call_operation(
+            channel,
+            simulation_pb2.SimulateTiltSeriesRequest(
+                density_uri=scene.density_uri,
+                tilt_scheme={"tilt_min_degrees": -50, "tilt_step_degrees": 5},
+                snr=0.5,
+                halves=True,
+            ),
+        )
+    ).result
+    assert series.tilts == 23
+    assert [float(line) for line in store.get(series.tlt_uri).split()] == list(range(-50, 61, 5))
+    assert b"TiltAngle = -50" in store.get(series.mdoc_uri)
+    images = open_volume(store, series.tilt_series_uri).read()
+    assert images.shape == (23, SHAPE[1], SHAPE[2])
+    halves = [open_volume(store, uri).read() for uri in (series.even_uri, series.odd_uri)]
+    np.testing.assert_allclose((halves[0] + halves[1]) / 2, images, atol=1e-4 * np.abs(images).max())
+
+    made = (
+        await call_operation(
+            channel,
+            simulation_pb2.ReconstructRequest(
+                tilt_series_uri=series.tilt_series_uri,
+                tilts_uri=series.tilts_uri,
+                even_uri=series.even_uri,
+                odd_uri=series.odd_uri,
+                size_z=SHAPE[0],
+            ),
+        )
+    ).result
+    tomogram = open_volume(store, made.tomogram_uri)
+    assert tomogram.info.shape == SHAPE
+    assert (tomogram.info.tilt_min_degrees, tomogram.info.tilt_max_degrees) == (-50.0, 60.0)
+    assert (tomogram.info.contrast, tomogram.info.voxel_size_angstrom) == ("dark", VOXEL)
+    inside = open_volume(store, scene.instances_uri).read() > 0
+    voxels = tomogram.read()
+    assert voxels[inside].mean() < voxels[~inside].mean()
+    even, odd = (open_volume(store, uri).read() for uri in (made.even_uri, made.odd_uri))
+    np.testing.assert_allclose((even + odd) / 2, voxels, atol=1e-3 * voxels.std())
+
+    # a user's files: a stack as a microscope's programs write it, and angles alone
+    path = tmp_path / "series.st"
+    with mrcfile.new(path) as file:
+        file.set_data((images * 1000).astype(np.int16))
+        file.set_image_stack()
+        file.voxel_size = VOXEL
+    uri = f"{store.root}/default/inputs/series.st"
+    store.put(uri, path.read_bytes())
+    again = (
+        await call_operation(
+            channel,
+            simulation_pb2.ReconstructRequest(tilt_series_uri=uri, tilts_uri=series.tlt_uri, size_z=SHAPE[0]),
+        )
+    ).result
+    assert np.corrcoef(open_volume(store, again.tomogram_uri).read().ravel(), voxels.ravel())[0, 1] > 0.999
+
+
+async def test_subtomograms_of_drawn_poses(channel: grpc.aio.Channel, store: Store) -> None:
+    structures = [{"name": "hexameric-ring", "count": 4}, {"name": "single-ring", "count": 2}]
+    poses = (
+        await call_operation(
+            channel,
+            simulation_pb2.SimulateParticlesRequest(
+                structures=structures, voxel_size_angstrom=12.0, box_size_voxels=20, max_shift_angstrom=24
+            ),
+        )
+    ).result
+    assert poses.count == 6
+    whole = (await call_operation(channel, subtomogram_request(poses.particles_uri, snr=0.5))).result
+    boxes = open_subtomograms(store, whole.subtomograms_uri)
+    assert (len(boxes), boxes.info.shape, boxes.info.contrast) == (6, (20, 20, 20), "dark")
+    assert sorted(boxes.particles().table["class_name"]) == ["hexameric-ring"] * 4 + ["single-ring"] * 2
+    # a shard holds what the whole has at its rows, so that sharding changes nothing
+    part = (
+        await call_operation(channel, subtomogram_request(poses.particles_uri, snr=0.5, rows={"first": 2, "count": 3}))
+    ).result
+    np.testing.assert_array_equal(open_subtomograms(store, part.subtomograms_uri).read(0, 3), boxes.read(2, 3))
+
+
+async def test_the_density_of_a_structure(channel: grpc.aio.Channel, store: Store) -> None:
+    result = (
+        await call_operation(
+            channel, simulation_pb2.SimulateDensityRequest(name="double-ring", voxel_size_angstrom=5.0)
+        )
+    ).result
+    volume = open_volume(store, result.density_uri)
+    side = volume.info.shape[0]
+    voxels = volume.read()
+    grids = np.indices(voxels.shape).reshape(3, -1)
+    np.testing.assert_allclose(grids @ voxels.ravel() / voxels.sum(), side // 2, atol=0.02)
+    metrics = table(store, result.metrics_uri)
+    assert metrics["molecular_weight_kda"] == pytest.approx(800.8)
+
+
 def test_same_seed_same_bytes_another_seed_others(tmp_path: Path) -> None:
-    def objects(name: str, **changes: Any) -> list[bytes]:
+    def objects(name: str, noise_seed: int = 0, **changes: Any) -> list[bytes]:
         store = Store.open(settings_for(tmp_path / name))
-        result = run_operation(service, request(**changes), store)
-        return [store.get(uri) for uri in (result.tomogram_uri, result.truth_uri, result.clean_uri)]
+        scene = run_operation(service, scene_request(**changes), store)
+        series = run_operation(
+            service,
+            simulation_pb2.SimulateTiltSeriesRequest(
+                density_uri=scene.density_uri, tilt_scheme={"tilt_step_degrees": 20}, seed=noise_seed
+            ),
+            store,
+        )
+        uris = (scene.density_uri, scene.truth_uri, scene.labels_uri, series.noise_free_uri, series.tilt_series_uri)
+        return [store.get(uri) for uri in uris]
 
     first = objects("first")
     assert objects("second") == first
-    other = objects("third", seed=4)
-    assert all(a != b for a, b in zip(first, other, strict=True))
-    # another noise level leaves the scene and its truth as they are
-    noisier = objects("fourth", snr=0.01)
-    assert noisier[1:] == first[1:]
-    assert noisier[0] != first[0]
+    assert all(a != b for a, b in zip(objects("third", seed=4), first, strict=True))
+    # other noise leaves the scene and its truth as they are
+    noisier = objects("fourth", noise_seed=1)
+    assert noisier[:4] == first[:4]
+    assert noisier[4] != first[4]
 
 
 async def test_structures_from_files(channel: grpc.aio.Channel, store: Store, tmp_path: Path) -> None:
@@ -114,12 +235,15 @@ async def test_structures_from_files(channel: grpc.aio.Channel, store: Store, tm
         uri = f"{store.root}/default/inputs/{name}"
         store.put(uri, data)
         structures.append(simulation_pb2.Structure(name=name, count=2, source_uri=uri))
-    result = (await call_operation(channel, request(structures=structures))).result
+    result = (await call_operation(channel, scene_request(structures=structures))).result
     truth = Particles.from_parquet(open_blob(store, result.truth_uri), result.truth_uri)
     assert set(truth.table["class_name"]) == {"ball.mrc", "atoms.pdb"}
-    clean = open_volume(store, result.clean_uri).read()
+    density = open_volume(store, result.density_uri).read()
     x, y, z = np.rint(truth.positions()).astype(int).T
-    at_centres = dict(zip(truth.table["class_name"], clean[z, y, x], strict=True))
+    cores = np.array(
+        [density[c - 1 : c + 2, b - 1 : b + 2, a - 1 : a + 2].mean() for a, b, c in zip(x, y, z, strict=True)]
+    )
+    at_centres = {name: cores[truth.table["class_name"] == name].mean() for name in files}
     # 3,000 carbons in 80 Å cubed, each with f(0) of 2.509 Å less that of 16.44 Å^3 of ice
     assert at_centres["atoms.pdb"] == pytest.approx(3000 * (2.509 - 0.0945 * 16.44) * 47.878 / 80**3, rel=0.25)
     assert at_centres["ball.mrc"] > 1.5
@@ -134,9 +258,14 @@ async def test_structures_from_files(channel: grpc.aio.Channel, store: Store, tm
             ["did you mean 'double-ring'", "hexameric-ring"],
         ),
         (
-            {"structures": [simulation_pb2.Structure(name="double-ring", count=500)]},
+            {"structures": [simulation_pb2.Structure(name="double-ring", count=100)]},
             grpc.StatusCode.FAILED_PRECONDITION,
-            ["placed", "of 500", "no place is left"],
+            ["placed", "of 100", "allow_partial"],
+        ),
+        (
+            {"structures": [simulation_pb2.Structure(name="double-ring", count=500)]},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            ["500 complexes would fill", "% of the ice"],
         ),
         (
             {"structures": [simulation_pb2.Structure(name="barrel-with-lids", count=1)], "size_z": 16, "size_x": 16},
@@ -148,42 +277,103 @@ async def test_structures_from_files(channel: grpc.aio.Channel, store: Store, tm
             grpc.StatusCode.INVALID_ARGUMENT,
             ["double-ring", "more than once"],
         ),
-        ({"tilt_max_degrees": -55.0}, grpc.StatusCode.INVALID_ARGUMENT, ["tilt_min_degrees"]),
-        ({"tilt_max_degrees": -50.0}, grpc.StatusCode.INVALID_ARGUMENT, ["tilt_min_degrees"]),
-        ({"snr": 0.0}, grpc.StatusCode.INVALID_ARGUMENT, ["snr"]),
         ({"structures": []}, grpc.StatusCode.INVALID_ARGUMENT, ["structures"]),
-        ({"contrast": common_pb2.CONTRAST_UNSPECIFIED}, grpc.StatusCode.INVALID_ARGUMENT, ["contrast"]),
+        (
+            {"structures": [simulation_pb2.Structure(name="double-ring")]},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            ["double-ring", "count", "concentration_micromolar"],
+        ),
     ],
 )
-async def test_bad_requests(
+async def test_bad_scenes(
     channel: grpc.aio.Channel, changes: dict[str, Any], status: grpc.StatusCode, words: list[str]
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call_operation(channel, request(**changes))
+        await call_operation(channel, scene_request(**changes))
     assert caught.value.code() is status, caught.value.details()
     for word in words:
         assert word in (caught.value.details() or "")
 
 
-async def test_bad_structure_files_are_named(channel: grpc.aio.Channel, store: Store) -> None:
-    uri = f"{store.root}/default/inputs/notes.pdb"
+async def test_fewer_copies_where_allowed(channel: grpc.aio.Channel, store: Store) -> None:
+    request = scene_request(structures=[simulation_pb2.Structure(name="double-ring", count=500)], allow_partial=True)
+    result = (await call_operation(channel, request)).result
+    entry = table(store, result.metrics_uri)["structures"][0]
+    assert 0 < entry["placed"] == result.count < 500 == entry["asked"]
+    assert entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"tilt_scheme": {"tilt_step_degrees": 0}}, "tilt_step_degrees"),
+        ({"tilt_scheme": {"tilt_min_degrees": 60, "tilt_max_degrees": 60}}, "tilt_min_degrees"),
+        ({"snr": 0.0}, "snr"),
+        ({"noise": simulation_pb2.NOISE_UNSPECIFIED}, "noise"),
+    ],
+)
+async def test_bad_imaging(channel: grpc.aio.Channel, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call_operation(
-            channel, request(structures=[simulation_pb2.Structure(name="mine", count=1, source_uri=uri)])
+            channel, simulation_pb2.SimulateTiltSeriesRequest(density_uri="file:///no/such.mrc", **changes)
         )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert word in (caught.value.details() or "")
+
+
+async def test_angles_that_do_not_fit_the_images(channel: grpc.aio.Channel, store: Store, tmp_path: Path) -> None:
+    stack, tilts = f"{store.root}/default/inputs/series.mrc", f"{store.root}/default/inputs/series.tlt"
+    store.put(stack, mrc_file(tmp_path, np.random.default_rng(0).normal(size=(3, 16, 16)).astype(np.float32), 10.0))
+    store.put(tilts, b"-10\n0\n10\n20\n")
+    request = simulation_pb2.ReconstructRequest(tilt_series_uri=stack, tilts_uri=tilts, size_z=16)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(channel, request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    for word in ("series.mrc", "3 images", "series.tlt", "4 angles"):
+        assert word in (caught.value.details() or "")
+    store.put(tilts, b"-10\nzero\n10\n")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(channel, request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "series.tlt" in (caught.value.details() or "")
+
+
+async def test_a_particle_larger_than_its_box(channel: grpc.aio.Channel) -> None:
+    poses = (
+        await call_operation(
+            channel,
+            simulation_pb2.SimulateParticlesRequest(
+                structures=[{"name": "icosahedral-shell", "count": 1}], voxel_size_angstrom=12.0, box_size_voxels=16
+            ),
+        )
+    ).result
+    request = subtomogram_request(poses.particles_uri, structures=[{"name": "icosahedral-shell"}], box_size_voxels=16)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(channel, request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "icosahedral-shell" in (caught.value.details() or "")
+
+
+async def test_bad_structure_files_are_named(channel: grpc.aio.Channel, store: Store) -> None:
+    uri = f"{store.root}/default/inputs/notes.pdb"
+    request = scene_request(structures=[simulation_pb2.Structure(name="mine", count=1, source_uri=uri)])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(channel, request)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     store.put(uri, b"these are my notes\n")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call_operation(
-            channel, request(structures=[simulation_pb2.Structure(name="mine", count=1, source_uri=uri)])
-        )
+        await call_operation(channel, request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "notes.pdb: no atoms" in (caught.value.details() or "")
 
 
-def test_memory_is_stated_in_proportion_to_the_volume(store: Store) -> None:
-    reader = Reader(store, "default", Path)
-    small = _needs(request(), reader).memory_bytes
-    large = _needs(request(size_x=1024, size_y=1024, size_z=256), reader).memory_bytes
-    # density, instances, signal, noise and a spectrum: seven floats a voxel
-    assert large - small == pytest.approx(28 * (1024 * 1024 * 256 - 64 * 56 * 40), rel=0.05)
+async def test_contrast_of_the_tomogram(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call_operation(
+            channel,
+            simulation_pb2.ReconstructRequest(
+                tilt_series_uri="x", tilts_uri="y", size_z=3, contrast=common_pb2.CONTRAST_UNSPECIFIED
+            ),
+        )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "contrast" in (caught.value.details() or "")

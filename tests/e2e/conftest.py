@@ -20,4 +20,4 @@ def platform() -> Iterator[Platform]:
 def scene(platform: Platform) -> dict[str, Any]:
     """Outputs of a small simulated tomogram: tomogram, truth."""
     with platform.client() as client:
-        return client.run("simulate", **SMALL_SCENE).wait().outputs
+        return client.run("simulate-tomogram", **SMALL_SCENE).wait().outputs

@@ -69,13 +69,19 @@ def test_a_stranger_does_the_main_job_by_hand(platform: Platform) -> None:
 
     scene = result(
         "simulation",
-        "SimulateTomogram",
+        "SimulateScene",
         {
-            "size_x": 64, "size_y": 64, "size_z": 32, "voxel_size_angstrom": 15, "snr": 1,
+            "size_x": 64, "size_y": 64, "size_z": 32, "voxel_size_angstrom": 15,
             "structures": [{"name": "double-ring", "count": 6}],
         },
     )  # fmt: skip
-    smooth = result("io", "Filter", {"volume_uri": scene["tomogram_uri"], "sigma_angstrom": 20})
+    series = result("simulation", "SimulateTiltSeries", {"density_uri": scene["density_uri"], "snr": 1})
+    tomogram = result(
+        "simulation",
+        "Reconstruct",
+        {"tilt_series_uri": series["tilt_series_uri"], "tilts_uri": series["tilts_uri"], "size_z": 32},
+    )
+    smooth = result("io", "Filter", {"volume_uri": tomogram["tomogram_uri"], "sigma_angstrom": 20})
     picks = result(
         "picking",
         "DifferenceOfGaussians",
@@ -86,7 +92,7 @@ def test_a_stranger_does_the_main_job_by_hand(platform: Platform) -> None:
         "picking",
         "Extract",
         {
-            "tomogram_uri": scene["tomogram_uri"], "particles_uri": scene["truth_uri"], "box_size_voxels": 16,
+            "tomogram_uri": tomogram["tomogram_uri"], "particles_uri": scene["truth_uri"], "box_size_voxels": 16,
             "edges": "EDGE_POLICY_FILL_MEAN",
         },
     )  # fmt: skip

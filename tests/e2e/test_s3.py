@@ -37,7 +37,7 @@ def test_discover_on_s3(endpoint: str) -> None:
         "S3_SECURE": "false",
     }
     with running_platform(**settings) as platform, platform.client() as client:
-        scene = client.run("simulate", **SMALL_SCENE).wait().outputs
+        scene = client.run("simulate-tomogram", **SMALL_SCENE).wait().outputs
         run = client.run("discover", tomogram=scene["tomogram"], truth=scene["truth"], **SMALL_DISCOVERY).wait()
         assert run.state == "succeeded"
         assert run.outputs["report"].uri.startswith(f"s3://{BUCKET}/cryofleet/default/")

@@ -39,7 +39,7 @@ def discover_arguments(platform: Platform, undisturbed: Undisturbed) -> dict[str
 @pytest.fixture(scope="session")
 def undisturbed() -> Undisturbed:
     with running_platform() as platform, platform.client() as client:
-        scene = client.run("simulate", **SMALL_SCENE).wait().outputs
+        scene = client.run("simulate-tomogram", **SMALL_SCENE).wait().outputs
         bare = Undisturbed(scene["tomogram"].read(), scene["truth"].read(), {})
         run = client.run("discover", **discover_arguments(platform, bare)).wait()
         return Undisturbed(bare.tomogram, bare.truth, contents(run.outputs))

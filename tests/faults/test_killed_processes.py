@@ -70,8 +70,8 @@ def test_simulation_is_killed(undisturbed: Undisturbed) -> None:
     with running_platform() as platform, platform.client() as client:
         killed = platform.process_id("simulation")
         os.kill(killed, signal.SIGSTOP)
-        run = client.run("simulate", **SMALL_SCENE)
-        _wait_until_running(platform, run.id, "simulate")
+        run = client.run("simulate-tomogram", **SMALL_SCENE)
+        _wait_until_running(platform, run.id, "scene")
         os.kill(killed, signal.SIGKILL)
         run.wait()
         assert run.outputs["tomogram"].read() == undisturbed.tomogram

@@ -73,7 +73,7 @@ def test_an_explicit_default_has_the_same_identity() -> None:
 
 
 def test_nested_inputs_keep_their_places() -> None:
-    request = simulation_pb2.SimulateTomogramRequest()
+    request = simulation_pb2.SimulateSceneRequest()
     request.structures.add(name="double-ring", count=2)
     request.structures.add(name="mine", count=1, source_uri="file:///x.pdb")
     assert inputs_of(request) == {"structures.source_uri": ["", "file:///x.pdb"]}
@@ -81,21 +81,44 @@ def test_nested_inputs_keep_their_places() -> None:
 
 
 def test_a_request_from_text_as_a_command_line_has_it() -> None:
-    operation = find_operation("simulation.SimulateTomogram")
-    mapping = {"size_x": "64", "snr": "0.1", "contrast": "light", "structures": [{"name": "barrel", "count": 3}]}
+    operation = find_operation("simulation.SimulateSubtomograms")
+    mapping = {
+        "box_size_voxels": "64",
+        "snr": "0.1",
+        "contrast": "light",
+        "structures": [{"name": "barrel", "count": 3}],
+        "tilt_scheme": {"order": "sequential"},
+    }
     request = request_from_mapping(operation, mapping)
-    assert isinstance(request, simulation_pb2.SimulateTomogramRequest)
-    assert (request.size_x, request.snr, request.contrast) == (64, 0.1, 2)
+    assert isinstance(request, simulation_pb2.SimulateSubtomogramsRequest)
+    assert (request.box_size_voxels, request.snr, request.contrast) == (64, 0.1, 2)
     assert request.structures[0].count == 3
+    assert request.tilt_scheme.order == simulation_pb2.TILT_ORDER_SEQUENTIAL
+
+
+def test_messages_inside_a_request_have_their_defaults_too() -> None:
+    request = simulation_pb2.SimulateTiltSeriesRequest(tilt_scheme={"tilt_step_degrees": 2})
+    resolved = resolve_defaults(request)
+    assert isinstance(resolved, simulation_pb2.SimulateTiltSeriesRequest)
+    assert (resolved.tilt_scheme.tilt_step_degrees, resolved.tilt_scheme.tilt_max_degrees) == (2, 60)
+    assert resolved.microscope.voltage_kv == 300, "a message that was left out has them as well"
+    scene = simulation_pb2.SimulateSceneRequest(vesicles=[{"count": 1}])
+    resolved_scene = resolve_defaults(scene)
+    assert isinstance(resolved_scene, simulation_pb2.SimulateSceneRequest)
+    assert resolved_scene.vesicles[0].radius_max_angstrom == 500
+    spoken = simulation_pb2.SimulateTiltSeriesRequest(
+        tilt_scheme={"tilt_step_degrees": 2}, microscope={"voltage_kv": 300}
+    )
+    assert parameters_of(request) == parameters_of(spoken)
 
 
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"size": 3}, r"no parameter 'size'; did you mean 'size_[xyz]'"),
-        ({"size_x": 2.5}, "must be a whole number"),
-        ({"size_x": True}, "must be a whole number"),
-        ({"size_x": 2**40}, "at most 31 bits"),
+        ({"box_size": 3}, r"no parameter 'box_size'; did you mean 'box_size_voxels'"),
+        ({"box_size_voxels": 2.5}, "must be a whole number"),
+        ({"box_size_voxels": True}, "must be a whole number"),
+        ({"box_size_voxels": 2**40}, "at most 31 bits"),
         ({"snr": "loud"}, "snr is 'loud'; it must be a number"),
         ({"contrast": "grey"}, "must be one of dark, light"),
         ({"structures": {"name": "a"}}, "must be a list"),
@@ -105,7 +128,7 @@ def test_a_request_from_text_as_a_command_line_has_it() -> None:
 )
 def test_wrong_fields_are_named(mapping: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        request_from_mapping(find_operation("simulation.SimulateTomogram"), mapping)
+        request_from_mapping(find_operation("simulation.SimulateSubtomograms"), mapping)
 
 
 def test_results_go_through_json_and_back() -> None:

@@ -229,16 +229,17 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], told: str) -> N
 
 
 def test_a_list_of_structures_is_checked_before_anything_runs() -> None:
-    simulate = Library(Settings.from_environment({})).get("simulate")
-    with pytest.raises(InvalidArgument, match=r"simulate\.yaml:\d+: step 'simulate'.*cont"):
+    simulate = Library(Settings.from_environment({})).get("simulate-tomogram")
+    with pytest.raises(InvalidArgument, match=r"simulate-tomogram\.yaml:\d+: step 'scene'.*cont"):
         simulate.bind({"structures": [{"name": "double-ring", "cont": 3}]})
-    with pytest.raises(InvalidArgument, match="structures"):
-        simulate.bind({"structures": []})
+    with pytest.raises(InvalidArgument, match=r"structures is .*no such name"):
+        simulate.bind({"structures": [{"name": "no such name", "count": 3}]})
 
 
 def test_all_shipped_pipelines_are_sound() -> None:
     library = Library(Settings.from_environment({}))
-    assert {"discover", "simulate", "self-test"} <= set(library.names())
+    shipped = "discover reconstruct self-test simulate-dataset simulate-subtomograms simulate-tomogram"
+    assert set(shipped.split()) <= set(library.names())
     for name in library.names():
         found = library.get(name)
         assert found.help
