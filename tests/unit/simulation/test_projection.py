@@ -40,7 +40,7 @@ def projected(shape: tuple[int, int], centres: NDArray[np.float64], width: float
     for cx, cy, cz in centres:
         at = cx * np.cos(theta) + cz * np.sin(theta)
         image += np.exp(-((v[:, None] - cy) ** 2 + (u - at) ** 2) / (2 * width**2))
-    return image * width * np.sqrt(2 * np.pi)
+    return np.asarray(image * width * np.sqrt(2 * np.pi))
 
 
 @pytest.mark.parametrize("method", METHODS)

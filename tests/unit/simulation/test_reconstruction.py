@@ -14,11 +14,17 @@ from cryofleet.numerics.wedge import wedge_mask
 from services.simulation.fourier_inversion import fourier_inversion
 from services.simulation.projection import project
 from services.simulation.sirt import sirt
-from services.simulation.weighted_back_projection import angular_shares, filter_response, weighted_back_projection
+from services.simulation.weighted_back_projection import (
+    Window,
+    angular_shares,
+    filter_response,
+    weighted_back_projection,
+)
 from tests.unit.simulation.test_projection import gaussians, rendered
 
 Array = NDArray[np.float32]
 SHAPE = (48, 8, 56)
+WINDOWS: tuple[tuple[Window, int], ...] = (("ramp", 1), ("hamming", 1), ("sirt", 1), ("sirt", 10**6))
 ALL_ANGLES = np.arange(-90.0, 91.0, 1.0)
 
 
@@ -119,10 +125,7 @@ def test_uneven_steps_keep_the_scale() -> None:
 
 
 def test_windows() -> None:
-    ramp, hamming, once, many = (
-        filter_response(256, 128, window, n, 0.5)
-        for window, n in (("ramp", 1), ("hamming", 1), ("sirt", 1), ("sirt", 10**6))
-    )
+    ramp, hamming, once, many = (filter_response(256, 128, window, n, 0.5) for window, n in WINDOWS)
     k = np.fft.rfftfreq(256)
     np.testing.assert_allclose(ramp[1:], k[1:], atol=1e-3)
     np.testing.assert_allclose(hamming, ramp * (0.54 + 0.46 * np.cos(2 * np.pi * k)), rtol=1e-5)

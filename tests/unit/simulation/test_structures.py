@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import gzip
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gemmi
 import numpy as np
 import pytest
-import scipy.ndimage
-import scipy.optimize
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from benchmarks import groel
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.numerics import fourier
 from cryofleet.numerics.interpolation import transform_volume
@@ -102,73 +100,32 @@ def test_biological_assembly_is_built() -> None:
 
 def test_groel_assembly_is_symmetric_under_its_fourteen_operations(shared_data: Path) -> None:
     data = (shared_data / "structures" / "1oel.pdb.gz").read_bytes()
-    scatterers = scatterers_of(data)
-    assert scatterers.molecular_weight_kda == pytest.approx(14 * 55.1, rel=0.01)  # residues 2 to 525 of 548
-    volume = density.density_map(scatterers, 5.0, 15.0).values
-    structure = gemmi.read_pdb_string(gzip.decompress(data))
-    chains = [
-        [atom.pos.tolist() for residue in chain for atom in residue if atom.name == "CA"] for chain in structure[0]
-    ]
-    ring = np.array([chain for chain in chains if chain])
-    assert ring.shape == (7, 524, 3)
-    ring -= ring.mean(axis=(0, 1))
-    # the rotation that takes every chain onto the next; the seven are alike to about 1 Å, so it is a seventh of a turn
-    next_chain, error = Rotation.align_vectors(np.roll(ring, -1, axis=0).reshape(-1, 3), ring.reshape(-1, 3))
-    assert error / np.sqrt(ring.size / 3) < 1.5
-    axis = next_chain.as_rotvec() / next_chain.magnitude()
-    assert next_chain.magnitude() == pytest.approx(2 * np.pi / 7, rel=1e-3)
-    sevenfold = Rotation.from_rotvec(np.outer(np.arange(7) * 2 * np.pi / 7, axis))
-    twofold = Rotation.from_matrix(structure.assemblies[0].generators[0].operators[1].transform.mat.tolist())
-    assert twofold.magnitude() == pytest.approx(np.pi)
-    correlations = [
-        np.corrcoef(transform_volume(volume, turn).ravel(), volume.ravel())[0, 1]
-        for turn in Rotation.concatenate([sevenfold, twofold * sevenfold])
-    ]
+    # residues 2 to 525 of 548
+    assert scatterers_of(data).molecular_weight_kda == pytest.approx(14 * 55.1, rel=0.01)
+    operations = groel.symmetry_operations(data)
+    assert operations[1].magnitude() == pytest.approx(2 * np.pi / 7, rel=1e-3)
+    assert operations[7].magnitude() == pytest.approx(np.pi)
+    correlations = groel.symmetry_correlations(data)
     assert len(correlations) == 14
     assert min(correlations) > 0.98
 
 
 def test_groel_fits_its_experimental_map(shared_data: Path) -> None:
-    """Best fit over the azimuth, the shift and the magnification: the map's voxel size is its microscope's, and
-    crystals and ice differ by a percent or two. Correlation over the whole box at 5.4 Å voxels, up to 11.5 Å."""
-    voxel_size, resolution = 5.4, 11.5
-    loaded = map_of((shared_data / "maps" / "groel_11.5A_emdb.mrc.gz").read_bytes(), "groel")
-    assert loaded.voxel_sizes_angstrom == pytest.approx((2.7, 2.7, 2.7))
-    target = fourier.low_pass(fourier.fourier_crop(loaded.values, 2), resolution, voxel_size)
-    scatterers = scatterers_of((shared_data / "structures" / "1oel.pdb.gz").read_bytes())
-    # the sevenfold axis is the longest of inertia
-    axis = np.linalg.eigh(scatterers.positions.T @ scatterers.positions)[1][:, -1]
-    upright = Rotation.align_vectors([[0, 0, 1]], [axis])[0].apply(scatterers.positions)
-    model = density.density_map(replace(scatterers, positions=upright), voxel_size, resolution).values
-
-    def fitted(pose: NDArray[np.float64], order: Literal[1, 3]) -> NDArray[np.float32]:
-        azimuth, shift, scale = pose[0], pose[3:0:-1], pose[4]
-        turn = Rotation.from_euler("z", azimuth, degrees=True).as_matrix()[::-1, ::-1].T * scale
-        offset = np.full(3, len(model) // 2) - turn @ (25 + shift)
-        moved = scipy.ndimage.affine_transform(model, turn, offset, target.shape, order=order, mode="grid-constant")
-        return np.asarray(moved, np.float32)
-
-    def misfit(pose: NDArray[np.float64]) -> float:
-        return -correlation(fitted(pose, 1), target)
-
-    starts = [np.array([azimuth, 0, 0, 0, scale]) for azimuth in range(0, 52, 5) for scale in (0.98, 1.02)]
-    start = min(starts, key=misfit)
-    simplex = start + np.concatenate([np.zeros((1, 5)), np.diag([2, 0.5, 0.5, 0.5, 0.02])])
-    best = scipy.optimize.minimize(
-        misfit, start, method="Nelder-Mead", options={"initial_simplex": simplex, "maxfev": 110}
-    ).x
-    assert np.abs(best[1:4]).max() < 0.5
-    assert best[4] == pytest.approx(1, abs=0.03)
-    model = fourier.low_pass(fitted(best, 3), resolution, voxel_size)
-    assert correlation(model, target) > 0.92
+    map_file = (shared_data / "maps" / "groel_11.5A_emdb.mrc.gz").read_bytes()
+    assert map_of(map_file, "groel").voxel_sizes_angstrom == pytest.approx((2.7, 2.7, 2.7))
+    found = groel.fit((shared_data / "structures" / "1oel.pdb.gz").read_bytes(), map_file)
+    assert np.abs(found.pose[1:4]).max() < 0.5
+    assert found.pose[4] == pytest.approx(1, abs=0.03)
+    model = found.model()
+    fitted = found.at_resolution(model)
+    assert groel.correlation(fitted, found.target) > 0.92
     # not by its outline alone: within the mask of its own density too
-    inside = model > 0.15 * model.max()
-    assert correlation(model[inside], target[inside]) > 0.65
+    inside = fitted > 0.15 * fitted.max()
+    assert groel.correlation(fitted[inside], found.target[inside]) > 0.65
     # with the fall-off of an unsharpened map of its time, and not turned by half a subunit
-    wider = replace(scatterers, positions=upright, sigmas=np.sqrt(scatterers.sigmas**2 + 500 / (8 * np.pi**2)))
-    model = density.density_map(wider, voxel_size, resolution).values
-    assert correlation(fitted(best, 3), target) > 0.95
-    assert misfit(best + np.array([180 / 7, 0, 0, 0, 0])) > misfit(best) + 0.05
+    assert groel.correlation(found.fitted(found.model(500.0)), found.target) > 0.95
+    turned = found.fitted(model, 1, found.pose + np.array([180 / 7, 0, 0, 0, 0]))
+    assert groel.correlation(turned, found.target) < groel.correlation(found.fitted(model, 1), found.target) - 0.05
 
 
 def test_a_map_of_a_structure_holds_its_resolution() -> None:
