@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform as machine
 import shutil
+import socket
 import sqlite3
 import stat
 import uuid
@@ -163,20 +164,49 @@ def _check_instances(settings: Settings) -> list[Finding]:
     own = f"unix:{settings.run_folder}/"
     if all(address.startswith(own) for address in addresses.values()) and not local.is_up(settings):
         return [Finding("services", True, "the platform on this machine is down; start it with: cryofleet up")]
-    found = []
+    found: list[Finding] = []
     for name, pool in addresses.items():
-        for address in pool.split(","):
+        variable = "CRYOFLEET_ORCHESTRATOR" if name == "orchestrator" else f"CRYOFLEET_POOL_{name.upper()}"
+        entries = [entry.strip() for entry in pool.split(",") if entry.strip()]
+        if not entries:
+            found.append(Finding(f"service {name}", False, "it has no address", f"set {variable}"))
+        for entry in entries:
             try:
-                with open_blocking_channel(address, settings.tls) as channel:
-                    stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
-                    answer = stub.GetCapacity(runtime_pb2.GetCapacityRequest(), timeout=5)
-                text = f"{answer.instance} {answer.version}, {answer.slots_free} of {answer.slots_total} slots free"
-                same = answer.version == __version__
-                advice = "" if same else f"it runs another version than this one, {__version__}: restart it"
-                found.append(Finding(f"service {name}", same, text, advice))
-            except grpc.RpcError as error:
-                message = failure_from_rpc(error).message
-                found.append(Finding(f"service {name}", False, f"{address}: {message}", f"see the log {name}.log"))
-            except Failure as failure:
-                found.append(Finding(f"service {name}", False, failure.message))
+                instances = _resolved(entry)
+            except (OSError, ValueError) as error:
+                advice = f"check {variable} and the name server; a pool that is scaled to zero has no addresses either"
+                found.append(Finding(f"service {name}", False, f"{entry}: {error}", advice))
+                continue
+            found += [_check_instance(name, address, host, settings) for address, host in instances]
     return found
+
+
+def _resolved(entry: str) -> list[tuple[str, str | None]]:
+    """The instances that an address stands for, each with the name that its certificate bears where that is another.
+
+    Of dns:///name:port one for each of the name's addresses, as the orchestrator resolves it. Raises OSError where the
+    name has none, and ValueError where the port is no number.
+    """
+    if not entry.startswith("dns:///"):
+        return [(entry, None)]
+    host, _, port = entry.removeprefix("dns:///").rpartition(":")
+    found: dict[str, str | None] = {}
+    for family, *_, place in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM):
+        found[f"[{place[0]}]:{port}" if family is socket.AF_INET6 else f"{place[0]}:{port}"] = host
+    return list(found.items())
+
+
+def _check_instance(name: str, address: str, server_name: str | None, settings: Settings) -> Finding:
+    check = f"service {name}"
+    try:
+        with open_blocking_channel(address, settings.tls, server_name) as channel:
+            stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
+            answer = stub.GetCapacity(runtime_pb2.GetCapacityRequest(), timeout=5)
+    except grpc.RpcError as error:
+        return Finding(check, False, f"{address}: {failure_from_rpc(error).message}", f"see the log {name}.log")
+    except Failure as failure:
+        return Finding(check, False, failure.message)
+    text = f"{answer.instance} {answer.version}, {answer.slots_free} of {answer.slots_total} slots free"
+    same = answer.version == __version__
+    advice = "" if same else f"it runs another version than this one, {__version__}: restart it"
+    return Finding(check, same, text, advice)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -16,7 +15,7 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 
 from cryofleet.artifacts import open_blob
-from cryofleet.errors import Failure
+from cryofleet.errors import Failure, Unavailable
 from cryofleet.operations import Operation
 from cryofleet.particles import row_count
 from cryofleet.settings import Settings
@@ -27,7 +26,7 @@ from orchestrator.cache import ResultCache
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Unit, retrying
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Unit, is_away
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
 from orchestrator.tracker import Tracker
 
@@ -42,6 +41,11 @@ PROGRESS_SECONDS = 1.0
 QUEUE_WORKERS = 16
 """Chunks that an orchestrator works on at a time, for each pool."""
 QUEUE_POLL_SECONDS = 0.2
+ANSWER_SECONDS = 10.0
+"""How long a caller waits for a database that is away; runs wait longer."""
+_PATIENCE_SECONDS = 600.0
+_RETRY_SECONDS = 0.5
+_CONNECT_SECONDS = 5
 _DATABASE_THREADS = 12
 _LOST_SECONDS = 15.0
 
@@ -77,7 +81,11 @@ def make_database(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return sa.create_engine(
-            parsed.set(drivername="postgresql+psycopg"), pool_size=4, max_overflow=4, pool_pre_ping=True
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_size=4,
+            max_overflow=4,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": _CONNECT_SECONDS},
         )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -187,13 +195,40 @@ class Engine:
         """Runs blocking work on the database."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
+    async def with_record(
+        self, function: Callable[..., ResultT], *arguments: Any, seconds: float = _PATIENCE_SECONDS
+    ) -> ResultT:
+        """The same, again and again where the database is away; holds no thread meanwhile.
+
+        Raises Unavailable once it has been away for so many seconds.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while True:
+            try:
+                return await self.in_thread(function, *arguments)
+            except sa.exc.DBAPIError as error:
+                if not is_away(error):
+                    raise
+                reason = " ".join(str(error.orig).split())
+                if loop.time() >= deadline:
+                    raise Unavailable(
+                        f"the orchestrator's database is away: {reason}; runs go on once it is back"
+                    ) from None
+                logger.warning("the database is away: %s", reason)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def answer(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """The same for a caller who waits. Raises Unavailable."""
+        return await self.with_record(function, *arguments, seconds=ANSWER_SECONDS)
+
     # What the workflows use
 
-    async def plan(self, run_id: str) -> Plan:
-        """The run's pipeline and arguments."""
+    async def plan(self, run_id: str, seconds: float = _PATIENCE_SECONDS) -> Plan:
+        """The run's pipeline and arguments. Raises Unavailable where the database is away for so many seconds."""
         plan = self._plans.get(run_id)
         if plan is None:
-            row = await self.in_thread(retrying, functools.partial(self.runs.run, run_id))
+            row = await self.with_record(self.runs.run, run_id, seconds=seconds)
             pipeline = load(row.definition, row.source)
             plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments))
             if len(self._plans) >= 256:
@@ -211,7 +246,7 @@ class Engine:
 
     async def settle(self, run_id: str) -> None:
         """Writes the run's progress now, since what follows may run elsewhere."""
-        await self.in_thread(retrying, functools.partial(self.tracker.flush, run_id))
+        await self.with_record(self.tracker.flush, run_id)
 
     async def do(self, task: TaskRequest, unit: Unit) -> Outcome:
         """The body of a task's step."""
@@ -240,8 +275,10 @@ class Engine:
                 return {"task": place, "status": failure.status, "cause": str(failure)}
 
     async def begin(self, run_id: str, attempt: int) -> dict[str, Any]:
-        """The body of a run's first step."""
-        await self.in_thread(retrying, functools.partial(self.runs.set_started, run_id, attempt))
+        """The body of a run's first step: says so where the attempt was ended before it began."""
+        if not await self.with_record(self.runs.set_started, run_id, attempt):
+            logger.info("attempt %d was ended before it began", attempt, extra={"run_id": run_id})
+            return {"ended": True}
         logger.info("attempt %d begins", attempt, extra={"run_id": run_id})
         self._announce(run_id)
         return {}
@@ -251,9 +288,7 @@ class Engine:
     ) -> dict[str, Any]:
         """The body of a run's last step."""
         await self.settle(run_id)
-        await self.in_thread(
-            retrying, functools.partial(self.runs.set_finished, run_id, attempt, state, error, outputs)
-        )
+        await self.with_record(self.runs.set_finished, run_id, attempt, state, error, outputs)
         self.tracker.forget(run_id)
         ended = f": {error}" if error else ""
         logger.info("attempt %d ended as %s%s", attempt, state, ended, extra={"run_id": run_id})
@@ -297,7 +332,7 @@ class Engine:
 
     async def cancel_attempt(self, run_id: str, attempt: int) -> bool:
         """Ends an attempt: its workflows and the calls they make. False where it had ended."""
-        changed = await self.in_thread(self.runs.set_finished, run_id, attempt, CANCELLED, "the run was cancelled")
+        changed = await self.answer(self.runs.set_finished, run_id, attempt, CANCELLED, "the run was cancelled")
         await self._cancel_workflows(run_id, attempt)
         if changed:
             await self.settle(run_id)
@@ -340,21 +375,25 @@ class Engine:
                 await self.count_tasks()
             except sa.exc.DBAPIError as error:
                 logger.warning("the database is away: %s", error.orig)
+            except Unavailable as error:
+                logger.warning("%s", error)
             except Exception:
                 # Without the heartbeat others would take over what goes on here.
                 logger.exception("looking after the runs failed")
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def count_tasks(self) -> None:
-        """Counts what is left to do for each pool, in the record of all runs."""
+        """Counts what is left to do for each pool, in the record of all runs. Raises Unavailable."""
         left: dict[str, int] = {}
-        for attempt in await self.in_thread(self.runs.in_state, ACTIVE):
+        for attempt in await self.answer(self.runs.in_state, ACTIVE):
             try:
-                plan = await self.plan(attempt.run_id)
+                plan = await self.plan(attempt.run_id, ANSWER_SECONDS)
+            except Unavailable:
+                raise
             except Failure:
                 # Kept by a version that read pipelines otherwise; its own workflow will say so.
                 continue
-            units = await self.in_thread(self.runs.units, attempt.run_id, attempt.attempt)
+            units = await self.answer(self.runs.units, attempt.run_id, attempt.attempt)
             for unit in units.values():
                 operation = plan.step(unit.path).operation
                 if operation is not None:

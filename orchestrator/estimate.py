@@ -83,6 +83,9 @@ class _Estimator:
             return await self._once(step, values, figures)
         results: list[Values | None] = []
         for item in look_up(step.foreach) or []:
+            if item is None:
+                results.append({})
+                continue
             inside = {**values, step.item: item}
             if step.steps:
                 known = await self.steps(step.steps, inside, path + ".")

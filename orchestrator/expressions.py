@@ -96,16 +96,21 @@ def references(expression: Expression) -> Iterator[Reference]:
             yield from references(item)
 
 
-def evaluate(expression: Expression, look_up: Callable[[Reference], Any]) -> Any:
-    """The expression's value. What refers to a value that was left out (None) is left out of lists and mappings too."""
+def evaluate(expression: Expression, look_up: Callable[[Reference], Any], keep_places: bool = False) -> Any:
+    """The expression's value. What refers to a value that was left out (None) is left out of lists and mappings too.
+
+    With `keep_places` a list keeps None where a value was left out, so that the others stay where they were.
+    """
     if isinstance(expression, Reference):
-        return _without_none(look_up(expression))
+        value = look_up(expression)
+        return value if keep_places else _without_none(value)
     if isinstance(expression, Template):
         return "".join(part if isinstance(part, str) else _as_text(look_up(part)) for part in expression.parts)
     if isinstance(expression, list):
-        return [value for item in expression if (value := evaluate(item, look_up)) is not None]
+        items = [evaluate(item, look_up, keep_places) for item in expression]
+        return items if keep_places else _without_none(items)
     if isinstance(expression, dict):
-        values = {key: evaluate(item, look_up) for key, item in expression.items()}
+        values = {key: evaluate(item, look_up, keep_places) for key, item in expression.items()}
         return {key: value for key, value in values.items() if value is not None}
     return expression
 

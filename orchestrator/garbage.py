@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,22 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(rb"store:/([a-z0-9][a-z0-9_-]{0,62}/[0-9a-f]{64})")
 _ABANDONED_SECONDS = 86400.0
 """Files that a killed writer left are older than any write takes."""
+_CLOCK_SECONDS = 60.0
+"""By how much the clocks of the store and of the orchestrators may differ."""
 PINS = "_pins"
 WORK = "_work"
 
 ResultId = str
 """PROJECT/KEY."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the runs need."""
+
+    uris: Iterable[str]
+    since: float = math.inf
+    """Unix time at which the oldest run that goes on was submitted. What was written since may be its work."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,12 @@ def pin(store: Store, uri: str, unpin: bool) -> None:
 
 
 def collect(
-    store: Store, needed: Callable[[], Iterable[str]], older_than_seconds: float, project: str, delete: bool
+    store: Store, held: Callable[[], Held], older_than_seconds: float, project: str, delete: bool
 ) -> list[Garbage]:
-    """Finds, and deletes where asked to, what neither `needed` nor a pin leads to and is older than said. Blocks.
+    """Finds, and deletes where asked to, what neither a run nor a pin leads to and is older than said. Blocks.
 
-    `needed` gives the URIs that runs hold. It is asked again just before anything is deleted: a run may have found an
-    old result meanwhile.
+    `held` is asked again just before anything is deleted: a run may have found an old result meanwhile. However short
+    `older_than_seconds` is, what may be the work of a run that goes on stays.
     """
     root = f"{store.root}/{project}" if project else store.root
     folders: dict[str, _Folder] = {}
@@ -89,18 +101,21 @@ def collect(
         folder.finished |= names[2:] == [MANIFEST]
     if delete:
         store.remove_abandoned(max(older_than_seconds, _ABANDONED_SECONDS))
-    limit = time.time() - older_than_seconds
+    needed = held()
+    limit = min(time.time() - older_than_seconds, needed.since - _CLOCK_SECONDS)
     old = {name: folder for name, folder in folders.items() if folder.modified <= limit}
     if not old:
         return []
-    reached = _reach(store, _roots(store, needed(), pins))
+    reached = _reach(store, _roots(store, needed.uris, pins))
     garbage = {name: folder for name, folder in old.items() if name not in reached}
     listed = [
         Garbage(f"{store.root}/{name}", _operation(store, name, folder), folder.size_bytes)
         for name, folder in sorted(garbage.items())
     ]
     if delete and garbage:
-        late = _reach(store, _roots(store, needed(), pins))
+        needed = held()
+        late = _reach(store, _roots(store, needed.uris, pins))
+        late |= {name for name, folder in garbage.items() if folder.modified > needed.since - _CLOCK_SECONDS}
         listed = [each for each in listed if each.uri.removeprefix(store.root + "/") not in late]
         for each in listed:
             _delete(store, each.uri.removeprefix(store.root + "/"), garbage)

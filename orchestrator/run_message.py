@@ -43,6 +43,7 @@ _STEP_STATES = {
     CANCELLED: pb.STEP_STATE_CANCELLED,
     SKIPPED: pb.STEP_STATE_SKIPPED,
 }
+_INDEX = re.compile(r"\[(\d+)\]")
 ENDED = (pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_PARTIAL, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED)
 
 
@@ -65,12 +66,12 @@ def run_message(
     )
     if pipeline is None:
         return message
-    grouped: dict[str, list[Unit]] = {}
-    for _, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
-        grouped.setdefault(unit.path, []).append(unit)
+    grouped: dict[str, dict[str, Unit]] = {}
+    for name, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
+        grouped.setdefault(unit.path, {})[name] = unit
         message.set_aside.extend(pb.SetAside(**problem) for problem in unit.problems)
     for path, step in _paths(pipeline.steps, ""):
-        message.steps.append(_step_message(path, step, grouped.get(path, []), attempt.state))
+        message.steps.append(_step_message(path, step, grouped.get(path, {}), attempt.state))
     return message
 
 
@@ -87,7 +88,8 @@ def _paths(steps: Iterable[Step], prefix: str) -> Iterable[tuple[str, Step]]:
         yield from _paths(step.steps, path + ".")
 
 
-def _step_message(path: str, step: Step, units: list[Unit], run_state: str) -> pb.StepStatus:
+def _step_message(path: str, step: Step, named: Mapping[str, Unit], run_state: str) -> pb.StepStatus:
+    units = list(named.values())
     leading = [unit for unit in units if unit.state]
     states = {unit.state for unit in leading}
     if run_state not in ACTIVE:
@@ -113,7 +115,7 @@ def _step_message(path: str, step: Step, units: list[Unit], run_state: str) -> p
         started_at=_timestamp(min(started, default=None)),
         finished_at=_timestamp(max(finished, default=None)) if ended else None,
         compute_seconds=sum(unit.compute_seconds for unit in units),
-        outputs=_struct(_joint_outputs(leading)),
+        outputs=_struct(_joint_outputs({name: unit for name, unit in named.items() if unit.state})),
     )
 
 
@@ -132,12 +134,21 @@ def _joint_state(states: set[str]) -> str:
     return PARTIAL
 
 
-def _joint_outputs(units: list[Unit]) -> dict[str, Any]:
-    outputs = [unit.outputs for unit in units if unit.outputs is not None]
-    if len(units) == 1:
-        return outputs[0] if outputs else {}
-    names = dict.fromkeys(name for each in outputs for name in each)
-    return {name: [each[name] for each in outputs if name in each] for name in names}
+def _joint_outputs(units: Mapping[str, Unit]) -> dict[str, Any]:
+    """Of a step inside a foreach lists, by the items' numbers; None for an item that has no result."""
+    outputs = {tuple(int(index) for index in _INDEX.findall(name)): unit.outputs or {} for name, unit in units.items()}
+    names = dict.fromkeys(name for each in outputs.values() for name in each)
+    return {name: _placed({indices: each.get(name) for indices, each in outputs.items()}) for name in names}
+
+
+def _placed(values: Mapping[tuple[int, ...], Any]) -> Any:
+    """Values by their indices as nested lists."""
+    if () in values:
+        return values[()]
+    items: dict[int, dict[tuple[int, ...], Any]] = {}
+    for (first, *rest), value in values.items():
+        items.setdefault(first, {})[tuple(rest)] = value
+    return [_placed(items[index]) if index in items else None for index in range(max(items) + 1)]
 
 
 def _struct(values: Mapping[str, Any]) -> Struct:

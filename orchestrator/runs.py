@@ -9,18 +9,17 @@ the sum of its units, and any orchestrator can tell it. All units that changed a
 from __future__ import annotations
 
 import json
-import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cryofleet.errors import AlreadyExists, NotFound
-
-logger = logging.getLogger(__name__)
+from orchestrator.garbage import Held
 
 QUEUED, RUNNING, SUCCEEDED, PARTIAL, FAILED, CANCELLED = (
     "queued",
@@ -71,8 +70,6 @@ _orchestrators = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("heartbeat", sa.Float(53), nullable=False),
 )
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -241,8 +238,10 @@ class RunStore:
             rows = connection.execute(sa.select(_attempts).where(_attempts.c.state.in_(tuple(states)))).mappings()
             return [_attempt_row(row) for row in rows]
 
-    def set_started(self, run_id: str, attempt: int) -> None:
-        self._change(run_id, attempt, (QUEUED,), state=RUNNING, started_at=time.time())
+    def set_started(self, run_id: str, attempt: int) -> bool:
+        """The attempt runs, since now unless it did already; false where it has ended."""
+        since = sa.func.coalesce(_attempts.c.started_at, time.time())
+        return self._change(run_id, attempt, ACTIVE, state=RUNNING, started_at=since)
 
     def set_finished(
         self, run_id: str, attempt: int, state: str, error: str = "", outputs: Mapping[str, Any] | None = None
@@ -293,17 +292,32 @@ class RunStore:
         with self._engine.connect() as connection:
             return {unit: Unit.from_json(record) for unit, record in connection.execute(query)}
 
-    def all_results(self) -> set[str]:
-        """URIs of the results and inputs of all runs that are kept."""
-        found: set[str] = set()
+    def held(self, ended_before: float) -> Held:
+        """What the runs hold: their inputs and results.
+
+        A run that failed or was cancelled before `ended_before` holds its inputs only; resumed, it does its work once
+        more. Of a run that succeeded before then the last attempt, which names all that it found in the store, holds.
+        """
+        uris: set[str] = set()
+        since = math.inf
         with self._engine.connect() as connection:
-            for (record,) in connection.execute(sa.select(_progress.c.record)):
-                unit = json.loads(record)
-                found.update(unit.get("results", ()))
-                found.update(_uris(unit.get("outputs")))
-            for (arguments,) in connection.execute(sa.select(_runs.c.arguments)):
-                found.update(_uris(json.loads(arguments)))
-        return found
+            # A run that is submitted while this reads has no attempt here, and goes on.
+            last: dict[str, Any] = {}
+            columns = (_attempts.c.run_id, _attempts.c.attempt, _attempts.c.state, _attempts.c.finished_at)
+            for row in connection.execute(sa.select(*columns).order_by(_attempts.c.attempt)):
+                last[row.run_id] = row
+            for run in connection.execute(sa.select(_runs.c.run_id, _runs.c.arguments, _runs.c.created_at)):
+                uris.update(_uris(json.loads(run.arguments)))
+                if run.run_id not in last or last[run.run_id].state in ACTIVE:
+                    since = min(since, run.created_at)
+            for unit in connection.execute(sa.select(_progress.c.run_id, _progress.c.attempt, _progress.c.record)):
+                end = last.get(unit.run_id)
+                if end is not None and _holds_nothing(end, unit.attempt, ended_before):
+                    continue
+                record = json.loads(unit.record)
+                uris.update(record.get("results", ()))
+                uris.update(_uris(record.get("outputs")))
+        return Held(uris, since)
 
     # Orchestrators
 
@@ -354,6 +368,12 @@ class RunStore:
         return claimed
 
 
+def _holds_nothing(end: sa.Row[Any], attempt: int, ended_before: float) -> bool:
+    """Of a run's attempt, `end` being the run's last one."""
+    ended = end.state not in ACTIVE and end.finished_at < ended_before
+    return ended and (end.state in (FAILED, CANCELLED) or attempt < end.attempt)
+
+
 def _run_row(row: Mapping[Any, Any]) -> RunRow:
     return RunRow(**{**row, "arguments": json.loads(row["arguments"])})
 
@@ -374,16 +394,8 @@ def _uris(value: Any) -> Iterable[str]:
             yield from _uris(item)
 
 
-def retrying(function: Callable[[], ResultT], seconds: float = 600.0) -> ResultT:
-    """Calls `function`, again and again where the database is away, as DBOS does. Blocks."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return function()
-        except sa.exc.DBAPIError as error:
-            if time.monotonic() > deadline or not (
-                error.connection_invalidated or isinstance(error, sa.exc.OperationalError)
-            ):
-                raise
-            logger.warning("the database is away: %s", error.orig)
-            time.sleep(0.5)
+def is_away(error: sa.exc.SQLAlchemyError) -> bool:
+    """Whether the database did not answer, as where it is restarted, rather than that it did not like the question."""
+    return isinstance(error, sa.exc.OperationalError) or (
+        isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import secrets
@@ -21,7 +22,7 @@ from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
 from orchestrator import garbage
 from orchestrator.arguments import Argument
-from orchestrator.engine import Engine
+from orchestrator.engine import ANSWER_SECONDS, Engine
 from orchestrator.estimate import estimate_run
 from orchestrator.library import Library
 from orchestrator.pipeline import Pipeline, Step
@@ -83,7 +84,7 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
         arguments={name: value for name, value in values.items() if value is not None},
         created_at=time.time(),
     )
-    if await engine.in_thread(engine.runs.create, run):
+    if await engine.answer(engine.runs.create, run):
         await engine.start_attempt(run.run_id, 1)
     return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
 
@@ -125,13 +126,13 @@ async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.E
 
 
 async def _run(engine: Engine, run_id: str) -> pb.Run:
-    plan = await engine.plan(run_id)
+    plan = await engine.plan(run_id, ANSWER_SECONDS)
 
     def read() -> pb.Run:
         attempt = engine.runs.attempt(run_id)
         return run_message(engine.runs.run(run_id), attempt, plan.pipeline, engine.runs.units(run_id, attempt.attempt))
 
-    return await engine.in_thread(read)
+    return await engine.answer(read)
 
 
 @service.rpc("GetRun")
@@ -161,7 +162,7 @@ async def watch_run(request: pb.WatchRunRequest, context: CallContext) -> AsyncI
 async def list_runs(request: pb.ListRunsRequest, context: CallContext) -> pb.ListRunsResponse:
     """The newest first."""
     engine = _engine(context)
-    found = await engine.in_thread(engine.runs.newest, request.project, request.limit or _DEFAULT_LIMIT)
+    found = await engine.answer(engine.runs.newest, request.project, request.limit or _DEFAULT_LIMIT)
     return pb.ListRunsResponse(runs=[run_message(run, attempt) for run, attempt in found])
 
 
@@ -172,7 +173,7 @@ async def list_runs(request: pb.ListRunsRequest, context: CallContext) -> pb.Lis
 async def cancel_run(request: pb.CancelRunRequest, context: CallContext) -> pb.CancelRunResponse:
     """Nothing happens to a run that has ended."""
     engine = _engine(context)
-    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    attempt = await engine.answer(engine.runs.attempt, request.run_id)
     if attempt.state in ACTIVE:
         await engine.cancel_attempt(request.run_id, attempt.attempt)
     return pb.CancelRunResponse(run=await _run(engine, request.run_id))
@@ -182,7 +183,7 @@ async def cancel_run(request: pb.CancelRunRequest, context: CallContext) -> pb.C
 async def resume_run(request: pb.ResumeRunRequest, context: CallContext) -> pb.ResumeRunResponse:
     """Nothing happens to a run that is going on or has succeeded."""
     engine = _engine(context)
-    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    attempt = await engine.answer(engine.runs.attempt, request.run_id)
     if attempt.state == PARTIAL:
         raise FailedPrecondition(f"run {request.run_id} ended, with items set aside: retry it instead of resuming it")
     if attempt.state in (FAILED, CANCELLED):
@@ -194,7 +195,7 @@ async def resume_run(request: pb.ResumeRunRequest, context: CallContext) -> pb.R
 async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.RetryRunResponse:
     """What is finished is found in the store; only what was set aside, and what needs it, is done."""
     engine = _engine(context)
-    attempt = await engine.in_thread(engine.runs.attempt, request.run_id)
+    attempt = await engine.answer(engine.runs.attempt, request.run_id)
     if attempt.state == PARTIAL:
         await _next_attempt(engine, request.run_id, attempt.attempt)
     elif attempt.state not in ACTIVE:
@@ -206,7 +207,7 @@ async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.Ret
 
 
 async def _next_attempt(engine: Engine, run_id: str, after: int) -> None:
-    await engine.in_thread(engine.runs.next_attempt, run_id, after)
+    await engine.answer(engine.runs.next_attempt, run_id, after)
     await engine.start_attempt(run_id, after + 1)
 
 
@@ -284,11 +285,19 @@ async def get_pools(request: pb.GetPoolsRequest, context: CallContext) -> pb.Get
 async def collect_garbage(request: pb.CollectGarbageRequest, context: CallContext) -> pb.CollectGarbageResponse:
     """Only lists what it finds, unless it is told to delete it."""
     engine = _engine(context)
+    loop = asyncio.get_running_loop()
+    older_than_seconds = request.older_than_hours * 3600.0
+
+    async def held() -> garbage.Held:
+        # What tasks here have found since the last second's record, too.
+        await engine.answer(engine.tracker.flush)
+        return await engine.answer(engine.runs.held, time.time() - older_than_seconds)
+
     found = await context.in_thread(
         garbage.collect,
         engine.store,
-        engine.runs.all_results,
-        request.older_than_hours * 3600.0,
+        lambda: asyncio.run_coroutine_threadsafe(held(), loop).result(),
+        older_than_seconds,
         request.project,
         request.delete,
     )

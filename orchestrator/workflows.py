@@ -105,11 +105,14 @@ async def run_workflow(run_id: str, attempt: int) -> Json:
     """One attempt at a run."""
     engine = _current()
     plan = await engine.plan(run_id)
-    await DBOS.run_step_async(_BEGIN, engine.begin, run_id, attempt)
+    begun = await DBOS.run_step_async(_BEGIN, engine.begin, run_id, attempt)
+    if begun.get("ended"):
+        return {"state": CANCELLED}
     results = await _block(plan, attempt, "", "", plan.pipeline.steps, plan.values)
     failed = next((r for r in results.values() if r["state"] == FAILED), None)
     values = {**plan.values, **{name: result.get("outputs") for name, result in results.items()}}
-    outputs = {name: evaluate(value, look_up_in(values)) for name, value in plan.pipeline.outputs.items()}
+    look_up = look_up_in(values)
+    outputs = {name: evaluate(value, look_up, keep_places=True) for name, value in plan.pipeline.outputs.items()}
     outputs = {name: value for name, value in outputs.items() if value is not None}
     state, error = SUCCEEDED, ""
     if failed is not None:
@@ -287,9 +290,12 @@ async def item_workflow(run_id: str, attempt: int, place: str, path: str, scope:
 
 @DBOS.workflow(name="chunk", max_recovery_attempts=None)
 async def chunk_workflow(
-    run_id: str, attempt: int, place: str, path: str, common: Values, own: list[Values], first: int
+    run_id: str, attempt: int, place: str, path: str, common: Values, own: list[Values | None], first: int
 ) -> Json:
-    """Some of the tasks of a step: `own` has each task's fields beside the common ones, `first` counts the earlier."""
+    """Some of the tasks of a step: `own` has each task's fields beside the common ones, `first` counts the earlier.
+
+    Where `own` has None, nothing is done, and the outcome is None.
+    """
     engine = _current()
     plan = await engine.plan(run_id)
     operation = plan.step(path).operation
@@ -298,7 +304,9 @@ async def chunk_workflow(
     unit = engine.unit(run_id, attempt, place, path, "")
     reserved = [DBOS.reserve_step() for _ in own]
 
-    async def one(index: int, fields: Values) -> Outcome:
+    async def one(index: int, fields: Values | None) -> Outcome | None:
+        if fields is None:
+            return None
         task = plan.task(attempt, f"{base}[{first + index}]", operation, {**common, **fields})
         outcome = _checked(await reserved[index].run_async(_TASK, functools.partial(engine.do, task, unit)), task)
         _note(unit, outcome)
@@ -310,9 +318,15 @@ async def chunk_workflow(
 
 
 async def _tasks(
-    plan: Plan, attempt: int, place: str, path: str, operation: Operation, common: Values, own: list[Values]
-) -> list[Outcome]:
-    """The outcomes of many tasks, in order, done in chunks of the operation's queue."""
+    plan: Plan,
+    attempt: int,
+    place: str,
+    path: str,
+    operation: Operation,
+    common: Values,
+    own: Sequence[Values | None],
+) -> list[Outcome | None]:
+    """The outcomes of many tasks, in order, done in chunks of the operation's queue; None where `own` has None."""
     handles = []
     for number, first in enumerate(range(0, len(own), CHUNK_TASKS)):
         name = f"{place}#{number}"
@@ -329,11 +343,11 @@ async def _tasks(
                     name,
                     path,
                     common,
-                    own[first : first + CHUNK_TASKS],
+                    list(own[first : first + CHUNK_TASKS]),
                     first,
                 )
             )
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome | None] = []
     for number, handle in enumerate(handles):
         result = await handle.get_result(polling_interval_sec=_POLL_SECONDS)
         assert result["place"] == f"{place}#{number}", f"{result['place']} stands in the place of {place}#{number}"
@@ -371,7 +385,9 @@ async def _sharded(
         {"first": first, "count": min(size, counted["count"] - first)} for first in range(0, counted["count"], size)
     ]
     unit.total = len(ranges) + (1 if shards.reduce is not None else 0)
-    outcomes = await _tasks(plan, attempt, place, path, operation, fields, [{shards.into: rows} for rows in ranges])
+    own = [{shards.into: rows} for rows in ranges]
+    done = await _tasks(plan, attempt, place, path, operation, fields, own)
+    outcomes = [outcome for outcome in done if outcome is not None]
     for rows, outcome in zip(ranges, outcomes, strict=True):
         if outcome["status"] != "OK":
             last = rows["first"] + rows["count"] - 1
@@ -406,19 +422,24 @@ def _cover(unit: Unit, outcomes: list[Outcome]) -> None:
 
 
 async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, scope: Values, unit: Unit) -> StepResult:
-    """A foreach. Items that fail are set aside; only where all do, the step fails."""
+    """A foreach. Items that fail are set aside; only where all do, the step fails.
+
+    An item that is None was set aside, or left out, by the step that the list is from: nothing is done for it. Outputs
+    have None in its place, as in those of items that are set aside here.
+    """
     assert step.foreach is not None
-    items = evaluate(step.foreach, look_up_in(scope))
+    items = evaluate(step.foreach, look_up_in(scope), keep_places=True)
+    there = sum(item is not None for item in items)
     if step.operation is not None and step.shards is None:
-        unit.total = len(items)
+        unit.total = there
         results = await _mapped_tasks(plan, attempt, place, path, step, scope, items, unit)
     else:
         if step.steps:
-            unit.total = len(items)
+            unit.total = there
         results = await _mapped_items(plan, attempt, place, path, step, scope, items, unit)
     good = [result for result in results if result["state"] in (SUCCEEDED, PARTIAL)]
     for index, (item, result) in enumerate(zip(items, results, strict=True)):
-        if result["state"] in (SUCCEEDED, PARTIAL):
+        if result["state"] in (SUCCEEDED, PARTIAL, SKIPPED):
             continue
         about = item if isinstance(item, str) and "://" in item else result.get("input_uri", "")
         unit.problems.append(
@@ -430,20 +451,20 @@ async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, s
                 "input_uri": about,
             }
         )
-    if items and not good:
-        first = results[0]
+    if there and not good:
+        first = next(result for result in results if result["state"] != SKIPPED)
         return {
             "place": place,
             "state": FAILED,
             "status": first.get("status", ""),
-            "cause": f"all {len(items)} items failed; the first: {first.get('cause', '')}",
+            "cause": f"all {there} items failed; the first: {first.get('cause', '')}",
             "input_uri": unit.problems[0]["input_uri"],
         }
-    set_aside = len(items) - len(good) + sum(result.get("set_aside", 0) for result in good)
+    set_aside = there - len(good) + sum(result.get("set_aside", 0) for result in good)
     return {
         "place": place,
         "state": PARTIAL if set_aside else SUCCEEDED,
-        "outputs": _collect(_names_of(step), [result["outputs"] for result in good]),
+        "outputs": _collect(_names_of(step), [result.get("outputs") for result in results]),
         "set_aside": set_aside,
     }
 
@@ -456,23 +477,36 @@ async def _mapped_tasks(
     names = {name for name, expression in step.fields.items() if _mentions(expression, step.item)}
     look_up = look_up_in(scope)
     common = {name: evaluate(expr, look_up) for name, expr in step.fields.items() if name not in names}
-    own = []
+    own: list[Values | None] = []
     for item in items:
+        if item is None:
+            own.append(None)
+            continue
         look_up = look_up_in({**scope, step.item: item})
         own.append({name: evaluate(step.fields[name], look_up) for name in step.fields if name in names})
     outcomes = await _tasks(plan, attempt, place, path, operation, common, own)
-    _cover(unit, outcomes)
+    _cover(unit, [outcome for outcome in outcomes if outcome is not None])
     # The chunks have counted them.
-    return [_from_outcome(f"{place}[{index}]", outcome, Unit(path)) for index, outcome in enumerate(outcomes)]
+    return [
+        _left_out(f"{place}[{index}]") if outcome is None else _from_outcome(f"{place}[{index}]", outcome, Unit(path))
+        for index, outcome in enumerate(outcomes)
+    ]
+
+
+def _left_out(place: str) -> StepResult:
+    return {"place": place, "state": SKIPPED}
 
 
 async def _mapped_items(
     plan: Plan, attempt: int, place: str, path: str, step: Step, scope: Values, items: list[Any], unit: Unit
 ) -> list[StepResult]:
-    handles = []
+    handles: list[Any] = []
     depth = place.count("[")
     for index, item in enumerate(items):
         name = f"{place}[{index}]"
+        if item is None:
+            handles.append(None)
+            continue
         # Items wait for what is inside them, so each depth has a share of the queue of its own.
         with (
             SetWorkflowID(workflow_id(plan.run_id, attempt, name)),
@@ -485,6 +519,9 @@ async def _mapped_items(
             )
     results: list[StepResult] = []
     for index, handle in enumerate(handles):
+        if handle is None:
+            results.append(_left_out(f"{place}[{index}]"))
+            continue
         result: StepResult = await handle.get_result(polling_interval_sec=_POLL_SECONDS)
         assert result["place"] == f"{place}[{index}]", f"{result['place']} stands in the place of {place}[{index}]"
         if step.steps:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
@@ -23,6 +25,7 @@ from cryofleet.storage import Store
 from cryofleet.testing import call_operation
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
+from orchestrator.runs import RunStore
 from orchestrator.service import service as orchestrator_service
 from tests.unit.orchestrator.fake import short_folder
 
@@ -267,6 +270,57 @@ async def test_an_estimate_knows_what_the_store_has(orchestrator: Orchestrator) 
     steps = {step.id: step for step in (await orchestrator.stub.EstimateRun(request)).steps}
     assert (steps["each"].tasks, steps["each"].tasks_cached) == (3, 2)
     assert (steps["after"].tasks_cached, steps["after"].known) == (1, True)
+
+
+async def test_a_database_that_is_away_is_told_of(orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = await orchestrator.ended(await orchestrator.submit(numbers=[1]))
+    monkeypatch.setattr("orchestrator.engine._RETRY_SECONDS", 0.02)
+
+    def away(*_: Any) -> Any:
+        raise sa.exc.OperationalError("SELECT 1", {}, Exception("connection refused"))
+
+    stub = orchestrator.stub
+    calls: dict[str, Callable[[], Any]] = {
+        "GetRun": lambda: stub.GetRun(pb.GetRunRequest(run_id=run.id)),
+        "ListRuns": lambda: stub.ListRuns(pb.ListRunsRequest()),
+        "WatchRun": lambda: anext(aiter(stub.WatchRun(pb.WatchRunRequest(run_id=run.id)))),
+        "CancelRun": lambda: stub.CancelRun(pb.CancelRunRequest(run_id=run.id)),
+        "SubmitRun": lambda: orchestrator.submit(numbers=[1]),
+        "CollectGarbage": lambda: stub.CollectGarbage(pb.CollectGarbageRequest()),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.engine.ANSWER_SECONDS", 0.1)
+        for method in ("attempt", "newest", "create", "held"):
+            patch.setattr(RunStore, method, away)
+        for call in calls.values():
+            status, message = await refused(call())
+            assert (status, "database is away: connection refused" in message) == ("UNAVAILABLE", True)
+    failures = 3
+
+    def back_soon(store: RunStore, *arguments: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        return newest(store, *arguments) if failures < 0 else away()
+
+    newest = RunStore.newest
+    monkeypatch.setattr(RunStore, "newest", back_soon)
+    assert [each.id for each in (await calls["ListRuns"]()).runs] == [run.id], "a short absence is not noticed"
+
+
+async def test_a_failed_run_does_not_hold_its_results_for_ever(orchestrator: Orchestrator) -> None:
+    run = await orchestrator.ended(await orchestrator.submit(numbers=[1, 2], fail="NOT_FOUND"))
+    assert run.state == pb.RUN_STATE_FAILED
+    manifests = list((orchestrator.home / "store" / "default").glob("*/manifest.json"))
+    assert len(manifests) == 2
+    two_hours_ago = time.time() - 7200
+    for path in manifests:
+        os.utime(path, (two_hours_ago, two_hours_ago))
+    young = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(older_than_hours=1, delete=True))
+    assert not young.results, "the run failed less than an hour ago"
+    old = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(delete=True))
+    assert [each.operation for each in old.results] == ["runtime.SelfTest"] * 2
+    again = await orchestrator.ended((await orchestrator.stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run)
+    assert (again.steps[0].tasks_done, again.steps[0].tasks_cached) == (2, 0), "resumed, it does its work once more"
 
 
 async def test_garbage_is_what_no_run_and_no_pin_needs(orchestrator: Orchestrator) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import shutil
+import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict
@@ -74,15 +77,19 @@ def test_the_record_of_runs(postgres: str) -> None:
         assert store.create(row)
         assert not store.create(row)
         assert store.run("r") == row
-        store.set_started("r", 1)
+        assert store.set_started("r", 1)
+        assert store.set_started("r", 1), "a replay goes on"
         assert store.set_finished("r", 1, "failed", "why", {"x": 1})
         assert not store.set_finished("r", 1, "succeeded"), "it has ended"
+        assert not store.set_started("r", 1)
+        assert store.held(time.time() - 60.0).since == math.inf
         assert store.next_attempt("r", 1)
         assert not store.next_attempt("r", 1), "only one caller adds it"
         assert [(a.attempt, a.state) for _, a in store.newest("default", 5)] == [(2, "queued")]
         store.write_units({("r", 2, "s"): '{"path": "s", "total": 3}'})
         store.write_units({("r", 2, "s"): '{"path": "s", "total": 4}', ("r", 2, "t"): '{"path": "t"}'})
         assert {name: unit.total for name, unit in store.units("r", 2).items()} == {"s": 4, "t": 0}
+        assert store.held(time.time() - 60.0).since == row.created_at, "the second attempt goes on"
         store.beat("one")
         assert store.claim_expired("two", ["one"], 60.0) == []
         store.leave("one")
@@ -152,3 +159,89 @@ async def test_a_survivor_goes_on_with_a_dead_orchestrators_runs(postgres: str, 
             await kill(process)
         await orchestrators.close()
         await service.kill()
+
+
+class Shut:
+    """A database of its own in the server, which can be shut: who is connected is cut off, and nobody gets in."""
+
+    def __init__(self, postgres: str) -> None:
+        self._admin = make_database(postgres)
+        self._do("CREATE DATABASE shut")
+        self.url = sa.make_url(postgres).set(database="shut").render_as_string(hide_password=False)
+
+    def _do(self, *statements: str) -> None:
+        with self._admin.connect() as connection:
+            autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
+            for statement in statements:
+                autocommit.execute(sa.text(statement))
+
+    def shut(self) -> None:
+        self._do(
+            "ALTER DATABASE shut ALLOW_CONNECTIONS false",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shut'",
+        )
+
+    def open(self) -> None:
+        self._do("ALTER DATABASE shut ALLOW_CONNECTIONS true")
+
+    def dispose(self) -> None:
+        self._admin.dispose()
+
+
+async def test_callers_are_told_that_postgresql_is_away_and_the_run_goes_on(postgres: str, home: Path) -> None:
+    database = await asyncio.to_thread(Shut, postgres)
+    service = FakeService("worker", slots=8)
+
+    async def take_a_while(request: runtime_pb2.SelfTestRequest, context: Any) -> None:
+        await asyncio.sleep(0.1)
+
+    service.behave = take_a_while
+    await service.start(f"unix:{home}/worker.sock")
+    orchestrators = Orchestrators(
+        home,
+        {
+            "CRYOFLEET_HOME": str(home),
+            "CRYOFLEET_DATABASE": database.url,
+            "CRYOFLEET_LOG_LEVEL": "ERROR",
+            "CRYOFLEET_POOL_IO": f"unix:{home}/worker.sock",
+            "TEST_ANSWER_SECONDS": "0.5",
+        },
+    )
+    await orchestrators.open()
+    process = await orchestrators.start("c")
+    try:
+        async with open_channel(f"unix:{home}/c/o.sock") as channel:
+            stub: Any = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            arguments = Struct()
+            arguments.update({"numbers": list(range(TASKS))})
+            request = pb.SubmitRunRequest(pipeline_yaml=PIPELINE, arguments=arguments, run_id="away")
+            await stub.SubmitRun(request, wait_for_ready=True, timeout=60)
+            async with asyncio.timeout(60):
+                while len(service.done) < 20:
+                    await asyncio.sleep(0.02)
+            watch = aiter(stub.WatchRun(pb.WatchRunRequest(run_id="away"), timeout=60))
+            await anext(watch)
+            await asyncio.to_thread(database.shut)
+            for call in (
+                stub.GetRun(pb.GetRunRequest(run_id="away"), timeout=30),
+                stub.ListRuns(pb.ListRunsRequest(), timeout=30),
+                _end(watch),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "the orchestrator's database is away" in (caught.value.details() or "")
+            await asyncio.to_thread(database.open)
+            run = await ended(stub, "away")
+            assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 1), run.error
+            assert MessageToDict(run.outputs)["indices"] == list(range(TASKS))
+    finally:
+        await kill(process)
+        await orchestrators.close()
+        await service.kill()
+        database.dispose()
+
+
+async def _end(watch: Any) -> None:
+    async for _ in watch:
+        pass

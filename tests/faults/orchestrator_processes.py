@@ -20,6 +20,7 @@ def serve_forks() -> None:
     # So that a test need not wait as long as an operator would.
     engine.EXPIRY_SECONDS = float(os.environ.get("TEST_EXPIRY_SECONDS", engine.EXPIRY_SECONDS))
     engine.HEARTBEAT_SECONDS = min(engine.HEARTBEAT_SECONDS, engine.EXPIRY_SECONDS / 4)
+    engine.ANSWER_SECONDS = float(os.environ.get("TEST_ANSWER_SECONDS", engine.ANSWER_SECONDS))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -11,8 +11,11 @@ import grpc
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy as sa
+from dbos import DBOS, WorkflowHandleAsync
 from google.protobuf.json_format import MessageToDict
 
+from cryofleet.errors import Unavailable
 from cryofleet.particles import Particles
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
@@ -182,7 +185,7 @@ async def test_a_failed_item_is_set_aside_and_retried_alone(platform: Platform) 
         ("each", "70", "INVALID_ARGUMENT", "index 70 is bad"),
     ]
     assert run.steps[0].tasks_set_aside == 2
-    assert outputs(run)["indices"] == [n for n in range(80) if n not in (3, 70)]
+    assert outputs(run)["indices"] == [None if n in (3, 70) else n for n in range(80)], "each in its own place"
     platform.service.behave = None
     platform.service.calls.clear()
     await platform.next_attempt()
@@ -200,15 +203,90 @@ async def test_only_what_needs_a_failed_item_is_left_out(platform: Platform) -> 
     assert run.state == pb.RUN_STATE_PARTIAL
     assert states(run) == {"item": "PARTIAL", "item.second": "CANCELLED", "item.first": "PARTIAL", "all": "SUCCEEDED"}
     assert [(s.step, s.item, s.cause) for s in run.set_aside] == [("item", "1", "step item[1].first: index 1 is bad")]
-    assert outputs(run)["second"] == [0, 2]
+    assert outputs(run)["second"] == [0, None, 2]
+    steps = {step.id: MessageToDict(step.outputs).get("index") for step in run.steps}
+    assert steps["item.second"] == steps["item.first"] == steps["all"] == [0, None, 2]
+    assert {step.id: step.tasks_total for step in run.steps}["all"] == 2
     assert sorted(platform.service.done) == [
         "run:1/all[0]",
-        "run:1/all[1]",
+        "run:1/all[2]",
         "run:1/item[0].first",
         "run:1/item[0].second",
         "run:1/item[2].first",
         "run:1/item[2].second",
     ]
+
+
+JOINED = """
+name: joined
+parameters:
+  seeds: {type: list}
+steps:
+  - id: each
+    op: runtime.SelfTest
+    foreach: ${seeds}
+    as: seed
+    with: {index: "${seed}"}
+  - id: again
+    foreach: ${each.index}
+    as: index
+    steps:
+      - id: inner
+        op: runtime.SelfTest
+        with: {index: "${index}", seconds: 0.001}
+outputs:
+  each: ${each.index}
+  again: ${again.inner.index}
+  both: ["${each.index}", "${again.inner.index}"]
+"""
+
+
+async def test_a_set_aside_item_keeps_its_place_through_later_steps(platform: Platform) -> None:
+    platform.service.behave = fails_for(11)
+    await platform.submit(JOINED, seeds=[10, 11, 12])
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_PARTIAL
+    kept = [10, None, 12]
+    assert outputs(run) == {"each": kept, "again": kept, "both": [kept, kept]}
+    assert [(s.step, s.item) for s in run.set_aside] == [("each", "1")], "it is set aside once, where it failed"
+    assert "run:1/again[2].inner" in platform.service.done
+
+
+async def test_a_run_that_is_cancelled_before_its_workflow_starts_computes_nothing(platform: Platform) -> None:
+    start = platform.engine.start_attempt
+
+    async def cancel_first(run_id: str, attempt: int) -> None:
+        assert await platform.engine.cancel_attempt(run_id, attempt)
+        await start(run_id, attempt)
+
+    platform.engine.start_attempt = cancel_first  # type: ignore[method-assign]
+    await platform.submit(GRAPH)
+    workflow: WorkflowHandleAsync[Any] = await DBOS.retrieve_workflow_async("run:1")
+    assert await workflow.get_result() == {"state": "cancelled"}
+    assert platform.service.calls == []
+    assert platform.run().state == pb.RUN_STATE_CANCELLED
+
+
+async def test_a_caller_is_told_that_the_database_is_away(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.engine._RETRY_SECONDS", 0.01)
+    away = sa.exc.OperationalError("SELECT 1", {}, Exception("connection\nrefused"))
+    answers: list[Any] = [away, away, "here"]
+
+    def ask() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert await platform.engine.answer(ask) == "here", "a short absence is waited for"
+    monkeypatch.setattr("orchestrator.engine.ANSWER_SECONDS", 0.05)
+    answers = [away] * 100
+    with pytest.raises(Unavailable, match="database is away: connection refused"):
+        await platform.engine.answer(ask)
+    answers = [sa.exc.ProgrammingError("SELECT x", {}, Exception("no such column"))]
+    with pytest.raises(sa.exc.ProgrammingError):
+        await platform.engine.answer(ask)
+    assert not answers, "what a defect raises is not tried again"
 
 
 async def test_a_foreach_of_which_every_item_fails_fails(platform: Platform) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from orchestrator.expressions import Reference, Template, evaluate, look_up_in, parse, references
@@ -41,6 +43,15 @@ def test_what_was_left_out_leaves_lists_and_mappings() -> None:
     assert value(["${pick.uri}", "${skipped.uri}"]) == ["file:///p"]
     assert value({"a": "${nothing}", "b": {"c": "${n}"}}) == {"b": {"c": 5.0}}
     assert value("${each.inner.uri}") == ["file:///a", "file:///c"]
+
+
+def test_places_are_kept_where_asked_for() -> None:
+    def kept(text: Any) -> Any:
+        return evaluate(parse(text), look_up_in(VALUES), keep_places=True)
+
+    assert kept("${each.inner.uri}") == ["file:///a", None, "file:///c"]
+    assert kept(["${pick.uri}", "${skipped.uri}", "${n}"]) == ["file:///p", None, 5.0]
+    assert kept({"a": "${nothing}", "b": "${n}"}) == {"b": 5.0}
 
 
 def test_literals_stay() -> None:

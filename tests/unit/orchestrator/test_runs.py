@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from google.protobuf.json_format import MessageToDict
 
 from cryofleet.v1 import orchestrator_pb2 as pb
+from orchestrator.engine import make_database
 from orchestrator.pipeline_reading import load
 from orchestrator.run_message import run_message
-from orchestrator.runs import AttemptRow, RunRow, Unit
+from orchestrator.runs import AttemptRow, RunRow, RunStore, Unit
 
 PIPELINE = """
 name: nested
@@ -50,7 +57,16 @@ def test_a_step_is_the_sum_of_its_units() -> None:
     assert (step.tasks_total, step.tasks_done, step.tasks_cached, step.compute_seconds) == (3, 2, 1, 2.0)
     assert step.fraction == 2.5 / 3
     assert step.phase == "fitting"
-    assert MessageToDict(step.outputs) == {"index": [9, 10]}, "item 10 comes behind item 9"
+    assert MessageToDict(step.outputs) == {"index": [None] * 9 + [9, 10, None]}, "each in its own place"
+
+
+def test_outputs_of_nested_items_are_nested_lists() -> None:
+    units = {
+        "item[0].one[1]": Unit("item.one", "succeeded", outputs={"index": 1}),
+        "item[0].one[0]": Unit("item.one", "failed"),
+        "item[2].one[0]": Unit("item.one", "succeeded", outputs={"index": 20}),
+    }
+    assert MessageToDict(message(units).steps[1].outputs) == {"index": [[None, 1], None, [20]]}
 
 
 def test_what_had_not_ended_with_the_run_is_cancelled() -> None:
@@ -73,6 +89,51 @@ def test_a_unit_survives_json() -> None:
     unit = Unit("a.b", "partial", 5, 3, 1, 2, 0.5, 0.25, "x", 1.0, 2.0, {"u": ["v"]}, [{"step": "a"}], ["file:///r"])
     assert Unit.from_json(unit.to_json()) == unit
     assert Unit("a").to_json() == '{"path": "a"}'
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[RunStore]:
+    engine = make_database(f"sqlite:///{tmp_path}/runs.sqlite")
+    yield RunStore(engine)
+    engine.dispose()
+
+
+def kept_run(record: RunStore, run_id: str, *ends: str) -> None:
+    """A run whose attempts ended so, the last one not where it is empty; each has one result of its own."""
+    assert record.create(replace(RUN, run_id=run_id, arguments={"input": f"file:///in-{run_id}"}, created_at=5.0))
+    for number, end in enumerate(ends, start=1):
+        if number > 1:
+            assert record.next_attempt(run_id, number - 1)
+        assert record.set_started(run_id, number)
+        record.write_units({(run_id, number, "one"): Unit("one", results=[f"{run_id}-{number}"]).to_json()})
+        assert not end or record.set_finished(run_id, number, end)
+
+
+def test_an_attempt_that_was_ended_does_not_start(record: RunStore) -> None:
+    assert record.create(RUN)
+    assert record.set_started("r", 1)
+    began = record.attempt("r").started_at
+    assert record.set_started("r", 1), "a replay after a crash goes on"
+    assert record.attempt("r").started_at == began
+    assert record.set_finished("r", 1, "cancelled")
+    assert not record.set_started("r", 1)
+    assert record.attempt("r").state == "cancelled"
+
+
+def test_what_runs_hold(record: RunStore) -> None:
+    kept_run(record, "good", "failed", "succeeded")
+    kept_run(record, "partial", "partial", "partial")
+    kept_run(record, "bad", "failed")
+    kept_run(record, "ended", "cancelled")
+    inputs = {f"file:///in-{name}" for name in ("good", "partial", "bad", "ended")}
+    recent = record.held(time.time() - 3600.0)
+    assert recent.uris == inputs | {"good-1", "good-2", "partial-1", "partial-2", "bad-1", "ended-1"}
+    assert recent.since == math.inf
+    assert record.held(time.time() + 1.0).uris == inputs | {"good-2", "partial-2"}
+    kept_run(record, "resumed", "failed", "")
+    held = record.held(time.time() + 1.0)
+    assert {"resumed-1", "resumed-2"} <= set(held.uris), "the attempt that goes on will look for the former's results"
+    assert held.since == 5.0
 
 
 def test_the_orchestrator_needs_no_torch_and_no_service() -> None:
