@@ -322,7 +322,7 @@ class MrcImages(MrcSections):
     def _check(self) -> None:
         if self.header.axes != (3, 2, 1):
             raise FailedPrecondition(
-                f"{self.name}: its sections run along axis {'xyz'[self.header.axes[0] - 1]}; those of a stack of images "
+                f"{self.name}: its sections run along axis {'xyz'[self.header.axes[0] - 1]}; those of an image stack "
                 "run along z, its rows along y"
             )
 

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.images import open_image_stack
-from cryofleet.formats.relion_tilt_images import read_tilt_images
+from cryofleet.formats.relion_tilt_images import TiltImageParticle, read_tilt_images
 from cryofleet.formats.tilt_series import TiltSeries, read_tilt_series, write_mdoc, write_tlt
 from cryofleet.particles import Particles
 from cryofleet.progress import Progress, part
@@ -786,9 +786,7 @@ def reconstruct_subtomograms(
     halves = np.array([particle.half for particle in found], np.int32)
     tilts = (-90.0, 90.0)
     if not request.aligned:
-        # the beam in the tomogram's frame, (-sin, 0, cos) of a tilt about y
-        beams = np.concatenate([particle.projections[:, 2] for particle in found])
-        tilts = _range(np.degrees(np.arctan(-beams[:, 0] / np.maximum(beams[:, 2], 1e-9))))
+        tilts = _common_range(found)
     info = VolumeInfo((side, side, side), pixel, _CONTRASTS[request.contrast], *tilts)
     rotations = None
     if not request.aligned and first.rotation is not None:
@@ -808,6 +806,19 @@ def reconstruct_subtomograms(
     return pb.ReconstructSubtomogramsResult(
         subtomograms_uri=task.write_subtomograms("subtomograms", boxes(), info, particles), count=len(found)
     )
+
+
+def _common_range(particles: Sequence[TiltImageParticle]) -> tuple[float, float]:
+    """The tilts that all particles were seen at, from one limit to the other: what the set's wedge may rely on."""
+    lows, highs = [], []
+    for particle in particles:
+        # the beam in the tomogram's frame is (-sin, 0, cos) of a tilt about y
+        beams = particle.projections[:, 2]
+        angles = np.degrees(np.arctan(-beams[:, 0] / np.maximum(beams[:, 2], 1e-9)))
+        lows.append(float(angles.min()))
+        highs.append(float(angles.max()))
+    low, high = max(lows), min(highs)
+    return (low, high) if low < high else (-90.0, 90.0)
 
 
 def _named(name: str, uris: Sequence[str], field: str) -> str:

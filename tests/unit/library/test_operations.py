@@ -97,17 +97,17 @@ def test_a_request_from_text_as_a_command_line_has_it() -> None:
 
 
 def test_messages_inside_a_request_have_their_defaults_too() -> None:
-    request = simulation_pb2.SimulateTiltSeriesRequest(tilt_scheme={"tilt_step_degrees": 2})
+    request = simulation_pb2.SimulateTiltSeriesRequest(tilt_scheme=simulation_pb2.TiltScheme(tilt_step_degrees=2))
     resolved = resolve_defaults(request)
     assert isinstance(resolved, simulation_pb2.SimulateTiltSeriesRequest)
     assert (resolved.tilt_scheme.tilt_step_degrees, resolved.tilt_scheme.tilt_max_degrees) == (2, 60)
     assert resolved.microscope.voltage_kv == 300, "a message that was left out has them as well"
-    scene = simulation_pb2.SimulateSceneRequest(vesicles=[{"count": 1}])
+    scene = simulation_pb2.SimulateSceneRequest(vesicles=[simulation_pb2.Vesicles(count=1)])
     resolved_scene = resolve_defaults(scene)
     assert isinstance(resolved_scene, simulation_pb2.SimulateSceneRequest)
     assert resolved_scene.vesicles[0].radius_max_angstrom == 500
     spoken = simulation_pb2.SimulateTiltSeriesRequest(
-        tilt_scheme={"tilt_step_degrees": 2}, microscope={"voltage_kv": 300}
+        tilt_scheme=simulation_pb2.TiltScheme(tilt_step_degrees=2), microscope=simulation_pb2.Microscope(voltage_kv=300)
     )
     assert parameters_of(request) == parameters_of(spoken)
 
