@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PIP_OPTIONS ?=
 OUT ?= demo-out
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
-DEMO_SETTINGS := --set particle_diameter_angstrom=170 --set threshold=1.5 --set clusters=4
+DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
 .PHONY: setup demo test lint protos protos-check bench clean
 
@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/cryofleet run discover --tomogram "$(TOMOGRAM)" --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 else
 demo: $(READY)
-	$(BIN)/cryofleet run simulate-tomogram --out "$(OUT)/simulation"
+	$(BIN)/cryofleet run simulate-tomogram --set ctf_correction=wiener --out "$(OUT)/simulation"
 	$(BIN)/cryofleet run discover --tomogram "$(OUT)/simulation/tomogram.mrc" \
 		--set truth="$(OUT)/simulation/truth.parquet" $(DEMO_SETTINGS) --out "$(OUT)" $(OPTIONS) || test $$? -eq 3
 endif
