@@ -162,7 +162,9 @@ def show(run_id: str, as_json: bool) -> None:
 
 
 def _output_text(value: Any) -> str:
-    return " ".join(str(item) for item in value) if hasattr(value, "values") else str(value)
+    if hasattr(value, "values"):
+        return " ".join("-" if item is None else str(item) for item in value)
+    return str(value)
 
 
 @click.command()

@@ -31,6 +31,7 @@ def example(count: int = 5, seed: int = 0) -> Particles:
         class_id=np.arange(count),
         class_name=[f"clässe {index}" for index in range(count)],
         half=np.arange(count) % 2 + 1,
+        filament=np.arange(count) % 3 - 1,
     )
 
 
