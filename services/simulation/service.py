@@ -372,6 +372,8 @@ def simulate_tilt_series(request: pb.SimulateTiltSeriesRequest, task: Task) -> p
     angles = series.angles_degrees
     task.progress(0.0, "reading")
     specimen = task.open_volume(request.density_uri).read()
+    if not np.isfinite(specimen).all():
+        raise FailedPrecondition(f"{request.density_uri} holds voxels that are not finite numbers")
     projections = projection.project(
         specimen,
         angles,
@@ -502,6 +504,7 @@ def reconstruct(request: pb.ReconstructRequest, task: Task) -> pb.ReconstructRes
         ctf_correction=_CORRECTIONS[request.ctf_correction],
         wiener_snr=request.wiener_snr,
         dose_weighting=request.dose_weighting,
+        tilt_axis_degrees=request.tilt_axis_degrees if request.HasField("tilt_axis_degrees") else None,
         align=request.align_images,
         normalise=request.normalise,
     )
@@ -512,7 +515,6 @@ def reconstruct(request: pb.ReconstructRequest, task: Task) -> pb.ReconstructRes
         request.voltage_kv,
         request.cs_mm,
         request.amplitude_contrast,
-        request.tilt_axis_degrees if request.HasField("tilt_axis_degrees") else None,
     )
     tomogram.check_series(series, options, request.tilts_uri)
     all_tilts = np.arange(len(series))

@@ -9,7 +9,7 @@ is taken off, as the specimen goes on beyond the field, and an edge from its mea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,8 @@ PREPARATION_BYTES_PER_PIXEL = 64
 class Preparation:
     """What is done to each image before the reconstruction.
 
-    align: undo the shifts and turns that the series states. tilt_axis_degrees is undone in any case. normalise: give
+    tilt_axis_degrees: angle of the tilt axis from the images' y axis, counter-clockwise; images that were aligned have
+    it along y. align: undo the shifts and turns, and the tilt axis, that the series states. normalise: give
     each image a variance of 1. wiener_snr: of `correct_ctf`.
     """
 
@@ -50,6 +51,7 @@ class Preparation:
     ctf_correction: CtfCorrection = "none"
     wiener_snr: float = SNR
     dose_weighting: bool = False
+    tilt_axis_degrees: float | None = None
     align: bool = False
     normalise: bool = False
 
@@ -73,7 +75,9 @@ def check_series(series: TiltSeries, options: Preparation, name: str) -> None:
     """Raise FailedPrecondition, naming the file, where the series does not say what the options need."""
     if options.dose_weighting and (series.prior_dose is None or series.voltage_kv is None):
         raise FailedPrecondition(f"{name}: weighting by dose needs each image's dose, which the file does not say")
-    if options.align and series.shifts_angstrom is None and series.rotations_degrees is None:
+    if options.align and all(
+        known is None for known in (series.shifts_angstrom, series.rotations_degrees, series.tilt_axis_degrees)
+    ):
         raise FailedPrecondition(f"{name}: there are no shifts and turns in the file to align the images by")
     if options.ctf_correction != "none":
         try:
@@ -109,7 +113,7 @@ def prepare_images(
         progress(index / shape[0], "preparing images", images=index)
         image = read(index, index + 1)[0].astype(np.float32, copy=False)
         image = image - np.float32(image.mean(dtype=np.float64))
-        image = _turned(image, series, index, pixel_size_angstrom, options.align)
+        image = _turned(image, series, index, pixel_size_angstrom, options)
         if options.ctf_correction != "none":
             image = correct_ctf(
                 image,
@@ -208,15 +212,17 @@ def _binned_length(side: int, binning: int) -> tuple[int, int]:
     raise InvalidArgument(f"images of {side} pixels cannot be binned by {binning}")
 
 
-def _turned(image: Array, series: TiltSeries, index: int, pixel_size_angstrom: float, align: bool) -> Array:
+def _turned(image: Array, series: TiltSeries, index: int, pixel_size_angstrom: float, options: Preparation) -> Array:
     """The image with the tilt axis along y, and aligned where that is asked for.
 
     The axis leans by an angle counter-clockwise, x to the right and y up: what comes to (u, v) is found at
     R(angle) (u, v) + shift.
     """
-    angle = series.tilt_axis_degrees or 0.0
+    angle = options.tilt_axis_degrees
+    if angle is None:
+        angle = (series.tilt_axis_degrees or 0.0) if options.align else 0.0
     shift = np.zeros(2)
-    if align:
+    if options.align:
         if series.rotations_degrees is not None:
             angle += float(series.rotations_degrees[index])
         if series.shifts_angstrom is not None:
@@ -257,15 +263,9 @@ def _dose_weights(
 
 
 def with_optics(
-    series: TiltSeries,
-    defocus_um: float | None,
-    voltage_kv: float,
-    cs_mm: float,
-    amplitude_contrast: float,
-    tilt_axis_degrees: float | None,
+    series: TiltSeries, defocus_um: float | None, voltage_kv: float, cs_mm: float, amplitude_contrast: float
 ) -> TiltSeries:
-    """The series with given values where it says nothing itself; a given tilt axis stands in any case."""
-    filled = series.filled(
+    """The series with given values where it says nothing itself."""
+    return series.filled(
         defocus_um=defocus_um, voltage_kv=voltage_kv, cs_mm=cs_mm, amplitude_contrast=amplitude_contrast
     )
-    return filled if tilt_axis_degrees is None else replace(filled, tilt_axis_degrees=tilt_axis_degrees)
