@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cryofleet.formats.relion_tilt_images import TiltImageParticle, read_tilt_im
 from cryofleet.formats.tilt_series import TiltSeries, read_tilt_series, write_mdoc, write_tlt
 from cryofleet.particles import Particles
 from cryofleet.progress import Progress, part
-from cryofleet.scratch_array import reserved_array
+from cryofleet.scratch_array import ScratchVolume
 from cryofleet.server import Needs, Reader, Service, Task
 from cryofleet.v1 import common_pb2
 from cryofleet.v1 import simulation_pb2 as pb
@@ -158,13 +159,16 @@ def _imaging(microscope: pb.Microscope, pixel_size_angstrom: float) -> imaging.I
     )
 
 
-def _write_slabs(task: Task, name: str, volume: NDArray[Any], info: VolumeInfo) -> str:
-    """Write a volume slab by slab: one that lies on disk, or is of other numbers than the file."""
+def _write_slabs(
+    task: Task, name: str, read: Callable[[int, int], NDArray[Any]], info: VolumeInfo, negated: bool = False
+) -> str:
+    """Write a volume slab by slab: `read` gives its sections."""
     thickness = max(1, SLAB_BYTES // (4 * info.shape[1] * info.shape[2]))
     with task.volume_writer(name, info) as writer:
         for first in range(0, info.shape[0], thickness):
             task.progress(0.99, "writing")
-            writer.write(volume[first : first + thickness].astype(np.float32, copy=False))
+            slab = read(first, min(first + thickness, info.shape[0])).astype(np.float32, copy=False)
+            writer.write(-slab if negated else slab)
     return writer.uri
 
 
@@ -296,8 +300,8 @@ def simulate_scene(request: pb.SimulateSceneRequest, task: Task) -> pb.SimulateS
     return pb.SimulateSceneResult(
         density_uri=task.write_volume("density.mrc", truth.density, info),
         truth_uri=task.write_particles("truth.parquet", particles),
-        labels_uri=_write_slabs(task, "labels.mrc", truth.labels, info),
-        instances_uri=_write_slabs(task, "instances.mrc", truth.instances, info),
+        labels_uri=_write_slabs(task, "labels.mrc", lambda first, last: truth.labels[first:last], info),
+        instances_uri=_write_slabs(task, "instances.mrc", lambda first, last: truth.instances[first:last], info),
         metrics_uri=task.write_table("metrics.json", metrics),
         count=len(truth.positions),
         gold_labels=truth.labels_of("gold"),
@@ -527,24 +531,31 @@ def reconstruct(request: pb.ReconstructRequest, task: Task) -> pb.ReconstructRes
             raise InvalidArgument(f"split_tilts: a series of {len(series)} tilts is too short to be split")
         wanted += [("even", request.tilt_series_uri, all_tilts[::2]), ("odd", request.tilt_series_uri, all_tilts[1::2])]
     uris, residuals = {}, {}
-    prepared: NDArray[np.float32] = np.empty((0, 0, 0), np.float32)
-    before = ""
-    for number, (name, uri, tilts) in enumerate(wanted):
-        progress = part(task.progress, number / len(wanted), (number + 0.9) / len(wanted))
-        if uri != before:
-            prepared, pixel = _prepared(request, uri, series, options, task, part(progress, 0.0, 0.4))
-            before = uri
-        shape = (request.size_z, *prepared.shape[1:])
-        out = reserved_array(task.scratch / f"{name}.f32", shape, np.float32)
-        images = prepared if len(tilts) == len(series) else prepared[tilts]
-        angles = series.angles_degrees[tilts]
-        residuals[name] = tomogram.reconstruct(images, angles, out, method, task.threads, part(progress, 0.4, 1.0))
-        if request.contrast == common_pb2.CONTRAST_LIGHT:
-            np.negative(out, out=out)
-        info = VolumeInfo(shape, pixel, _CONTRASTS[request.contrast], *_range(angles))
-        uris[name] = _write_slabs(task, f"{name}.mrc", out, info)
-        del out
-        (task.scratch / f"{name}.f32").unlink()
+    with ExitStack() as files:
+        prepared: ScratchVolume | None = None
+        before = ""
+        for number, (name, uri, tilts) in enumerate(wanted):
+            progress = part(task.progress, number / len(wanted), (number + 0.9) / len(wanted))
+            if prepared is None or uri != before:
+                files.close()
+                prepared, pixel = _prepared(request, uri, series, options, task, part(progress, 0.0, 0.4))
+                files.enter_context(prepared)
+                before = uri
+            shape = (request.size_z, *prepared.shape[1:])
+            angles = series.angles_degrees[tilts]
+
+            def rows(
+                first: int, last: int, images: ScratchVolume = prepared, tilts: NDArray[np.intp] = tilts
+            ) -> NDArray[np.float32]:
+                return images.rows(first, last)[tilts]
+
+            with ScratchVolume(task.scratch / f"{name}.f32", shape) as volume:
+                residuals[name] = tomogram.reconstruct(
+                    rows, angles, shape, volume.write_rows, method, task.threads, part(progress, 0.4, 1.0)
+                )
+                info = VolumeInfo(shape, pixel, _CONTRASTS[request.contrast], *_range(angles))
+                light = request.contrast == common_pb2.CONTRAST_LIGHT
+                uris[name] = _write_slabs(task, f"{name}.mrc", volume.sections, info, negated=light)
     metrics = {
         "tilts": len(series),
         "angles_degrees": series.angles_degrees.tolist(),
@@ -569,7 +580,7 @@ def _prepared(
     options: tomogram.Preparation,
     task: Task,
     progress: Progress,
-) -> tuple[NDArray[np.float32], float]:
+) -> tuple[ScratchVolume, float]:
     """A series prepared for its reconstruction, on disk, and its pixel size after binning."""
     with open_image_stack(task.local_copy(uri), _name(uri), task.scratch, progress) as stack:
         if stack.shape[0] != len(series):
@@ -579,10 +590,10 @@ def _prepared(
             )
         pixel = stack.pixel_size(request.pixel_size_angstrom or None)
         height, width = tomogram.binned_shape(stack.shape[1:], options.binning)
-        path = task.scratch / "prepared.f32"
-        path.unlink(missing_ok=True)
-        prepared = reserved_array(path, (len(series), height, width), np.float32)
-        tomogram.prepare_images(stack.read, stack.shape, series, pixel, options, prepared, task.threads, progress)
+        prepared = ScratchVolume(task.scratch / "prepared.f32", (len(series), height, width))
+        tomogram.prepare_images(
+            stack.read, stack.shape, series, pixel, options, prepared.write_section, task.threads, progress
+        )
     return prepared, pixel * options.binning
 
 

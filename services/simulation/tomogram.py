@@ -92,7 +92,7 @@ def prepare_images(
     series: TiltSeries,
     pixel_size_angstrom: float,
     options: Preparation,
-    out: Array,
+    write: Callable[[int, Array], None],
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> None:
@@ -104,7 +104,7 @@ def prepare_images(
         series: the images' geometry and optics, one entry for each.
         pixel_size_angstrom: of the images as they are read.
         options: what to do.
-        out: where they go, `[image, y, x]` with the sides of `binned_shape`.
+        write: gets the number of each image and the image `[y, x]`, with the sides of `binned_shape`.
         workers: threads of the transforms.
         progress: told of each image.
     """
@@ -134,29 +134,37 @@ def prepare_images(
             if deviation == 0:
                 raise FailedPrecondition(f"image {index} is the same everywhere, which no variance makes 1")
             image = image / np.float32(deviation)
-        out[index] = image - np.float32(image.mean(dtype=np.float64))
+        write(index, image - np.float32(image.mean(dtype=np.float64)))
 
 
 def reconstruct(
-    images: Array,
+    read_rows: Images,
     tilt_angles_degrees: NDArray[np.float64],
-    out: Array,
+    shape: tuple[int, int, int],
+    write_rows: Callable[[int, Array], None],
     options: Reconstruction,
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Reconstruct prepared images `[image, y, x]` into `out` `[z, y, x]`, block by block of rows.
+    """Reconstruct prepared images block by block of rows.
 
-    Returns the relative residuals of SIRT after each iteration, over all rows; nothing for the other methods.
+    Args:
+        read_rows: rows first to last of all images, `[image, row, x]`.
+        tilt_angles_degrees: of each image.
+        shape: of the tomogram, (z, y, x); y and x are the images'.
+        write_rows: gets the first row of each block and the block `[z, row, x]`.
+        options: how.
+        workers: threads.
+        progress: told of the work.
+
+    Returns the relative residuals of SIRT before each iteration, over all rows; nothing for the other methods.
     """
-    depth, height, width = out.shape
-    if images.shape[1:] != (height, width):
-        raise InvalidArgument(f"images of {images.shape[1:]} pixels (y, x) make no tomogram of {height} x {width}")
+    depth, height, width = shape
     squares: list[float] = []
     total = 0.0
     for first in range(0, height, BLOCK_ROWS):
         last = min(first + BLOCK_ROWS, height)
-        rows = np.ascontiguousarray(images[:, first:last])
+        rows = np.ascontiguousarray(read_rows(first, last), np.float32)
         told = part(progress, first / height, last / height)
         match options.method:
             case "weighted_back_projection":
@@ -181,7 +189,7 @@ def reconstruct(
                 ]
             case "fourier":
                 block = fourier_inversion(rows, tilt_angles_degrees, depth, width, workers=workers, progress=told)
-        out[:, first:last] = block
+        write_rows(first, block)
     return [float(np.sqrt(value / total)) if total > 0 else 0.0 for value in squares]
 
 

@@ -32,8 +32,20 @@ def prepared(
 ) -> NDArray[np.float32]:
     preparation = Preparation(**options)
     out = np.empty((len(images), *tomogram.binned_shape(images.shape[1:], preparation.binning)), np.float32)
-    tomogram.prepare_images(lambda i, j: images[i:j], images.shape, series, pixel, preparation, out)
+    tomogram.prepare_images(lambda i, j: images[i:j], images.shape, series, pixel, preparation, out.__setitem__)
     return out
+
+
+def reconstructed(
+    stack: NDArray[np.float32], depth: int, options: Reconstruction
+) -> tuple[NDArray[np.float32], list[float]]:
+    out = np.empty((depth, *stack.shape[1:]), np.float32)
+
+    def write(first: int, block: NDArray[np.float32]) -> None:
+        out[:, first : first + block.shape[1]] = block
+
+    residuals = tomogram.reconstruct(lambda i, j: stack[:, i:j], ANGLES, out.shape, write, options)
+    return out, residuals
 
 
 def correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
@@ -42,10 +54,10 @@ def correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 def test_blocks_of_rows_join_without_a_seam() -> None:
     stack = project(phantom(), ANGLES)
-    out = np.empty(SHAPE, np.float32)
-    assert tomogram.reconstruct(stack, ANGLES, out, Reconstruction()) == []
+    out, residuals = reconstructed(stack, SHAPE[0], Reconstruction())
     np.testing.assert_array_equal(out, weighted_back_projection(stack, ANGLES, SHAPE[0], SHAPE[2]))
-    residuals = tomogram.reconstruct(stack, ANGLES, out, Reconstruction("sirt", iterations=5))
+    assert residuals == []
+    _, residuals = reconstructed(stack, SHAPE[0], Reconstruction("sirt", iterations=5))
     assert len(residuals) == 5
     assert residuals == sorted(residuals, reverse=True)
 
@@ -87,8 +99,7 @@ def test_binning_keeps_the_tilt_axis_in_the_middle(binning: int) -> None:
     centres, width = gaussians(shape, 3.5, 8)
     stack = project(rendered(shape, centres, width), ANGLES)
     binned = prepared(stack, TiltSeries(ANGLES), binning=binning)
-    made = np.empty((10, *binned.shape[1:]), np.float32)
-    tomogram.reconstruct(binned, ANGLES, made, Reconstruction())
+    made, _ = reconstructed(binned, 10, Reconstruction())
     small = (10, *binned.shape[1:])
     truth = rendered(small, centres / binning, width / binning)
     smeared = weighted_back_projection(project(truth, ANGLES), ANGLES, *made.shape[::2])
