@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -225,14 +226,16 @@ class _Builder:
         if specimen.carbon is not None:
             self._add_carbon(specimen.carbon)
         progress(0.0, "membranes")
-        for vesicles in specimen.vesicles:
-            self._add_vesicles(vesicles, part(progress, 0.0, 0.1))
+        # what crosses the whole field finds room first
         for flat in specimen.flat_membranes:
-            for _ in range(flat.count):
-                self._add_membrane(
-                    membranes.random_plane(specimen.shape, self._depth(), flat.max_tilt_degrees, self.rng),
-                    part(progress, 0.1, 0.15),
-                )
+            self._add_membranes("flat membranes", flat.count, partial(self._plane, flat), part(progress, 0.0, 0.05))
+        for vesicles in specimen.vesicles:
+            self._add_membranes(
+                "vesicles",
+                vesicles.count,
+                partial(self._ellipsoid, vesicles),
+                part(progress, 0.05, 0.15),
+            )
         for number, strand in enumerate(specimen.filaments):
             self._add_filaments(strand, len(specimen.placements) + number, part(progress, 0.15, 0.25))
         for beads in specimen.gold_beads:
@@ -338,38 +341,47 @@ class _Builder:
             self.labels[z][inside > 0.5] = self.carbon
             self.flags[z][inside > 0] |= OUTSIDE
 
-    def _add_vesicles(self, vesicles: Vesicles, progress: Progress) -> None:
-        specimen, voxel = self.specimen, self.specimen.voxel_size_angstrom
-        margin = membranes.THICKNESS / 2 / voxel
-        radii = (vesicles.radius_min_angstrom / voxel, vesicles.radius_max_angstrom / voxel)
+    def _plane(self, flat: FlatMembranes) -> membranes.Membrane | None:
+        return membranes.random_plane(self.specimen.shape, self._depth(), flat.max_tilt_degrees, self.rng)
+
+    def _ellipsoid(self, vesicles: Vesicles) -> membranes.Membrane | None:
+        voxel = self.specimen.voxel_size_angstrom
+        return membranes.random_ellipsoid(
+            self.specimen.shape,
+            self._depth(),
+            (vesicles.radius_min_angstrom / voxel, vesicles.radius_max_angstrom / voxel),
+            vesicles.max_ellipticity,
+            membranes.THICKNESS / 2 / voxel,
+            self.rng,
+        )
+
+    def _add_membranes(
+        self, name: str, count: int, draw: Callable[[], membranes.Membrane | None], progress: Progress
+    ) -> None:
+        """Membranes that don't touch each other; `draw` gives one anywhere, or None where it can't fit."""
         placed, reason = 0, None
-        for number in range(vesicles.count):
+        for number in range(count):
             found = False
             for _ in range(STARTS):
-                progress(number / vesicles.count, "membranes", vesicles=number)
-                ellipsoid = membranes.random_ellipsoid(
-                    specimen.shape, self._depth(), radii, vesicles.max_ellipticity, margin, self.rng
-                )
-                if ellipsoid is not None and self._is_clear(ellipsoid):
-                    self._add_membrane(ellipsoid, progress)
+                progress(number / count, name, placed=number)
+                surface = draw()
+                if surface is not None and self._is_clear(surface):
+                    self._add_membrane(surface, progress)
                     found = True
                     break
             if not found:
                 reason = f"no place was found for another in {STARTS} tries"
                 break
             placed += 1
-        self._report("vesicles", vesicles.count, placed, reason, 0)
+        self._report(name, count, placed, reason, 0)
 
-    def _is_clear(self, ellipsoid: membranes.Ellipsoid) -> bool:
-        """Whether nothing lies in a vesicle or within its membrane and the gap."""
+    def _is_clear(self, surface: membranes.Membrane) -> bool:
+        """Whether nothing lies within a membrane and the gap, nor in the vesicle that it closes; carbon may cut it."""
         voxel = self.specimen.voxel_size_angstrom
         reach = (membranes.THICKNESS / 2 + self.specimen.min_gap_angstrom) / voxel
-        for z, rows, columns, distance in _planes(ellipsoid, self.specimen.shape, reach):
-            busy = self.flags[z, rows, columns] & (OCCUPIED | MEMBRANE | OUTSIDE)
-            # the slab's own limits were seen to; they count as free here
-            if not self.ice[0] <= z < self.ice[1]:
-                continue
-            if busy[distance < reach].any():
+        for z, rows, columns, distance in _planes(surface, self.specimen.shape, reach):
+            own = distance < reach if isinstance(surface, membranes.Ellipsoid) else np.abs(distance) < reach
+            if (self.flags[z, rows, columns] & (OCCUPIED | MEMBRANE))[own].any():
                 return False
         return True
 

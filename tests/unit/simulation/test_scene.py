@@ -243,6 +243,14 @@ def test_flat_membranes_cross_the_field() -> None:
     np.testing.assert_array_equal(membrane[0], membrane[-1])
 
 
+def test_membranes_do_not_cross() -> None:
+    made = scene(flat_membranes=(FlatMembranes(2, 10),), vesicles=(Vesicles(2, 120, 130),), shape=(40, 96, 96), seed=4)
+    membrane = made.labels == made.labels_of("membrane")[0]
+    # two planes and two vesicles are four pieces, or more where the field cuts one
+    assert scipy.ndimage.label(membrane, np.ones((3, 3, 3)))[1] >= 4
+    assert [placed.placed for placed in made.placed] == [2, 2]
+
+
 # --- filaments, gold, carbon
 
 
