@@ -35,6 +35,8 @@ COLUMNS: Mapping[str, str] = {
     "shift_y": "float64",
     "shift_z": "float64",
     "score": "float64",
+    # What a particle measures across, where it was found by its size.
+    "diameter_angstrom": "float64",
     "class_id": "int32",
     "class_name": "str",
     "half": "int32",

@@ -21,11 +21,12 @@ def uniform_random(count: int, rng: np.random.Generator) -> Rotation:
     return Rotation.from_quat(rng.normal(size=(count, 4)))
 
 
-def rotation_grid(step_degrees: float) -> Rotation:
+def rotation_grid(step_degrees: float, symmetry: str = "C1") -> Rotation:
     """A near-uniform grid on SO(3) whose points are about `step_degrees` apart.
 
     Super-Fibonacci spirals (Alexa, CVPR 2022), as many points as cells of side `step_degrees` fit into the group's
-    volume of 8 pi^2.
+    volume of 8 pi^2. Of a reference of some point group only one of the rotations that look alike is kept, the one that
+    turns least: the grid is as dense, and shorter by the order of the group.
     """
     if not 0.5 <= step_degrees <= 180:
         raise InvalidArgument(f"step_degrees {step_degrees:g}: must lie in 0.5 to 180")
@@ -35,9 +36,14 @@ def rotation_grid(step_degrees: float) -> Rotation:
     alpha = 2 * np.pi * (index + 0.5) / math.sqrt(2)
     beta = 2 * np.pi * (index + 0.5) / 1.533751168755204288118041413  # the real root of psi^4 = psi + 4
     inner, outer = np.sqrt(t), np.sqrt(1 - t)
-    return Rotation.from_quat(
-        np.stack([inner * np.sin(alpha), inner * np.cos(alpha), outer * np.sin(beta), outer * np.cos(beta)], axis=1)
+    quaternions = np.stack(
+        [inner * np.sin(alpha), inner * np.cos(alpha), outer * np.sin(beta), outer * np.cos(beta)], axis=1
     )
+    group = _point_group_quaternions(symmetry)
+    # The scalar part of q g is w_q w_g - v_q . v_g, and a rotation turns the less the larger its modulus.
+    scalar = np.abs(quaternions @ (group * np.array([-1.0, -1.0, -1.0, 1.0])).T)
+    kept = quaternions[scalar[:, 0] >= scalar.max(axis=1) - 1e-12]
+    return Rotation.from_quat(kept if len(kept) else quaternions[:1])
 
 
 @lru_cache(maxsize=64)

@@ -154,6 +154,11 @@ class Task(Reader):
         """URI of a folder of the result, for artifacts of several objects: a model's are `NAME/…`."""
         return f"{self._writer.uri}/{name}"
 
+    def written(self, uri: str) -> dict[str, str]:
+        """Name and digest of an object that this operation wrote, for tables that refer to others of its result."""
+        name = uri.removeprefix(self._writer.uri + "/")
+        return {"name": name, "digest": str(self._writer.entry(name)["digest"])}
+
     def write_bytes(self, name: str, data: Data) -> str:
         """Writes an object of bytes, or of pieces of them; its URI."""
         return self._writer.put(name, data)

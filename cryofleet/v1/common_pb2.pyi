@@ -41,6 +41,32 @@ CONTRAST_LIGHT: Contrast.ValueType  # 2
 """Protein is brighter than the ice around it, as in density maps."""
 Global___Contrast: _TypeAlias = Contrast  # noqa: Y015
 
+class _CtfCorrection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CtfCorrectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CtfCorrection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CTF_CORRECTION_UNSPECIFIED: _CtfCorrection.ValueType  # 0
+    CTF_CORRECTION_NONE: _CtfCorrection.ValueType  # 1
+    """None."""
+    CTF_CORRECTION_PHASE_FLIP: _CtfCorrection.ValueType  # 2
+    """The sign alone."""
+    CTF_CORRECTION_WIENER: _CtfCorrection.ValueType  # 3
+    """Sign and amplitude, as far as the noise allows."""
+
+class CtfCorrection(_CtfCorrection, metaclass=_CtfCorrectionEnumTypeWrapper):
+    """How the contrast transfer of a tomogram was corrected."""
+
+CTF_CORRECTION_UNSPECIFIED: CtfCorrection.ValueType  # 0
+CTF_CORRECTION_NONE: CtfCorrection.ValueType  # 1
+"""None."""
+CTF_CORRECTION_PHASE_FLIP: CtfCorrection.ValueType  # 2
+"""The sign alone."""
+CTF_CORRECTION_WIENER: CtfCorrection.ValueType  # 3
+"""Sign and amplitude, as far as the noise allows."""
+Global___CtfCorrection: _TypeAlias = CtfCorrection  # noqa: Y015
+
 class _Device:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

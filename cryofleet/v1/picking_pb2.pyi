@@ -64,6 +64,27 @@ EDGE_POLICY_FILL_MEAN: EdgePolicy.ValueType  # 2
 """What lies outside gets the mean of the part inside."""
 Global___EdgePolicy: _TypeAlias = EdgePolicy  # noqa: Y015
 
+class _Surface:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SurfaceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Surface.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SURFACE_UNSPECIFIED: _Surface.ValueType  # 0
+    SURFACE_MIDDLE: _Surface.ValueType  # 1
+    """The middle of a sheet, as a segmented membrane is."""
+    SURFACE_BOUNDARY: _Surface.ValueType  # 2
+    """The boundary of a body."""
+
+class Surface(_Surface, metaclass=_SurfaceEnumTypeWrapper): ...
+
+SURFACE_UNSPECIFIED: Surface.ValueType  # 0
+SURFACE_MIDDLE: Surface.ValueType  # 1
+"""The middle of a sheet, as a segmented membrane is."""
+SURFACE_BOUNDARY: Surface.ValueType  # 2
+"""The boundary of a body."""
+Global___Surface: _TypeAlias = Surface  # noqa: Y015
+
 @_typing.final
 class DifferenceOfGaussiansRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -76,6 +97,9 @@ class DifferenceOfGaussiansRequest(_message.Message):
     MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
     MAX_PICKS_FIELD_NUMBER: _builtins.int
     CONTRAST_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_MAX_ANGSTROM_FIELD_NUMBER: _builtins.int
+    PREVIEW_Z_FIELD_NUMBER: _builtins.int
+    PREVIEW_PLANES_FIELD_NUMBER: _builtins.int
     tomogram_uri: _builtins.str
     particle_diameter_angstrom: _builtins.float
     sigma_ratio: _builtins.float
@@ -83,6 +107,9 @@ class DifferenceOfGaussiansRequest(_message.Message):
     min_distance_angstrom: _builtins.float
     max_picks: _builtins.int
     contrast: _common_pb2.Contrast.ValueType
+    particle_diameter_max_angstrom: _builtins.float
+    preview_z: _builtins.int
+    preview_planes: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -96,10 +123,13 @@ class DifferenceOfGaussiansRequest(_message.Message):
         min_distance_angstrom: _builtins.float | None = ...,
         max_picks: _builtins.int | None = ...,
         contrast: _common_pb2.Contrast.ValueType | None = ...,
+        particle_diameter_max_angstrom: _builtins.float | None = ...,
+        preview_z: _builtins.int | None = ...,
+        preview_planes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_angstrom", b"particle_diameter_angstrom", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
     _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
@@ -107,6 +137,12 @@ class DifferenceOfGaussiansRequest(_message.Message):
     _WhichOneofArgType__max_picks: _TypeAlias = _typing.Literal["_max_picks", b"_max_picks"]  # noqa: Y015
     _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
     _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__particle_diameter_max_angstrom: _TypeAlias = _typing.Literal["particle_diameter_max_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__particle_diameter_max_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__preview_planes: _TypeAlias = _typing.Literal["preview_planes"]  # noqa: Y015
+    _WhichOneofArgType__preview_planes: _TypeAlias = _typing.Literal["_preview_planes", b"_preview_planes"]  # noqa: Y015
+    _WhichOneofReturnType__preview_z: _TypeAlias = _typing.Literal["preview_z"]  # noqa: Y015
+    _WhichOneofArgType__preview_z: _TypeAlias = _typing.Literal["_preview_z", b"_preview_z"]  # noqa: Y015
     _WhichOneofReturnType__sigma_ratio: _TypeAlias = _typing.Literal["sigma_ratio"]  # noqa: Y015
     _WhichOneofArgType__sigma_ratio: _TypeAlias = _typing.Literal["_sigma_ratio", b"_sigma_ratio"]  # noqa: Y015
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
@@ -117,6 +153,12 @@ class DifferenceOfGaussiansRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_picks) -> _WhichOneofReturnType__max_picks | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__particle_diameter_max_angstrom) -> _WhichOneofReturnType__particle_diameter_max_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preview_planes) -> _WhichOneofReturnType__preview_planes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preview_z) -> _WhichOneofReturnType__preview_z | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sigma_ratio) -> _WhichOneofReturnType__sigma_ratio | None: ...
     @_typing.overload
@@ -130,17 +172,23 @@ class DifferenceOfGaussiansResult(_message.Message):
 
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     count: _builtins.int
+    particle_diameter_angstrom: _builtins.float
+    metrics_uri: _builtins.str
     def __init__(
         self,
         *,
         particles_uri: _builtins.str = ...,
         count: _builtins.int = ...,
+        particle_diameter_angstrom: _builtins.float = ...,
+        metrics_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "particles_uri", b"particles_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -460,11 +508,19 @@ class EvaluateRequest(_message.Message):
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
     TRUTH_URI_FIELD_NUMBER: _builtins.int
     DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    INSTANCES_URI_FIELD_NUMBER: _builtins.int
+    SYMMETRIES_FIELD_NUMBER: _builtins.int
+    CLASS_NAMES_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     truth_uri: _builtins.str
     distance_angstrom: _builtins.float
+    instances_uri: _builtins.str
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def symmetries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassSymmetry]: ...
+    @_builtins.property
+    def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -472,14 +528,41 @@ class EvaluateRequest(_message.Message):
         particles_uri: _builtins.str = ...,
         truth_uri: _builtins.str = ...,
         distance_angstrom: _builtins.float = ...,
+        instances_uri: _builtins.str = ...,
+        symmetries: _abc.Iterable[Global___ClassSymmetry] | None = ...,
+        class_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "distance_angstrom", b"distance_angstrom", "particles_uri", b"particles_uri", "truth_uri", b"truth_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_names", b"class_names", "context", b"context", "distance_angstrom", b"distance_angstrom", "instances_uri", b"instances_uri", "particles_uri", b"particles_uri", "symmetries", b"symmetries", "truth_uri", b"truth_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateRequest: _TypeAlias = EvaluateRequest  # noqa: Y015
+
+@_typing.final
+class ClassSymmetry(_message.Message):
+    """The point group of a class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASS_NAME_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    class_name: _builtins.str
+    symmetry: _builtins.str
+    def __init__(
+        self,
+        *,
+        class_name: _builtins.str = ...,
+        symmetry: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_name", b"class_name", "symmetry", b"symmetry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassSymmetry: _TypeAlias = ClassSymmetry  # noqa: Y015
 
 @_typing.final
 class EvaluateResult(_message.Message):
@@ -490,11 +573,15 @@ class EvaluateResult(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     F1_FIELD_NUMBER: _builtins.int
     MATCHED_FIELD_NUMBER: _builtins.int
+    AVERAGE_PRECISION_FIELD_NUMBER: _builtins.int
+    MEDIAN_ANGULAR_ERROR_DEGREES_FIELD_NUMBER: _builtins.int
     metrics_uri: _builtins.str
     precision: _builtins.float
     recall: _builtins.float
     f1: _builtins.float
     matched: _builtins.int
+    average_precision: _builtins.float
+    median_angular_error_degrees: _builtins.float
     def __init__(
         self,
         *,
@@ -503,12 +590,21 @@ class EvaluateResult(_message.Message):
         recall: _builtins.float = ...,
         f1: _builtins.float = ...,
         matched: _builtins.int = ...,
+        average_precision: _builtins.float | None = ...,
+        median_angular_error_degrees: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_precision", b"_average_precision", "_median_angular_error_degrees", b"_median_angular_error_degrees", "average_precision", b"average_precision", "median_angular_error_degrees", b"median_angular_error_degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["f1", b"f1", "matched", b"matched", "metrics_uri", b"metrics_uri", "precision", b"precision", "recall", b"recall"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_precision", b"_average_precision", "_median_angular_error_degrees", b"_median_angular_error_degrees", "average_precision", b"average_precision", "f1", b"f1", "matched", b"matched", "median_angular_error_degrees", b"median_angular_error_degrees", "metrics_uri", b"metrics_uri", "precision", b"precision", "recall", b"recall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__average_precision: _TypeAlias = _typing.Literal["average_precision"]  # noqa: Y015
+    _WhichOneofArgType__average_precision: _TypeAlias = _typing.Literal["_average_precision", b"_average_precision"]  # noqa: Y015
+    _WhichOneofReturnType__median_angular_error_degrees: _TypeAlias = _typing.Literal["median_angular_error_degrees"]  # noqa: Y015
+    _WhichOneofArgType__median_angular_error_degrees: _TypeAlias = _typing.Literal["_median_angular_error_degrees", b"_median_angular_error_degrees"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__average_precision) -> _WhichOneofReturnType__average_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__median_angular_error_degrees) -> _WhichOneofReturnType__median_angular_error_degrees | None: ...
 
 Global___EvaluateResult: _TypeAlias = EvaluateResult  # noqa: Y015
 
@@ -545,3 +641,1153 @@ class EvaluateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___EvaluateResponse: _TypeAlias = EvaluateResponse  # noqa: Y015
+
+@_typing.final
+class PlanTemplateMatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    TEMPLATE_URI_FIELD_NUMBER: _builtins.int
+    ANGULAR_STEP_DEGREES_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    BINNING_FIELD_NUMBER: _builtins.int
+    FILTERED_FIELD_NUMBER: _builtins.int
+    ORIENTATIONS_PER_ROW_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    template_uri: _builtins.str
+    angular_step_degrees: _builtins.float
+    symmetry: _builtins.str
+    binning: _builtins.int
+    filtered: _builtins.bool
+    orientations_per_row: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        template_uri: _builtins.str = ...,
+        angular_step_degrees: _builtins.float = ...,
+        symmetry: _builtins.str | None = ...,
+        binning: _builtins.int | None = ...,
+        filtered: _builtins.bool | None = ...,
+        orientations_per_row: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_binning", b"_binning", "_filtered", b"_filtered", "_orientations_per_row", b"_orientations_per_row", "_symmetry", b"_symmetry", "binning", b"binning", "context", b"context", "filtered", b"filtered", "orientations_per_row", b"orientations_per_row", "symmetry", b"symmetry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_binning", b"_binning", "_filtered", b"_filtered", "_orientations_per_row", b"_orientations_per_row", "_symmetry", b"_symmetry", "angular_step_degrees", b"angular_step_degrees", "binning", b"binning", "context", b"context", "filtered", b"filtered", "orientations_per_row", b"orientations_per_row", "symmetry", b"symmetry", "template_uri", b"template_uri", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
+    _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__filtered: _TypeAlias = _typing.Literal["filtered"]  # noqa: Y015
+    _WhichOneofArgType__filtered: _TypeAlias = _typing.Literal["_filtered", b"_filtered"]  # noqa: Y015
+    _WhichOneofReturnType__orientations_per_row: _TypeAlias = _typing.Literal["orientations_per_row"]  # noqa: Y015
+    _WhichOneofArgType__orientations_per_row: _TypeAlias = _typing.Literal["_orientations_per_row", b"_orientations_per_row"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__filtered) -> _WhichOneofReturnType__filtered | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__orientations_per_row) -> _WhichOneofReturnType__orientations_per_row | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+
+Global___PlanTemplateMatchRequest: _TypeAlias = PlanTemplateMatchRequest  # noqa: Y015
+
+@_typing.final
+class PlanTemplateMatchResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ORIENTATIONS_FIELD_NUMBER: _builtins.int
+    TILES_FIELD_NUMBER: _builtins.int
+    plan_uri: _builtins.str
+    rows: _builtins.int
+    orientations: _builtins.int
+    tiles: _builtins.int
+    def __init__(
+        self,
+        *,
+        plan_uri: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        orientations: _builtins.int = ...,
+        tiles: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["orientations", b"orientations", "plan_uri", b"plan_uri", "rows", b"rows", "tiles", b"tiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTemplateMatchResult: _TypeAlias = PlanTemplateMatchResult  # noqa: Y015
+
+@_typing.final
+class PlanTemplateMatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___PlanTemplateMatchResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___PlanTemplateMatchResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PlanTemplateMatchResponse: _TypeAlias = PlanTemplateMatchResponse  # noqa: Y015
+
+@_typing.final
+class TemplateMatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    TEMPLATE_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MASK_RADII_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    WHITEN_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    GOLD_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    ANGULAR_STEP_DEGREES_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    BINNING_FIELD_NUMBER: _builtins.int
+    REGION_MASK_URI_FIELD_NUMBER: _builtins.int
+    SUBTRACT_BACKGROUND_FIELD_NUMBER: _builtins.int
+    TEST_HANDEDNESS_FIELD_NUMBER: _builtins.int
+    EXPECTED_FALSE_POSITIVES_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TOP_HAT_RADIUS_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_PICKS_FIELD_NUMBER: _builtins.int
+    CLASS_NAME_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    PLAN_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    template_uri: _builtins.str
+    mask_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    whiten: _builtins.bool
+    low_pass_angstrom: _builtins.float
+    high_pass_angstrom: _builtins.float
+    gold_deviations: _builtins.float
+    contrast: _common_pb2.Contrast.ValueType
+    angular_step_degrees: _builtins.float
+    symmetry: _builtins.str
+    binning: _builtins.int
+    region_mask_uri: _builtins.str
+    subtract_background: _builtins.bool
+    test_handedness: _builtins.bool
+    expected_false_positives: _builtins.float
+    threshold: _builtins.float
+    min_distance_angstrom: _builtins.float
+    top_hat_radius_voxels: _builtins.float
+    max_picks: _builtins.int
+    class_name: _builtins.str
+    seed: _builtins.int
+    plan_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def mask_radii_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        template_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        mask_radii_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        whiten: _builtins.bool | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        high_pass_angstrom: _builtins.float | None = ...,
+        gold_deviations: _builtins.float | None = ...,
+        contrast: _common_pb2.Contrast.ValueType | None = ...,
+        angular_step_degrees: _builtins.float = ...,
+        symmetry: _builtins.str | None = ...,
+        binning: _builtins.int | None = ...,
+        region_mask_uri: _builtins.str = ...,
+        subtract_background: _builtins.bool | None = ...,
+        test_handedness: _builtins.bool | None = ...,
+        expected_false_positives: _builtins.float | None = ...,
+        threshold: _builtins.float | None = ...,
+        min_distance_angstrom: _builtins.float | None = ...,
+        top_hat_radius_voxels: _builtins.float | None = ...,
+        max_picks: _builtins.int | None = ...,
+        class_name: _builtins.str | None = ...,
+        seed: _builtins.int | None = ...,
+        plan_uri: _builtins.str = ...,
+        rows: _common_pb2.RowRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_binning", b"_binning", "_class_name", b"_class_name", "_contrast", b"_contrast", "_ctf_correction", b"_ctf_correction", "_expected_false_positives", b"_expected_false_positives", "_gold_deviations", b"_gold_deviations", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_seed", b"_seed", "_subtract_background", b"_subtract_background", "_symmetry", b"_symmetry", "_test_handedness", b"_test_handedness", "_threshold", b"_threshold", "_top_hat_radius_voxels", b"_top_hat_radius_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "_whiten", b"_whiten", "binning", b"binning", "class_name", b"class_name", "context", b"context", "contrast", b"contrast", "ctf_correction", b"ctf_correction", "expected_false_positives", b"expected_false_positives", "gold_deviations", b"gold_deviations", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "rows", b"rows", "seed", b"seed", "subtract_background", b"subtract_background", "symmetry", b"symmetry", "test_handedness", b"test_handedness", "threshold", b"threshold", "top_hat_radius_voxels", b"top_hat_radius_voxels", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose", "whiten", b"whiten"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_binning", b"_binning", "_class_name", b"_class_name", "_contrast", b"_contrast", "_ctf_correction", b"_ctf_correction", "_expected_false_positives", b"_expected_false_positives", "_gold_deviations", b"_gold_deviations", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_seed", b"_seed", "_subtract_background", b"_subtract_background", "_symmetry", b"_symmetry", "_test_handedness", b"_test_handedness", "_threshold", b"_threshold", "_top_hat_radius_voxels", b"_top_hat_radius_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "_whiten", b"_whiten", "angular_step_degrees", b"angular_step_degrees", "binning", b"binning", "class_name", b"class_name", "context", b"context", "contrast", b"contrast", "ctf_correction", b"ctf_correction", "expected_false_positives", b"expected_false_positives", "gold_deviations", b"gold_deviations", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "mask_radii_angstrom", b"mask_radii_angstrom", "mask_uri", b"mask_uri", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "plan_uri", b"plan_uri", "region_mask_uri", b"region_mask_uri", "rows", b"rows", "seed", b"seed", "subtract_background", b"subtract_background", "symmetry", b"symmetry", "template_uri", b"template_uri", "test_handedness", b"test_handedness", "threshold", b"threshold", "tilts_uri", b"tilts_uri", "tomogram_uri", b"tomogram_uri", "top_hat_radius_voxels", b"top_hat_radius_voxels", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose", "whiten", b"whiten"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
+    _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__class_name: _TypeAlias = _typing.Literal["class_name"]  # noqa: Y015
+    _WhichOneofArgType__class_name: _TypeAlias = _typing.Literal["_class_name", b"_class_name"]  # noqa: Y015
+    _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
+    _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__expected_false_positives: _TypeAlias = _typing.Literal["expected_false_positives"]  # noqa: Y015
+    _WhichOneofArgType__expected_false_positives: _TypeAlias = _typing.Literal["_expected_false_positives", b"_expected_false_positives"]  # noqa: Y015
+    _WhichOneofReturnType__gold_deviations: _TypeAlias = _typing.Literal["gold_deviations"]  # noqa: Y015
+    _WhichOneofArgType__gold_deviations: _TypeAlias = _typing.Literal["_gold_deviations", b"_gold_deviations"]  # noqa: Y015
+    _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_picks: _TypeAlias = _typing.Literal["max_picks"]  # noqa: Y015
+    _WhichOneofArgType__max_picks: _TypeAlias = _typing.Literal["_max_picks", b"_max_picks"]  # noqa: Y015
+    _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__subtract_background: _TypeAlias = _typing.Literal["subtract_background"]  # noqa: Y015
+    _WhichOneofArgType__subtract_background: _TypeAlias = _typing.Literal["_subtract_background", b"_subtract_background"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__test_handedness: _TypeAlias = _typing.Literal["test_handedness"]  # noqa: Y015
+    _WhichOneofArgType__test_handedness: _TypeAlias = _typing.Literal["_test_handedness", b"_test_handedness"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__top_hat_radius_voxels: _TypeAlias = _typing.Literal["top_hat_radius_voxels"]  # noqa: Y015
+    _WhichOneofArgType__top_hat_radius_voxels: _TypeAlias = _typing.Literal["_top_hat_radius_voxels", b"_top_hat_radius_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    _WhichOneofReturnType__whiten: _TypeAlias = _typing.Literal["whiten"]  # noqa: Y015
+    _WhichOneofArgType__whiten: _TypeAlias = _typing.Literal["_whiten", b"_whiten"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__class_name) -> _WhichOneofReturnType__class_name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast) -> _WhichOneofReturnType__contrast | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_false_positives) -> _WhichOneofReturnType__expected_false_positives | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gold_deviations) -> _WhichOneofReturnType__gold_deviations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_picks) -> _WhichOneofReturnType__max_picks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__subtract_background) -> _WhichOneofReturnType__subtract_background | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__test_handedness) -> _WhichOneofReturnType__test_handedness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_hat_radius_voxels) -> _WhichOneofReturnType__top_hat_radius_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__whiten) -> _WhichOneofReturnType__whiten | None: ...
+
+Global___TemplateMatchRequest: _TypeAlias = TemplateMatchRequest  # noqa: Y015
+
+@_typing.final
+class TemplateMatchResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCH_URI_FIELD_NUMBER: _builtins.int
+    SCORES_URI_FIELD_NUMBER: _builtins.int
+    ROTATIONS_URI_FIELD_NUMBER: _builtins.int
+    ORIENTATIONS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    ORIENTATIONS_FIELD_NUMBER: _builtins.int
+    match_uri: _builtins.str
+    scores_uri: _builtins.str
+    rotations_uri: _builtins.str
+    orientations_uri: _builtins.str
+    particles_uri: _builtins.str
+    metrics_uri: _builtins.str
+    count: _builtins.int
+    threshold: _builtins.float
+    orientations: _builtins.int
+    def __init__(
+        self,
+        *,
+        match_uri: _builtins.str = ...,
+        scores_uri: _builtins.str = ...,
+        rotations_uri: _builtins.str = ...,
+        orientations_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        threshold: _builtins.float = ...,
+        orientations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "match_uri", b"match_uri", "metrics_uri", b"metrics_uri", "orientations", b"orientations", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TemplateMatchResult: _TypeAlias = TemplateMatchResult  # noqa: Y015
+
+@_typing.final
+class TemplateMatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TemplateMatchResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TemplateMatchResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TemplateMatchResponse: _TypeAlias = TemplateMatchResponse  # noqa: Y015
+
+@_typing.final
+class PickPeaksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MATCH_URIS_FIELD_NUMBER: _builtins.int
+    EXPECTED_FALSE_POSITIVES_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TOP_HAT_RADIUS_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_PICKS_FIELD_NUMBER: _builtins.int
+    CLASS_NAME_FIELD_NUMBER: _builtins.int
+    expected_false_positives: _builtins.float
+    threshold: _builtins.float
+    min_distance_angstrom: _builtins.float
+    top_hat_radius_voxels: _builtins.float
+    max_picks: _builtins.int
+    class_name: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def match_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        match_uris: _abc.Iterable[_builtins.str] | None = ...,
+        expected_false_positives: _builtins.float | None = ...,
+        threshold: _builtins.float | None = ...,
+        min_distance_angstrom: _builtins.float | None = ...,
+        top_hat_radius_voxels: _builtins.float | None = ...,
+        max_picks: _builtins.int | None = ...,
+        class_name: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_class_name", b"_class_name", "_expected_false_positives", b"_expected_false_positives", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_threshold", b"_threshold", "_top_hat_radius_voxels", b"_top_hat_radius_voxels", "class_name", b"class_name", "context", b"context", "expected_false_positives", b"expected_false_positives", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "threshold", b"threshold", "top_hat_radius_voxels", b"top_hat_radius_voxels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_class_name", b"_class_name", "_expected_false_positives", b"_expected_false_positives", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_threshold", b"_threshold", "_top_hat_radius_voxels", b"_top_hat_radius_voxels", "class_name", b"class_name", "context", b"context", "expected_false_positives", b"expected_false_positives", "match_uris", b"match_uris", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "threshold", b"threshold", "top_hat_radius_voxels", b"top_hat_radius_voxels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__class_name: _TypeAlias = _typing.Literal["class_name"]  # noqa: Y015
+    _WhichOneofArgType__class_name: _TypeAlias = _typing.Literal["_class_name", b"_class_name"]  # noqa: Y015
+    _WhichOneofReturnType__expected_false_positives: _TypeAlias = _typing.Literal["expected_false_positives"]  # noqa: Y015
+    _WhichOneofArgType__expected_false_positives: _TypeAlias = _typing.Literal["_expected_false_positives", b"_expected_false_positives"]  # noqa: Y015
+    _WhichOneofReturnType__max_picks: _TypeAlias = _typing.Literal["max_picks"]  # noqa: Y015
+    _WhichOneofArgType__max_picks: _TypeAlias = _typing.Literal["_max_picks", b"_max_picks"]  # noqa: Y015
+    _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__top_hat_radius_voxels: _TypeAlias = _typing.Literal["top_hat_radius_voxels"]  # noqa: Y015
+    _WhichOneofArgType__top_hat_radius_voxels: _TypeAlias = _typing.Literal["_top_hat_radius_voxels", b"_top_hat_radius_voxels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__class_name) -> _WhichOneofReturnType__class_name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_false_positives) -> _WhichOneofReturnType__expected_false_positives | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_picks) -> _WhichOneofReturnType__max_picks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_hat_radius_voxels) -> _WhichOneofReturnType__top_hat_radius_voxels | None: ...
+
+Global___PickPeaksRequest: _TypeAlias = PickPeaksRequest  # noqa: Y015
+
+@_typing.final
+class PickPeaksResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORES_URI_FIELD_NUMBER: _builtins.int
+    ROTATIONS_URI_FIELD_NUMBER: _builtins.int
+    ORIENTATIONS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    scores_uri: _builtins.str
+    rotations_uri: _builtins.str
+    orientations_uri: _builtins.str
+    particles_uri: _builtins.str
+    metrics_uri: _builtins.str
+    count: _builtins.int
+    threshold: _builtins.float
+    def __init__(
+        self,
+        *,
+        scores_uri: _builtins.str = ...,
+        rotations_uri: _builtins.str = ...,
+        orientations_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        threshold: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickPeaksResult: _TypeAlias = PickPeaksResult  # noqa: Y015
+
+@_typing.final
+class PickPeaksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___PickPeaksResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___PickPeaksResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PickPeaksResponse: _TypeAlias = PickPeaksResponse  # noqa: Y015
+
+@_typing.final
+class RefinePicksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MASK_RADII_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    WHITEN_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    GOLD_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    ANGLE_DEGREES_FIELD_NUMBER: _builtins.int
+    MAX_SHIFT_ANGSTROM_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    particles_uri: _builtins.str
+    template_uri: _builtins.str
+    mask_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    whiten: _builtins.bool
+    low_pass_angstrom: _builtins.float
+    high_pass_angstrom: _builtins.float
+    gold_deviations: _builtins.float
+    contrast: _common_pb2.Contrast.ValueType
+    angle_degrees: _builtins.float
+    max_shift_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    @_builtins.property
+    def mask_radii_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        rows: _common_pb2.RowRange | None = ...,
+        template_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        mask_radii_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        whiten: _builtins.bool | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        high_pass_angstrom: _builtins.float | None = ...,
+        gold_deviations: _builtins.float | None = ...,
+        contrast: _common_pb2.Contrast.ValueType | None = ...,
+        angle_degrees: _builtins.float | None = ...,
+        max_shift_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees", "_contrast", b"_contrast", "_ctf_correction", b"_ctf_correction", "_gold_deviations", b"_gold_deviations", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_shift_angstrom", b"_max_shift_angstrom", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "_whiten", b"_whiten", "angle_degrees", b"angle_degrees", "context", b"context", "contrast", b"contrast", "ctf_correction", b"ctf_correction", "gold_deviations", b"gold_deviations", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_shift_angstrom", b"max_shift_angstrom", "rows", b"rows", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose", "whiten", b"whiten"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees", "_contrast", b"_contrast", "_ctf_correction", b"_ctf_correction", "_gold_deviations", b"_gold_deviations", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_shift_angstrom", b"_max_shift_angstrom", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "_whiten", b"_whiten", "angle_degrees", b"angle_degrees", "context", b"context", "contrast", b"contrast", "ctf_correction", b"ctf_correction", "gold_deviations", b"gold_deviations", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "mask_radii_angstrom", b"mask_radii_angstrom", "mask_uri", b"mask_uri", "max_shift_angstrom", b"max_shift_angstrom", "particles_uri", b"particles_uri", "rows", b"rows", "template_uri", b"template_uri", "tilts_uri", b"tilts_uri", "tomogram_uri", b"tomogram_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose", "whiten", b"whiten"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__angle_degrees: _TypeAlias = _typing.Literal["angle_degrees"]  # noqa: Y015
+    _WhichOneofArgType__angle_degrees: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
+    _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__gold_deviations: _TypeAlias = _typing.Literal["gold_deviations"]  # noqa: Y015
+    _WhichOneofArgType__gold_deviations: _TypeAlias = _typing.Literal["_gold_deviations", b"_gold_deviations"]  # noqa: Y015
+    _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_shift_angstrom: _TypeAlias = _typing.Literal["max_shift_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__max_shift_angstrom: _TypeAlias = _typing.Literal["_max_shift_angstrom", b"_max_shift_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    _WhichOneofReturnType__whiten: _TypeAlias = _typing.Literal["whiten"]  # noqa: Y015
+    _WhichOneofArgType__whiten: _TypeAlias = _typing.Literal["_whiten", b"_whiten"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__angle_degrees) -> _WhichOneofReturnType__angle_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast) -> _WhichOneofReturnType__contrast | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gold_deviations) -> _WhichOneofReturnType__gold_deviations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_angstrom) -> _WhichOneofReturnType__max_shift_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__whiten) -> _WhichOneofReturnType__whiten | None: ...
+
+Global___RefinePicksRequest: _TypeAlias = RefinePicksRequest  # noqa: Y015
+
+@_typing.final
+class RefinePicksResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefinePicksResult: _TypeAlias = RefinePicksResult  # noqa: Y015
+
+@_typing.final
+class RefinePicksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___RefinePicksResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___RefinePicksResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___RefinePicksResponse: _TypeAlias = RefinePicksResponse  # noqa: Y015
+
+@_typing.final
+class FilterParticlesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URIS_FIELD_NUMBER: _builtins.int
+    SCORE_MIN_FIELD_NUMBER: _builtins.int
+    SCORE_MAX_FIELD_NUMBER: _builtins.int
+    EXPECTED_FALSE_POSITIVES_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_URI_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_DISTANCE_MIN_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_DISTANCE_MAX_ANGSTROM_FIELD_NUMBER: _builtins.int
+    BORDER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    WITHIN_CLASS_FIELD_NUMBER: _builtins.int
+    MAX_PARTICLES_FIELD_NUMBER: _builtins.int
+    CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    score_min: _builtins.float
+    score_max: _builtins.float
+    expected_false_positives: _builtins.float
+    mask_uri: _builtins.str
+    segmentation_uri: _builtins.str
+    segmentation_distance_min_angstrom: _builtins.float
+    segmentation_distance_max_angstrom: _builtins.float
+    border_angstrom: _builtins.float
+    min_distance_angstrom: _builtins.float
+    within_class: _builtins.bool
+    max_particles: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uris: _abc.Iterable[_builtins.str] | None = ...,
+        score_min: _builtins.float | None = ...,
+        score_max: _builtins.float | None = ...,
+        expected_false_positives: _builtins.float | None = ...,
+        mask_uri: _builtins.str = ...,
+        segmentation_uri: _builtins.str = ...,
+        segmentation_distance_min_angstrom: _builtins.float | None = ...,
+        segmentation_distance_max_angstrom: _builtins.float | None = ...,
+        border_angstrom: _builtins.float | None = ...,
+        min_distance_angstrom: _builtins.float | None = ...,
+        within_class: _builtins.bool | None = ...,
+        max_particles: _builtins.int | None = ...,
+        class_names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_border_angstrom", b"_border_angstrom", "_expected_false_positives", b"_expected_false_positives", "_max_particles", b"_max_particles", "_min_distance_angstrom", b"_min_distance_angstrom", "_score_max", b"_score_max", "_score_min", b"_score_min", "_segmentation_distance_max_angstrom", b"_segmentation_distance_max_angstrom", "_segmentation_distance_min_angstrom", b"_segmentation_distance_min_angstrom", "_within_class", b"_within_class", "border_angstrom", b"border_angstrom", "context", b"context", "expected_false_positives", b"expected_false_positives", "max_particles", b"max_particles", "min_distance_angstrom", b"min_distance_angstrom", "score_max", b"score_max", "score_min", b"score_min", "segmentation_distance_max_angstrom", b"segmentation_distance_max_angstrom", "segmentation_distance_min_angstrom", b"segmentation_distance_min_angstrom", "within_class", b"within_class"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_border_angstrom", b"_border_angstrom", "_expected_false_positives", b"_expected_false_positives", "_max_particles", b"_max_particles", "_min_distance_angstrom", b"_min_distance_angstrom", "_score_max", b"_score_max", "_score_min", b"_score_min", "_segmentation_distance_max_angstrom", b"_segmentation_distance_max_angstrom", "_segmentation_distance_min_angstrom", b"_segmentation_distance_min_angstrom", "_within_class", b"_within_class", "border_angstrom", b"border_angstrom", "class_names", b"class_names", "context", b"context", "expected_false_positives", b"expected_false_positives", "mask_uri", b"mask_uri", "max_particles", b"max_particles", "min_distance_angstrom", b"min_distance_angstrom", "particles_uris", b"particles_uris", "score_max", b"score_max", "score_min", b"score_min", "segmentation_distance_max_angstrom", b"segmentation_distance_max_angstrom", "segmentation_distance_min_angstrom", b"segmentation_distance_min_angstrom", "segmentation_uri", b"segmentation_uri", "within_class", b"within_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__border_angstrom: _TypeAlias = _typing.Literal["border_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__border_angstrom: _TypeAlias = _typing.Literal["_border_angstrom", b"_border_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__expected_false_positives: _TypeAlias = _typing.Literal["expected_false_positives"]  # noqa: Y015
+    _WhichOneofArgType__expected_false_positives: _TypeAlias = _typing.Literal["_expected_false_positives", b"_expected_false_positives"]  # noqa: Y015
+    _WhichOneofReturnType__max_particles: _TypeAlias = _typing.Literal["max_particles"]  # noqa: Y015
+    _WhichOneofArgType__max_particles: _TypeAlias = _typing.Literal["_max_particles", b"_max_particles"]  # noqa: Y015
+    _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__score_max: _TypeAlias = _typing.Literal["score_max"]  # noqa: Y015
+    _WhichOneofArgType__score_max: _TypeAlias = _typing.Literal["_score_max", b"_score_max"]  # noqa: Y015
+    _WhichOneofReturnType__score_min: _TypeAlias = _typing.Literal["score_min"]  # noqa: Y015
+    _WhichOneofArgType__score_min: _TypeAlias = _typing.Literal["_score_min", b"_score_min"]  # noqa: Y015
+    _WhichOneofReturnType__segmentation_distance_max_angstrom: _TypeAlias = _typing.Literal["segmentation_distance_max_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__segmentation_distance_max_angstrom: _TypeAlias = _typing.Literal["_segmentation_distance_max_angstrom", b"_segmentation_distance_max_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__segmentation_distance_min_angstrom: _TypeAlias = _typing.Literal["segmentation_distance_min_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__segmentation_distance_min_angstrom: _TypeAlias = _typing.Literal["_segmentation_distance_min_angstrom", b"_segmentation_distance_min_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__within_class: _TypeAlias = _typing.Literal["within_class"]  # noqa: Y015
+    _WhichOneofArgType__within_class: _TypeAlias = _typing.Literal["_within_class", b"_within_class"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__border_angstrom) -> _WhichOneofReturnType__border_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_false_positives) -> _WhichOneofReturnType__expected_false_positives | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_particles) -> _WhichOneofReturnType__max_particles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score_max) -> _WhichOneofReturnType__score_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score_min) -> _WhichOneofReturnType__score_min | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segmentation_distance_max_angstrom) -> _WhichOneofReturnType__segmentation_distance_max_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segmentation_distance_min_angstrom) -> _WhichOneofReturnType__segmentation_distance_min_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__within_class) -> _WhichOneofReturnType__within_class | None: ...
+
+Global___FilterParticlesRequest: _TypeAlias = FilterParticlesRequest  # noqa: Y015
+
+@_typing.final
+class FilterParticlesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    metrics_uri: _builtins.str
+    count: _builtins.int
+    removed: _builtins.int
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterParticlesResult: _TypeAlias = FilterParticlesResult  # noqa: Y015
+
+@_typing.final
+class FilterParticlesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FilterParticlesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FilterParticlesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FilterParticlesResponse: _TypeAlias = FilterParticlesResponse  # noqa: Y015
+
+@_typing.final
+class SampleGridRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    SPACING_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    spacing_angstrom: _builtins.float
+    mask_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        spacing_angstrom: _builtins.float = ...,
+        mask_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "mask_uri", b"mask_uri", "spacing_angstrom", b"spacing_angstrom", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleGridRequest: _TypeAlias = SampleGridRequest  # noqa: Y015
+
+@_typing.final
+class SampleGridResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleGridResult: _TypeAlias = SampleGridResult  # noqa: Y015
+
+@_typing.final
+class SampleGridResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SampleGridResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SampleGridResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SampleGridResponse: _TypeAlias = SampleGridResponse  # noqa: Y015
+
+@_typing.final
+class SampleSurfaceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SEGMENTATION_URI_FIELD_NUMBER: _builtins.int
+    SPACING_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SURFACE_FIELD_NUMBER: _builtins.int
+    OFFSET_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SMOOTHING_ANGSTROM_FIELD_NUMBER: _builtins.int
+    segmentation_uri: _builtins.str
+    spacing_angstrom: _builtins.float
+    surface: Global___Surface.ValueType
+    offset_angstrom: _builtins.float
+    smoothing_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        segmentation_uri: _builtins.str = ...,
+        spacing_angstrom: _builtins.float = ...,
+        surface: Global___Surface.ValueType | None = ...,
+        offset_angstrom: _builtins.float | None = ...,
+        smoothing_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_offset_angstrom", b"_offset_angstrom", "_smoothing_angstrom", b"_smoothing_angstrom", "_surface", b"_surface", "context", b"context", "offset_angstrom", b"offset_angstrom", "smoothing_angstrom", b"smoothing_angstrom", "surface", b"surface"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_offset_angstrom", b"_offset_angstrom", "_smoothing_angstrom", b"_smoothing_angstrom", "_surface", b"_surface", "context", b"context", "offset_angstrom", b"offset_angstrom", "segmentation_uri", b"segmentation_uri", "smoothing_angstrom", b"smoothing_angstrom", "spacing_angstrom", b"spacing_angstrom", "surface", b"surface"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__offset_angstrom: _TypeAlias = _typing.Literal["offset_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__offset_angstrom: _TypeAlias = _typing.Literal["_offset_angstrom", b"_offset_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__smoothing_angstrom: _TypeAlias = _typing.Literal["smoothing_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__smoothing_angstrom: _TypeAlias = _typing.Literal["_smoothing_angstrom", b"_smoothing_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__surface: _TypeAlias = _typing.Literal["surface"]  # noqa: Y015
+    _WhichOneofArgType__surface: _TypeAlias = _typing.Literal["_surface", b"_surface"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offset_angstrom) -> _WhichOneofReturnType__offset_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smoothing_angstrom) -> _WhichOneofReturnType__smoothing_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__surface) -> _WhichOneofReturnType__surface | None: ...
+
+Global___SampleSurfaceRequest: _TypeAlias = SampleSurfaceRequest  # noqa: Y015
+
+@_typing.final
+class SampleSurfaceResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleSurfaceResult: _TypeAlias = SampleSurfaceResult  # noqa: Y015
+
+@_typing.final
+class SampleSurfaceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SampleSurfaceResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SampleSurfaceResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SampleSurfaceResponse: _TypeAlias = SampleSurfaceResponse  # noqa: Y015
+
+@_typing.final
+class SaliencyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_PICKS_FIELD_NUMBER: _builtins.int
+    COMPACTNESS_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    particle_diameter_angstrom: _builtins.float
+    threshold: _builtins.float
+    min_distance_angstrom: _builtins.float
+    max_picks: _builtins.int
+    compactness: _builtins.float
+    contrast: _common_pb2.Contrast.ValueType
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        particle_diameter_angstrom: _builtins.float = ...,
+        threshold: _builtins.float | None = ...,
+        min_distance_angstrom: _builtins.float | None = ...,
+        max_picks: _builtins.int | None = ...,
+        compactness: _builtins.float | None = ...,
+        contrast: _common_pb2.Contrast.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_compactness", b"_compactness", "_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_threshold", b"_threshold", "compactness", b"compactness", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_compactness", b"_compactness", "_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_threshold", b"_threshold", "compactness", b"compactness", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_angstrom", b"particle_diameter_angstrom", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__compactness: _TypeAlias = _typing.Literal["compactness"]  # noqa: Y015
+    _WhichOneofArgType__compactness: _TypeAlias = _typing.Literal["_compactness", b"_compactness"]  # noqa: Y015
+    _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
+    _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
+    _WhichOneofReturnType__max_picks: _TypeAlias = _typing.Literal["max_picks"]  # noqa: Y015
+    _WhichOneofArgType__max_picks: _TypeAlias = _typing.Literal["_max_picks", b"_max_picks"]  # noqa: Y015
+    _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compactness) -> _WhichOneofReturnType__compactness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast) -> _WhichOneofReturnType__contrast | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_picks) -> _WhichOneofReturnType__max_picks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___SaliencyRequest: _TypeAlias = SaliencyRequest  # noqa: Y015
+
+@_typing.final
+class SaliencyResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    SALIENCY_URI_FIELD_NUMBER: _builtins.int
+    SUPPRESSED_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    SUPERVOXELS_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    saliency_uri: _builtins.str
+    suppressed_uri: _builtins.str
+    count: _builtins.int
+    supervoxels: _builtins.int
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        saliency_uri: _builtins.str = ...,
+        suppressed_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        supervoxels: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "particles_uri", b"particles_uri", "saliency_uri", b"saliency_uri", "supervoxels", b"supervoxels", "suppressed_uri", b"suppressed_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaliencyResult: _TypeAlias = SaliencyResult  # noqa: Y015
+
+@_typing.final
+class SaliencyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SaliencyResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SaliencyResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SaliencyResponse: _TypeAlias = SaliencyResponse  # noqa: Y015

@@ -59,6 +59,46 @@ class PickingServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_picking__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_picking__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
+        self.PlanTemplateMatch = channel.unary_stream(
+                '/cryofleet.v1.PickingService/PlanTemplateMatch',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchResponse.FromString,
+                _registered_method=True)
+        self.TemplateMatch = channel.unary_stream(
+                '/cryofleet.v1.PickingService/TemplateMatch',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.TemplateMatchRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.TemplateMatchResponse.FromString,
+                _registered_method=True)
+        self.PickPeaks = channel.unary_stream(
+                '/cryofleet.v1.PickingService/PickPeaks',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.PickPeaksRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.PickPeaksResponse.FromString,
+                _registered_method=True)
+        self.RefinePicks = channel.unary_stream(
+                '/cryofleet.v1.PickingService/RefinePicks',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.RefinePicksRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.RefinePicksResponse.FromString,
+                _registered_method=True)
+        self.FilterParticles = channel.unary_stream(
+                '/cryofleet.v1.PickingService/FilterParticles',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.FilterParticlesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.FilterParticlesResponse.FromString,
+                _registered_method=True)
+        self.SampleGrid = channel.unary_stream(
+                '/cryofleet.v1.PickingService/SampleGrid',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.SampleGridRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.SampleGridResponse.FromString,
+                _registered_method=True)
+        self.SampleSurface = channel.unary_stream(
+                '/cryofleet.v1.PickingService/SampleSurface',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceResponse.FromString,
+                _registered_method=True)
+        self.Saliency = channel.unary_stream(
+                '/cryofleet.v1.PickingService/Saliency',
+                request_serializer=cryofleet_dot_v1_dot_picking__pb2.SaliencyRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_picking__pb2.SaliencyResponse.FromString,
+                _registered_method=True)
 
 
 class PickingServiceServicer:
@@ -94,6 +134,54 @@ class PickingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanTemplateMatch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TemplateMatch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PickPeaks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefinePicks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FilterParticles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SampleGrid(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SampleSurface(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Saliency(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PickingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +209,46 @@ def add_PickingServiceServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=cryofleet_dot_v1_dot_picking__pb2.EvaluateRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_picking__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'PlanTemplateMatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.PlanTemplateMatch,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchResponse.SerializeToString,
+            ),
+            'TemplateMatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.TemplateMatch,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.TemplateMatchRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.TemplateMatchResponse.SerializeToString,
+            ),
+            'PickPeaks': grpc.unary_stream_rpc_method_handler(
+                    servicer.PickPeaks,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.PickPeaksRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.PickPeaksResponse.SerializeToString,
+            ),
+            'RefinePicks': grpc.unary_stream_rpc_method_handler(
+                    servicer.RefinePicks,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.RefinePicksRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.RefinePicksResponse.SerializeToString,
+            ),
+            'FilterParticles': grpc.unary_stream_rpc_method_handler(
+                    servicer.FilterParticles,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.FilterParticlesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.FilterParticlesResponse.SerializeToString,
+            ),
+            'SampleGrid': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleGrid,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.SampleGridRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.SampleGridResponse.SerializeToString,
+            ),
+            'SampleSurface': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleSurface,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceResponse.SerializeToString,
+            ),
+            'Saliency': grpc.unary_stream_rpc_method_handler(
+                    servicer.Saliency,
+                    request_deserializer=cryofleet_dot_v1_dot_picking__pb2.SaliencyRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_picking__pb2.SaliencyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +386,222 @@ class PickingService:
             '/cryofleet.v1.PickingService/Evaluate',
             cryofleet_dot_v1_dot_picking__pb2.EvaluateRequest.SerializeToString,
             cryofleet_dot_v1_dot_picking__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanTemplateMatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/PlanTemplateMatch',
+            cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.PlanTemplateMatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TemplateMatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/TemplateMatch',
+            cryofleet_dot_v1_dot_picking__pb2.TemplateMatchRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.TemplateMatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PickPeaks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/PickPeaks',
+            cryofleet_dot_v1_dot_picking__pb2.PickPeaksRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.PickPeaksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefinePicks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/RefinePicks',
+            cryofleet_dot_v1_dot_picking__pb2.RefinePicksRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.RefinePicksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FilterParticles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/FilterParticles',
+            cryofleet_dot_v1_dot_picking__pb2.FilterParticlesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.FilterParticlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleGrid(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/SampleGrid',
+            cryofleet_dot_v1_dot_picking__pb2.SampleGridRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.SampleGridResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleSurface(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/SampleSurface',
+            cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.SampleSurfaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Saliency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.PickingService/Saliency',
+            cryofleet_dot_v1_dot_picking__pb2.SaliencyRequest.SerializeToString,
+            cryofleet_dot_v1_dot_picking__pb2.SaliencyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,14 @@ class PickingServiceStub:
     MergeSubtomograms: _grpc.UnaryStreamMultiCallable[_picking_pb2.MergeSubtomogramsRequest, _picking_pb2.MergeSubtomogramsResponse]
     MergeParticles: _grpc.UnaryStreamMultiCallable[_picking_pb2.MergeParticlesRequest, _picking_pb2.MergeParticlesResponse]
     Evaluate: _grpc.UnaryStreamMultiCallable[_picking_pb2.EvaluateRequest, _picking_pb2.EvaluateResponse]
+    PlanTemplateMatch: _grpc.UnaryStreamMultiCallable[_picking_pb2.PlanTemplateMatchRequest, _picking_pb2.PlanTemplateMatchResponse]
+    TemplateMatch: _grpc.UnaryStreamMultiCallable[_picking_pb2.TemplateMatchRequest, _picking_pb2.TemplateMatchResponse]
+    PickPeaks: _grpc.UnaryStreamMultiCallable[_picking_pb2.PickPeaksRequest, _picking_pb2.PickPeaksResponse]
+    RefinePicks: _grpc.UnaryStreamMultiCallable[_picking_pb2.RefinePicksRequest, _picking_pb2.RefinePicksResponse]
+    FilterParticles: _grpc.UnaryStreamMultiCallable[_picking_pb2.FilterParticlesRequest, _picking_pb2.FilterParticlesResponse]
+    SampleGrid: _grpc.UnaryStreamMultiCallable[_picking_pb2.SampleGridRequest, _picking_pb2.SampleGridResponse]
+    SampleSurface: _grpc.UnaryStreamMultiCallable[_picking_pb2.SampleSurfaceRequest, _picking_pb2.SampleSurfaceResponse]
+    Saliency: _grpc.UnaryStreamMultiCallable[_picking_pb2.SaliencyRequest, _picking_pb2.SaliencyResponse]
 
 @_typing.type_check_only
 class PickingServiceAsyncStub(PickingServiceStub):
@@ -45,6 +53,14 @@ class PickingServiceAsyncStub(PickingServiceStub):
     MergeSubtomograms: _aio.UnaryStreamMultiCallable[_picking_pb2.MergeSubtomogramsRequest, _picking_pb2.MergeSubtomogramsResponse]  # type: ignore[assignment]
     MergeParticles: _aio.UnaryStreamMultiCallable[_picking_pb2.MergeParticlesRequest, _picking_pb2.MergeParticlesResponse]  # type: ignore[assignment]
     Evaluate: _aio.UnaryStreamMultiCallable[_picking_pb2.EvaluateRequest, _picking_pb2.EvaluateResponse]  # type: ignore[assignment]
+    PlanTemplateMatch: _aio.UnaryStreamMultiCallable[_picking_pb2.PlanTemplateMatchRequest, _picking_pb2.PlanTemplateMatchResponse]  # type: ignore[assignment]
+    TemplateMatch: _aio.UnaryStreamMultiCallable[_picking_pb2.TemplateMatchRequest, _picking_pb2.TemplateMatchResponse]  # type: ignore[assignment]
+    PickPeaks: _aio.UnaryStreamMultiCallable[_picking_pb2.PickPeaksRequest, _picking_pb2.PickPeaksResponse]  # type: ignore[assignment]
+    RefinePicks: _aio.UnaryStreamMultiCallable[_picking_pb2.RefinePicksRequest, _picking_pb2.RefinePicksResponse]  # type: ignore[assignment]
+    FilterParticles: _aio.UnaryStreamMultiCallable[_picking_pb2.FilterParticlesRequest, _picking_pb2.FilterParticlesResponse]  # type: ignore[assignment]
+    SampleGrid: _aio.UnaryStreamMultiCallable[_picking_pb2.SampleGridRequest, _picking_pb2.SampleGridResponse]  # type: ignore[assignment]
+    SampleSurface: _aio.UnaryStreamMultiCallable[_picking_pb2.SampleSurfaceRequest, _picking_pb2.SampleSurfaceResponse]  # type: ignore[assignment]
+    Saliency: _aio.UnaryStreamMultiCallable[_picking_pb2.SaliencyRequest, _picking_pb2.SaliencyResponse]  # type: ignore[assignment]
 
 class PickingServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -81,5 +97,61 @@ class PickingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _picking_pb2.EvaluateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_picking_pb2.EvaluateResponse], _abc.AsyncIterator[_picking_pb2.EvaluateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def PlanTemplateMatch(
+        self,
+        request: _picking_pb2.PlanTemplateMatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.PlanTemplateMatchResponse], _abc.AsyncIterator[_picking_pb2.PlanTemplateMatchResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TemplateMatch(
+        self,
+        request: _picking_pb2.TemplateMatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.TemplateMatchResponse], _abc.AsyncIterator[_picking_pb2.TemplateMatchResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def PickPeaks(
+        self,
+        request: _picking_pb2.PickPeaksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.PickPeaksResponse], _abc.AsyncIterator[_picking_pb2.PickPeaksResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RefinePicks(
+        self,
+        request: _picking_pb2.RefinePicksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.RefinePicksResponse], _abc.AsyncIterator[_picking_pb2.RefinePicksResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FilterParticles(
+        self,
+        request: _picking_pb2.FilterParticlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.FilterParticlesResponse], _abc.AsyncIterator[_picking_pb2.FilterParticlesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SampleGrid(
+        self,
+        request: _picking_pb2.SampleGridRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.SampleGridResponse], _abc.AsyncIterator[_picking_pb2.SampleGridResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SampleSurface(
+        self,
+        request: _picking_pb2.SampleSurfaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.SampleSurfaceResponse], _abc.AsyncIterator[_picking_pb2.SampleSurfaceResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Saliency(
+        self,
+        request: _picking_pb2.SaliencyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_picking_pb2.SaliencyResponse], _abc.AsyncIterator[_picking_pb2.SaliencyResponse]]: ...
 
 def add_PickingServiceServicer_to_server(servicer: PickingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

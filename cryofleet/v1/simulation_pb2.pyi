@@ -166,31 +166,6 @@ BACK_PROJECTION_WINDOW_SIRT: BackProjectionWindow.ValueType  # 3
 """The filter that imitates so many iterations of SIRT."""
 Global___BackProjectionWindow: _TypeAlias = BackProjectionWindow  # noqa: Y015
 
-class _CtfCorrection:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _CtfCorrectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CtfCorrection.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    CTF_CORRECTION_UNSPECIFIED: _CtfCorrection.ValueType  # 0
-    CTF_CORRECTION_NONE: _CtfCorrection.ValueType  # 1
-    """None."""
-    CTF_CORRECTION_PHASE_FLIP: _CtfCorrection.ValueType  # 2
-    """The sign alone."""
-    CTF_CORRECTION_WIENER: _CtfCorrection.ValueType  # 3
-    """Sign and amplitude, as far as the noise allows."""
-
-class CtfCorrection(_CtfCorrection, metaclass=_CtfCorrectionEnumTypeWrapper): ...
-
-CTF_CORRECTION_UNSPECIFIED: CtfCorrection.ValueType  # 0
-CTF_CORRECTION_NONE: CtfCorrection.ValueType  # 1
-"""None."""
-CTF_CORRECTION_PHASE_FLIP: CtfCorrection.ValueType  # 2
-"""The sign alone."""
-CTF_CORRECTION_WIENER: CtfCorrection.ValueType  # 3
-"""Sign and amplitude, as far as the noise allows."""
-Global___CtfCorrection: _TypeAlias = CtfCorrection  # noqa: Y015
-
 class _Orientations:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -980,7 +955,7 @@ class ReconstructRequest(_message.Message):
     window: Global___BackProjectionWindow.ValueType
     iterations: _builtins.int
     binning: _builtins.int
-    ctf_correction: Global___CtfCorrection.ValueType
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
     wiener_snr: _builtins.float
     defocus_um: _builtins.float
     voltage_kv: _builtins.float
@@ -1008,7 +983,7 @@ class ReconstructRequest(_message.Message):
         window: Global___BackProjectionWindow.ValueType | None = ...,
         iterations: _builtins.int | None = ...,
         binning: _builtins.int | None = ...,
-        ctf_correction: Global___CtfCorrection.ValueType | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
         wiener_snr: _builtins.float | None = ...,
         defocus_um: _builtins.float | None = ...,
         voltage_kv: _builtins.float | None = ...,
@@ -1229,7 +1204,7 @@ class SimulateSubtomogramsRequest(_message.Message):
     voxel_size_angstrom: _builtins.float
     resolution_angstrom: _builtins.float
     snr: _builtins.float
-    ctf_correction: Global___CtfCorrection.ValueType
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
     contrast: _common_pb2.Contrast.ValueType
     catalogue_uri: _builtins.str
     seed: _builtins.int
@@ -1256,7 +1231,7 @@ class SimulateSubtomogramsRequest(_message.Message):
         snr: _builtins.float | None = ...,
         tilt_scheme: Global___TiltScheme | None = ...,
         microscope: Global___Microscope | None = ...,
-        ctf_correction: Global___CtfCorrection.ValueType | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
         contrast: _common_pb2.Contrast.ValueType | None = ...,
         catalogue_uri: _builtins.str = ...,
         seed: _builtins.int | None = ...,

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,8 +195,59 @@ def difference_of_gaussians(
     return Picks(positions[kept], scores[above][kept], peaks.mean, peaks.deviation)
 
 
+def preview(
+    read_slab: ReadSlab,
+    shape: Shape,
+    z_first: int,
+    z_count: int,
+    voxel_size_angstrom: float,
+    particle_diameter_angstrom: float,
+    *,
+    contrast: str,
+    sigma_ratio: float = 1.1,
+    threshold: float = 3.0,
+    min_distance_angstrom: float | None = None,
+    max_picks: int = 0,
+    progress: Progress = no_progress,
+    tile_bytes: int = TILE_BYTES,
+) -> Picks:
+    """Pick the particles of the planes `z_first` to `z_first + z_count - 1` alone, to try parameters out.
+
+    The planes that the filter reaches are read too, so that responses and local maxima are those of the whole
+    tomogram. Mean and deviation, hence scores, are of the planes read. A chain of overlapping peaks that reaches
+    beyond these planes may be resolved differently in the whole. Positions are those of the whole tomogram; the other
+    arguments are those of `difference_of_gaussians`.
+
+    Raises:
+        InvalidArgument: planes outside the tomogram, or a diameter or ratio that can't work.
+        FailedPrecondition: voxels that are not finite, or constant planes.
+    """
+    check_diameter(shape, voxel_size_angstrom, particle_diameter_angstrom)
+    if z_first < 0 or z_count < 1 or z_first + z_count > shape[0]:
+        raise InvalidArgument(f"z_first is {z_first}, z_count {z_count}: the tomogram has planes 0 to {shape[0] - 1}")
+    # a peak is compared with its neighbouring planes
+    halo = _radius(sigmas_voxels(particle_diameter_angstrom, voxel_size_angstrom, sigma_ratio)[1]) + 1
+    low, high = max(0, z_first - halo), min(shape[0], z_first + z_count + halo)
+    picks = difference_of_gaussians(
+        lambda z0, z1: read_slab(low + z0, low + z1),
+        (high - low, shape[1], shape[2]),
+        voxel_size_angstrom,
+        particle_diameter_angstrom,
+        contrast=contrast,
+        sigma_ratio=sigma_ratio,
+        threshold=threshold,
+        min_distance_angstrom=min_distance_angstrom,
+        progress=progress,
+        tile_bytes=tile_bytes,
+    )
+    positions = picks.positions + np.array([0, 0, low])
+    inside = np.flatnonzero((positions[:, 2] >= z_first) & (positions[:, 2] < z_first + z_count))
+    inside = inside[: max_picks or len(inside)]
+    return Picks(positions[inside], picks.scores[inside], picks.mean, picks.deviation)
+
+
 def suppress(
-    positions: NDArray[np.int64],
+    positions: NDArray[np.integer[Any]] | NDArray[np.float64],
     scores: NDArray[np.float64],
     min_distance_voxels: float,
     max_picks: int = 0,
@@ -207,7 +259,7 @@ def suppress(
     nearer to it than `min_distance_voxels`.
 
     Args:
-        positions: integer `[n, 3]`, (x, y, z) voxels.
+        positions: `[n, 3]`, (x, y, z) voxels.
         scores: `[n]`.
         min_distance_voxels: peaks exactly so far apart both stay.
         max_picks: stop at so many; 0 for all.

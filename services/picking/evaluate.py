@@ -52,7 +52,7 @@ class ClassScore:
 class Evaluation:
     """The figures of a set of picks. Without picks precision, recall and F1 are 0."""
 
-    distance_angstrom: float
+    distance_angstrom: float | None
     picks: int
     truth: int
     matching: Matching
@@ -125,6 +125,17 @@ def evaluate(
     if len(truth_angstrom) == 0:
         raise FailedPrecondition("there are no true particles to compare the picks with")
     matching = match(picks_angstrom, truth_angstrom, distance_angstrom, progress)
+    return of_matching(matching, len(picks_angstrom), len(truth_angstrom), truth_classes, distance_angstrom)
+
+
+def of_matching(
+    matching: Matching,
+    picks: int,
+    truth: int,
+    truth_classes: Sequence[str] | None = None,
+    distance_angstrom: float | None = None,
+) -> Evaluation:
+    """The figures of picks and true particles, so many of each, that were matched by whatever rule."""
     classes: list[ClassScore] = []
     if truth_classes is not None:
         names = np.asarray(truth_classes, dtype=np.str_)
@@ -133,7 +144,7 @@ def evaluate(
         for name in np.unique(names):
             members = names == name
             classes.append(ClassScore(str(name), int(members.sum()), int(found[members].sum())))
-    return Evaluation(distance_angstrom, len(picks_angstrom), len(truth_angstrom), matching, tuple(classes))
+    return Evaluation(distance_angstrom, picks, truth, matching, tuple(classes))
 
 
 def match(picks: Points, truth: Points, max_distance: float, progress: Progress = no_progress) -> Matching:

@@ -28,8 +28,8 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics import fourier
 from cryofleet.numerics.ctf import Ctf, ctf_grid, defocus_at, interaction_constant, radial_frequency
+from cryofleet.numerics.radiation import remaining_amplitude
 from cryofleet.progress import Progress, no_progress
-from services.simulation.radiation import remaining_amplitude
 from services.simulation.tilt_scheme import TiltScheme
 
 #: Two neighbouring defoci differ by so much of the CTF's phase at Nyquist, radians: a linear blend is then off by at

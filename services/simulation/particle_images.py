@@ -34,8 +34,8 @@ from cryofleet.numerics import fourier
 from cryofleet.numerics.compiled import compiled
 from cryofleet.numerics.ctf import Ctf, ctf_grid, image_frequencies
 from cryofleet.numerics.fsc import shell_index
+from cryofleet.numerics.radiation import remaining_amplitude
 from cryofleet.progress import Progress, no_progress
-from services.simulation.radiation import remaining_amplitude
 
 #: The least side of an image: below it there is no frequency to speak of.
 MIN_BOX = 8

@@ -873,7 +873,7 @@ _WINDOWS: Mapping[int, Any] = {
     pb.BACK_PROJECTION_WINDOW_SIRT: "sirt",
 }
 _CORRECTIONS: Mapping[int, Any] = {
-    pb.CTF_CORRECTION_NONE: "none",
-    pb.CTF_CORRECTION_PHASE_FLIP: "phase_flip",
-    pb.CTF_CORRECTION_WIENER: "wiener",
+    common_pb2.CTF_CORRECTION_NONE: "none",
+    common_pb2.CTF_CORRECTION_PHASE_FLIP: "phase_flip",
+    common_pb2.CTF_CORRECTION_WIENER: "wiener",
 }

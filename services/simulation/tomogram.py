@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.ctf import image_frequencies
+from cryofleet.numerics.radiation import remaining_amplitude
 from cryofleet.progress import Progress, no_progress, part
 from services.simulation.ctf_correction import SNR, correct_ctf
 from services.simulation.fourier_inversion import fourier_inversion
-from services.simulation.radiation import remaining_amplitude
 from services.simulation.sirt import sirt
 from services.simulation.weighted_back_projection import Window, weighted_back_projection
 

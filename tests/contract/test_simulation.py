@@ -449,8 +449,8 @@ async def test_electrons_are_counted(channel: grpc.aio.Channel, store: Store) ->
         {"method": pb.RECONSTRUCTION_SIRT, "iterations": 5},
         {"method": pb.RECONSTRUCTION_FOURIER},
         {"window": pb.BACK_PROJECTION_WINDOW_SIRT},
-        {"ctf_correction": pb.CTF_CORRECTION_PHASE_FLIP},
-        {"ctf_correction": pb.CTF_CORRECTION_WIENER, "dose_weighting": True, "normalise": True},
+        {"ctf_correction": common_pb2.CTF_CORRECTION_PHASE_FLIP},
+        {"ctf_correction": common_pb2.CTF_CORRECTION_WIENER, "dose_weighting": True, "normalise": True},
         {"contrast": common_pb2.CONTRAST_LIGHT, "split_tilts": True, "binning": 2, "size_z": 20},
     ],
 )
@@ -486,7 +486,7 @@ async def test_a_step_that_needs_what_the_angles_lack(channel: grpc.aio.Channel,
     store.put(stack, mrc_file(tmp_path, np.random.default_rng(0).normal(size=(3, 16, 16)).astype(np.float32), 10.0))
     store.put(tilts, b"-10\n0\n10\n")
     request = pb.ReconstructRequest(
-        tilt_series_uri=stack, tilts_uri=tilts, size_z=16, ctf_correction=pb.CTF_CORRECTION_PHASE_FLIP
+        tilt_series_uri=stack, tilts_uri=tilts, size_z=16, ctf_correction=common_pb2.CTF_CORRECTION_PHASE_FLIP
     )
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call_operation(channel, request)

@@ -18,6 +18,7 @@ from services.picking.difference_of_gaussians import (
     difference_of_gaussians,
     memory_bytes,
     plan_tiles,
+    preview,
     sigmas_voxels,
     suppress,
 )
@@ -317,3 +318,30 @@ def test_progress_rises_to_the_end_and_can_stop_the_work() -> None:
     assert len(fractions) == 5
     assert fractions == sorted(fractions)
     assert all(0 < fraction < 1 for fraction in fractions)
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 9), (25, 10), (50, 10), (0, 60)])
+def test_a_preview_has_the_peaks_of_the_whole(first: int, count: int) -> None:
+    volume, read = noise((60, 40, 42), seed=8), set[int]()
+
+    def read_slab(z0: int, z1: int) -> Array:
+        read.update(range(z0, z1))
+        return volume[z0:z1]
+
+    whole = pick(volume, 6, threshold=-100, min_distance_angstrom=0)
+    some = preview(
+        read_slab, volume.shape, first, count, VOXEL, 60, contrast="light", threshold=-100, min_distance_angstrom=0
+    )
+    inside = (whole.positions[:, 2] >= first) & (whole.positions[:, 2] < first + count)
+    np.testing.assert_array_equal(some.positions, whole.positions[inside])
+    responses = whole.scores[inside] * whole.deviation + whole.mean
+    np.testing.assert_allclose(some.scores * some.deviation + some.mean, responses, atol=1e-5)
+    assert min(read) >= first - 9
+    assert max(read) < first + count + 9
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 3), (5, 0), (28, 3)])
+def test_a_preview_outside_the_tomogram_is_refused(first: int, count: int) -> None:
+    volume = noise((30, 20, 20))
+    with pytest.raises(InvalidArgument, match="planes 0 to 29"):
+        preview(lambda z0, z1: volume[z0:z1], volume.shape, first, count, VOXEL, 60, contrast="light")

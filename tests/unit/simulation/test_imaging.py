@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cryofleet.errors import Cancelled, InvalidArgument
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.ctf import Ctf, defocus_at, interaction_constant
+from cryofleet.numerics.radiation import remaining_amplitude
 from services.simulation.detector import (
     apply_mtf,
     gaussian_series,
@@ -26,7 +27,6 @@ from services.simulation.imaging import (
     spread_angstrom,
     transfer_grid,
 )
-from services.simulation.radiation import remaining_amplitude
 from services.simulation.tilt_scheme import TiltScheme, tilt_scheme
 
 SIDE = 96

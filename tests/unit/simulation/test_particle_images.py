@@ -24,6 +24,7 @@ from cryofleet.numerics import fourier, masks
 from cryofleet.numerics.ctf import Ctf, ctf_grid
 from cryofleet.numerics.fsc import fsc, resolution
 from cryofleet.numerics.interpolation import transform_volume
+from cryofleet.numerics.radiation import remaining_amplitude
 from services.simulation.density import build
 from services.simulation.particle_images import (
     WIENER,
@@ -34,7 +35,6 @@ from services.simulation.particle_images import (
     reconstruct_particle,
 )
 from services.simulation.projection import project
-from services.simulation.radiation import remaining_amplitude
 
 BOX = 24
 PIXEL = 8.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryofleet.errors import InvalidArgument
-from services.simulation.radiation import critical_exposure, remaining_amplitude
+from cryofleet.numerics.radiation import critical_exposure, remaining_amplitude
 from services.simulation.tilt_scheme import MAX_TILTS, TiltOrder, TiltScheme, tilt_scheme
 
 
