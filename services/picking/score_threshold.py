@@ -1,14 +1,16 @@
 """How many peaks of a map of scores are there by chance, and the threshold that lets so many pass.
 
-Peaks of noise scatter about a mean: the largest of many scores in each neighbourhood. Where a tomogram is crowded,
-other complexes, membranes and edges score above that by amounts that fall off about exponentially. What is looked for
-stands above both. The distribution of the heights of all separated peaks is therefore taken as a mixture,
+Peaks of noise are the largest of many scores in each neighbourhood: of m independent Gaussian scores the largest has
+the distribution Phi((u - mu) / sigma)^m. Where a tomogram is crowded, edges, membranes and parts of complexes score
+above that by amounts that fall off about exponentially, and each further kind of complex by its own amount. What is
+looked for stands above all of these. The distribution of the heights of all separated peaks is therefore taken as
 
-    (1 - a - b) N(mu, sigma) + a [N(mu, sigma) + Exp(tau)] + b N(m, s),
+    noise (m, mu, sigma)  +  noise with an exponential tail (tau)  +  up to three Gaussians,
 
-noise, structured background (a Gaussian with an exponential tail) and the particles, fitted by maximum likelihood. The
-third part is taken as there only where the Bayesian information criterion favours it. The expected number of false
-positives above u is then n [(1 - a - b) Q_1(u) + a Q_2(u)], Q being the parts' upper tails.
+the highest Gaussian being the particles and all else the background. It is fitted by maximum likelihood, the number of
+Gaussians by the Bayesian information criterion. Scores of one kind of complex scatter by 10% or so, hence no Gaussian
+is wider than `WIDEST` of its mean. The expected number of false positives above u is the number of peaks times the
+background's upper tail.
 """
 
 from __future__ import annotations
@@ -26,10 +28,21 @@ from cryofleet.errors import FailedPrecondition
 
 #: Fewer peaks than this do not show a distribution.
 LEAST_PEAKS = 50
-#: More are thinned out evenly for the fit.
-MOST_PEAKS = 20_000
-#: The particles' mean lies at least so many deviations of the noise above its mean.
-_CLEAR = 4.0
+#: The largest deviation of the scores of one kind of complex, of their mean.
+WIDEST = 0.15
+#: Gaussians that are tried at most.
+_MOST_KINDS = 3
+#: Heights are counted in bins of so many of their robust deviations.
+_BIN = 0.1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One Gaussian: the scores of one kind of complex."""
+
+    fraction: float
+    mean: float
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -38,30 +51,41 @@ class Background:
 
     Attributes:
         peaks: how many there were.
-        mean, deviation: of the noise.
-        tail_fraction, tail: share and decay length of the structured background's tail.
-        particle_fraction, particle_mean, particle_deviation: of the particles; a fraction of 0 where none stand out.
+        mean, deviation, maxima: mu, sigma and m of the noise.
+        tail_fraction, tail: share and decay length of the exponential tail.
+        others: further kinds of complexes, which are background.
+        particles: those looked for; None where nothing stands out.
     """
 
     peaks: int
     mean: float
     deviation: float
+    maxima: float
     tail_fraction: float
     tail: float
-    particle_fraction: float
-    particle_mean: float
-    particle_deviation: float
+    others: tuple[Kind, ...]
+    particles: Kind | None
+
+    @property
+    def particles_expected(self) -> float:
+        """How many of the peaks are particles."""
+        return 0.0 if self.particles is None else self.particles.fraction * self.peaks
 
     def false_positives(self, threshold: float) -> float:
         """How many peaks of at least this height are expected to be background."""
-        noise = 1 - self.tail_fraction - self.particle_fraction
+        kinds = [*self.others, *([] if self.particles is None else [self.particles])]
+        noise = 1 - self.tail_fraction - sum(kind.fraction for kind in kinds)
         z = (threshold - self.mean) / self.deviation
-        above = noise * scipy.special.ndtr(-z) + self.tail_fraction * _tail_above(z, self.tail / self.deviation)
-        return float(self.peaks * above)
+        above = -noise * math.expm1(self.maxima * float(scipy.special.log_ndtr(z)))
+        middle, width = _middle_and_width(self.maxima)
+        above += self.tail_fraction * _tail_above((z - middle) / width, self.tail / (self.deviation * width))
+        for kind in self.others:
+            above += kind.fraction * float(scipy.special.ndtr((kind.mean - threshold) / kind.deviation))
+        return self.peaks * above
 
     def threshold(self, expected_false_positives: float) -> float:
         """The height above which so many peaks are expected to be background."""
-        low, high = self.mean - 10 * self.deviation, self.mean + 10 * self.deviation + 60 * self.tail
+        low, high = self.mean - 10 * self.deviation, self.mean + 20 * self.deviation + 60 * self.tail
         if expected_false_positives >= self.false_positives(low):
             return low
         while self.false_positives(high) > expected_false_positives:
@@ -79,31 +103,36 @@ def background(heights: NDArray[np.float64]) -> Background:
         raise FailedPrecondition(
             f"the scores have {len(heights)} separate peaks, too few to measure their background from: give a threshold"
         )
-    ordered = np.sort(np.asarray(heights, np.float64))
-    x = ordered if len(ordered) <= MOST_PEAKS else ordered[:: -(-len(ordered) // MOST_PEAKS)]
+    x = np.asarray(heights, np.float64)
     centre = float(np.median(x))
     spread = 1.4826 * float(np.median(np.abs(x - centre)))
     if spread <= 0:
         raise FailedPrecondition("most peaks of the scores are equally high: there is no noise to measure")
-    z = (x - centre) / spread
-    without = _fit(z, None)
-    best, cost = without, 2 * without.fun + 4 * math.log(len(z))
-    for share in (0.3, 0.1, 0.03, 0.01, 0.003):
-        if share * len(z) < 3:
-            continue
-        fitted = _fit(z, share)
-        if 2 * fitted.fun + 7 * math.log(len(z)) < cost:
-            best, cost = fitted, 2 * fitted.fun + 7 * math.log(len(z))
-    p = _parts(best.x)
+    bins = np.rint((x - centre) / (_BIN * spread)).astype(np.int64)
+    places, counts = np.unique(bins, return_counts=True)
+    data = _Data(places * _BIN, counts.astype(np.float64), centre / spread)
+    best, cost = None, math.inf
+    for kinds in range(_MOST_KINDS + 1):
+        fitted = _fit(data, kinds)
+        fitted_cost = 2 * fitted.fun + len(fitted.x) * math.log(len(x))
+        if fitted_cost >= cost:
+            break
+        best, cost = fitted.x, fitted_cost
+    assert best is not None
+    p = _parts(best, data.zero)
+    found = sorted(
+        (Kind(kind.fraction, centre + spread * kind.mean, spread * kind.deviation) for kind in p.kinds),
+        key=lambda kind: kind.mean,
+    )
     return Background(
-        len(heights),
+        len(x),
         centre + spread * p.mean,
         spread * p.deviation,
+        p.maxima,
         p.tail_fraction,
         spread * p.tail,
-        p.particle_fraction,
-        centre + spread * p.particle_mean,
-        spread * p.particle_deviation,
+        tuple(found[:-1]),
+        found[-1] if found else None,
     )
 
 
@@ -138,49 +167,85 @@ def compare_hands(heights: NDArray[np.float64], mirrored: NDArray[np.float64], c
 
 
 @dataclass(frozen=True)
+class _Data:
+    """Standardised heights in bins, their counts, and how many deviations the height 0 lies below the median."""
+
+    z: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    zero: float
+
+
+@dataclass(frozen=True)
 class _Parts:
     mean: float
     deviation: float
+    maxima: float
     tail_fraction: float
     tail: float
-    particle_fraction: float
-    particle_mean: float
-    particle_deviation: float
+    kinds: tuple[Kind, ...]
 
 
-def _parts(q: NDArray[np.float64]) -> _Parts:
-    """Parameters of the mixture from free numbers."""
-    mean, deviation, tail = float(q[0]), math.exp(q[1]), math.exp(q[3])
-    if len(q) == 4:
-        share = float(scipy.special.expit(q[2]))
-        return _Parts(mean, deviation, share, tail, 0.0, mean + _CLEAR * deviation, deviation)
-    tail_fraction, particle_fraction, _ = (float(share) for share in scipy.special.softmax([q[2], q[4], 0.0]))
-    particle_mean = mean + _CLEAR * deviation + math.exp(q[5])
-    return _Parts(mean, deviation, tail_fraction, tail, particle_fraction, particle_mean, math.exp(q[6]))
+def _middle_and_width(maxima: float) -> tuple[float, float]:
+    """Median and half the width of the middle 68% of the largest of so many standard Gaussian numbers."""
+    low, middle, high = (float(scipy.special.ndtri(share ** (1 / maxima))) for share in (0.16, 0.5, 0.84))
+    return middle, (high - low) / 2
 
 
-def _fit(z: NDArray[np.float64], particles: float | None) -> scipy.optimize.OptimizeResult:
-    """The most likely parameters for standardised heights; `particles` is the share of particles to begin with."""
-    start = [0.0, 0.0, -2.0, 0.0]
-    if particles is not None:
-        top = z[-max(3, int(particles * len(z))) :]
-        start += [math.log(particles / 0.8), math.log(max(float(top.mean()) - _CLEAR, 0.3))]
-        start += [math.log(max(float(top.std()), 0.3))]
+def _parts(q: NDArray[np.float64], zero: float) -> _Parts:
+    """Parameters of the mixture from free numbers: those of noise and tail, then weight, height and width of each
+    kind.
+    """
+    own = q[5:].reshape(-1, 3)
+    shares: list[float] = np.asarray(scipy.special.softmax(np.array([float(q[3]), *own[:, 0], 0.0]))).tolist()
+    mean, deviation, maxima = float(q[0]), math.exp(q[1]), 1 + math.exp(q[2])
+    middle, width = _middle_and_width(maxima)
+    floor = mean + deviation * (middle + 2 * width)
+    kinds = []
+    for share, (_, above, wide) in zip(shares[1:-1], own, strict=True):
+        height = floor + math.exp(above)
+        widest = WIDEST * max(height + zero, width * deviation / WIDEST)
+        kinds.append(Kind(share, height, widest * float(scipy.special.expit(wide))))
+    return _Parts(mean, deviation, maxima, shares[0], math.exp(q[4]), tuple(kinds))
 
+
+def _fit(data: _Data, kinds: int) -> scipy.optimize.OptimizeResult:
+    """The most likely parameters with so many kinds of complexes, from the best of a few beginnings."""
+    # of 20 numbers the largest has its median 1.8 deviations up and is half as wide
+    noise = [-3.4, 0.65, 3.0, -3.0, 0.0]
+    if kinds == 0:
+        return _minimise(data, noise)
+    count = np.cumsum(data.counts[::-1])[::-1] / data.counts.sum()
+    fits = []
+    for share in (0.1, 0.02, 0.005):
+        # heights above which the share, and several times as many, of all peaks lie
+        start = list(noise)
+        for step in range(kinds):
+            weight = share * 3.0**step
+            height = float(data.z[min(np.searchsorted(-count, -weight / 2), len(data.z) - 1)])
+            start += [math.log(weight / 0.8), math.log(max(height - 1.5, 0.3)), 0.0]
+        fits.append(_minimise(data, start))
+    return min(fits, key=lambda fit: float(fit.fun))
+
+
+def _minimise(data: _Data, start: list[float]) -> scipy.optimize.OptimizeResult:
     def cost(q: NDArray[np.float64]) -> float:
-        p = _parts(np.clip(q, -30, 30))
-        u = (z - p.mean) / p.deviation
-        density = (1 - p.tail_fraction - p.particle_fraction) * np.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-        density += p.tail_fraction * _tail_density(u, p.tail / p.deviation)
+        p = _parts(np.clip(q, -30, 30), data.zero)
+        u = (data.z - p.mean) / p.deviation
+        share = 1 - p.tail_fraction - sum(kind.fraction for kind in p.kinds)
+        log_noise = -0.5 * u * u + (p.maxima - 1) * scipy.special.log_ndtr(u)
+        density: NDArray[np.float64] = share * p.maxima / math.sqrt(2 * math.pi) * np.exp(log_noise)
+        middle, width = _middle_and_width(p.maxima)
+        scale = p.deviation * width
+        density += p.tail_fraction * _tail_density((u - middle) / width, p.tail / scale) / width
         density /= p.deviation
-        if p.particle_fraction:
-            v = (z - p.particle_mean) / p.particle_deviation
-            density += p.particle_fraction * np.exp(-0.5 * v * v) / (p.particle_deviation * math.sqrt(2 * math.pi))
+        for kind in p.kinds:
+            v = (data.z - kind.mean) / kind.deviation
+            density += kind.fraction * np.exp(-0.5 * v * v) / (kind.deviation * math.sqrt(2 * math.pi))
         # widths of nothing would be infinitely likely
-        penalty = 0.01 * (q[1] ** 2 + q[3] ** 2) + (0.01 * q[6] ** 2 if len(q) > 4 else 0.0)
-        return float(-np.log(density + 1e-300).sum() + penalty)
+        penalty = 0.01 * float(np.square(q[1:]).sum())
+        return float(-(data.counts * np.log(density + 1e-300)).sum() + penalty)
 
-    return scipy.optimize.minimize(cost, np.array(start), method="L-BFGS-B")
+    return scipy.optimize.minimize(cost, np.array(start), method="L-BFGS-B", options={"maxiter": 120})
 
 
 def _tail_density(u: NDArray[np.float64], tail: float) -> NDArray[np.float64]:

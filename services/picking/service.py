@@ -1100,7 +1100,7 @@ def _pick(
         "threshold": threshold,
         "expected_false_positives": None if noise is None else noise.false_positives(threshold),
         "background": None if noise is None else asdict(noise),
-        "particles_expected": None if noise is None else noise.particle_fraction * noise.peaks,
+        "particles_expected": None if noise is None else noise.particles_expected,
         "score_deviation": float(np.sqrt(sums[1] / sums[0])) if sums[0] else None,
         "peak_heights": {"edges": edges.tolist(), "counts": counts.tolist()},
         "search": dict(about),
