@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 
 from cryofleet.artifacts import open_blob
-from cryofleet.errors import Failure, Unavailable
+from cryofleet.errors import FailedPrecondition, Failure, Unavailable
 from cryofleet.operations import Operation
 from cryofleet.particles import row_count
 from cryofleet.settings import Settings
@@ -484,7 +485,18 @@ def _use_own_logs() -> None:
 
 
 def count_rows(store: Store, kind: str, uri: str) -> int:
-    """Rows of a particle table, or boxes of a set of subtomograms. Reads no more than their headers."""
+    """Rows of a particle table, boxes of a set of subtomograms, or the `rows` that a JSON table says it has.
+
+    Of the first two no more is read than their headers.
+    """
     if kind == "subtomograms":
         return open_subtomograms(store, uri).count
+    if kind == "table":
+        try:
+            rows = json.loads(open_blob(store, uri).read())["rows"]
+        except (ValueError, KeyError, TypeError):
+            rows = None
+        if not isinstance(rows, int) or rows < 0:
+            raise FailedPrecondition(f"{uri} does not say how many rows it has, so it can't be split")
+        return rows
     return row_count(open_blob(store, uri), uri)

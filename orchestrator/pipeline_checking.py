@@ -15,6 +15,8 @@ from orchestrator.located import Path, Problems
 from orchestrator.pipeline import Pipeline, Reduce, Shards, Step
 
 _ROWS = common_pb2.RowRange.DESCRIPTOR.full_name
+#: Kinds of artifacts that have rows; of a table those that its `rows` says.
+_WITH_ROWS = ("particles", "subtomograms", "table")
 
 StepType = dict[str, Any]
 """Outputs of a step by name: ValueType, or the StepType of a step inside it."""
@@ -147,7 +149,9 @@ class _Checker:
     def _check_shards(self, step: Step, operation: Operation, shards: Shards, scope: _Scope) -> None:
         path = (*step.document_path, "shards")
         what = f"step {step.id!r}"
-        able = [p.name for p in operation.parameters if p.type in ("particles", "subtomograms") and not p.repeated]
+        able = [
+            p.name for p in operation.parameters if p.type in ("particles", "subtomograms", "table") and not p.repeated
+        ]
         if shards.over and shards.over not in able:
             told = f"{operation.name} cannot be split over {shards.over!r}{suggestion(shards.over, able)}"
             self._problem((*path, "over"), told)

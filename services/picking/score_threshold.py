@@ -110,7 +110,7 @@ def background(heights: NDArray[np.float64]) -> Background:
         raise FailedPrecondition("most peaks of the scores are equally high: there is no noise to measure")
     bins = np.rint((x - centre) / (_BIN * spread)).astype(np.int64)
     places, counts = np.unique(bins, return_counts=True)
-    data = _Data(places * _BIN, counts.astype(np.float64), centre / spread)
+    data = _Data(_BIN * places.astype(np.float64), counts.astype(np.float64), centre / spread)
     best, cost = None, math.inf
     for kinds in range(_MOST_KINDS + 1):
         fitted = _fit(data, kinds)
@@ -221,7 +221,8 @@ def _fit(data: _Data, kinds: int) -> scipy.optimize.OptimizeResult:
         start = list(noise)
         for step in range(kinds):
             weight = share * 3.0**step
-            height = float(data.z[min(np.searchsorted(-count, -weight / 2), len(data.z) - 1)])
+            index = int(np.searchsorted(-count, -weight / 2))
+            height = float(data.z[min(index, len(data.z) - 1)])
             start += [math.log(weight / 0.8), math.log(max(height - 1.5, 0.3)), 0.0]
         fits.append(_minimise(data, start))
     return min(fits, key=lambda fit: float(fit.fun))

@@ -630,20 +630,30 @@ _CTF_CORRECTIONS: Mapping[int, transfer.CtfCorrection] = {
 
 
 def _template_info(uri: str, binning: int, info: VolumeInfo, reader: Reader) -> VolumeInfo:
-    """The template's header, once it is sure that it fits the tomogram."""
+    """The template's header, once it is sure that it fits the tomogram, its shape as it is searched for.
+
+    A template in the tomogram's own voxels is reduced with it.
+    """
     found = reader.open_volume(uri).info
     if found.count is not None:
         raise FailedPrecondition(f"{uri} is a stack of {found.count} boxes; one map is needed as template")
     searched = info.voxel_size_angstrom * binning
-    if abs(found.voxel_size_angstrom - searched) > VOXEL_SIZE_TOLERANCE * searched:
+    if not any(_same_size(found.voxel_size_angstrom, size) for size in (searched, info.voxel_size_angstrom)):
         raise FailedPrecondition(
             f"the template {uri} has voxels of {found.voxel_size_angstrom:g} Å and the tomogram is searched in voxels "
             f"of {searched:g} Å: bring the template to {searched:g} Å (simulation.SimulateDensity does)"
         )
     if len(set(found.shape)) != 1:
         raise InvalidArgument(f"the template {uri} has {found.shape} voxels (z, y, x); it must be a cube")
-    matching.check_size(tuple(side // binning for side in info.shape), found.shape[0])  # type: ignore[arg-type]
+    if not _same_size(found.voxel_size_angstrom, searched):
+        half = -(-found.shape[0] // (2 * binning))
+        found = replace(found, shape=(2 * half,) * 3)
+    matching.check_size(_binned_shape(info, binning), found.shape[0])
     return found
+
+
+def _same_size(one: float, other: float) -> bool:
+    return abs(one - other) <= VOXEL_SIZE_TOLERANCE * other
 
 
 def _mask_turns(request: _SearchRequest) -> bool:
@@ -661,15 +671,9 @@ def _template(request: _SearchRequest, info: VolumeInfo, binning: int, profile: 
     density = task.open_volume(request.template_uri).read()
     if header.contrast == "dark":
         density = -density
-    if request.mask_uri:
-        mask = task.open_volume(request.mask_uri).read()
-    elif len(request.mask_radii_angstrom) == 3:
-        x, y, z = (radius / voxel_size for radius in request.mask_radii_angstrom)
-        mask = templates.ellipsoid(box, (x, y, z))
-    elif request.mask_radii_angstrom:
-        mask = templates.sphere(box, request.mask_radii_angstrom[0] / voxel_size)
-    else:
-        mask = templates.sphere(box, templates.extent(density) + templates.MASK_EDGE)
+    reduced = 1 if _same_size(header.voxel_size_angstrom, voxel_size) else binning
+    mask = _mask(request, density, reduced, voxel_size, task)
+    density = templates.binned(density, reduced)
     weights = None
     if request.tilts_uri:
         series = read_tilt_series(task.read_file(request.tilts_uri), request.tilts_uri)
@@ -689,6 +693,28 @@ def _template(request: _SearchRequest, info: VolumeInfo, binning: int, profile: 
             np.ones((box, box, box // 2 + 1), np.float32) if weights is None else weights, profile
         )
     return templates.Template(density, mask, _mask_turns(request), weights)
+
+
+def _mask(
+    request: _SearchRequest, density: NDArray[np.float32], reduced: int, voxel_size: float, task: Task
+) -> NDArray[np.float32]:
+    """The mask in the box that the template is searched for in."""
+    if request.mask_uri:
+        mask = task.open_volume(request.mask_uri).read()
+        if mask.shape != density.shape:
+            raise InvalidArgument(
+                f"the mask {request.mask_uri} has {mask.shape} voxels (z, y, x) and the template {density.shape}; they "
+                "must be the same"
+            )
+        return np.clip(templates.binned(mask, reduced), 0, 1) if reduced > 1 else mask
+    density = templates.binned(density, reduced)
+    box = density.shape[0]
+    if len(request.mask_radii_angstrom) == 3:
+        x, y, z = (radius / voxel_size for radius in request.mask_radii_angstrom)
+        return templates.ellipsoid(box, (x, y, z))
+    if request.mask_radii_angstrom:
+        return templates.sphere(box, request.mask_radii_angstrom[0] / voxel_size)
+    return templates.sphere(box, templates.extent(density) + templates.MASK_EDGE)
 
 
 def _searched(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
+from cryofleet.numerics.fourier import fourier_crop
 from cryofleet.numerics.masks import radius_grid, soft_sphere
 
 Array = NDArray[np.float32]
@@ -96,6 +97,17 @@ def _reflected(volume: Array) -> Array:
     """Reflected in x about voxel n // 2."""
     flipped = volume[:, :, ::-1]
     return np.ascontiguousarray(np.roll(flipped, 1 - volume.shape[2] % 2, axis=2))
+
+
+def binned(volume: Array, factor: int) -> Array:
+    """A cube reduced by a factor in Fourier space, its centre at voxel n // 2 as before; padded where that needs it."""
+    if factor == 1:
+        return volume
+    side = volume.shape[0]
+    half = factor * -(-side // (2 * factor))
+    before = half - side // 2
+    padded = np.pad(volume, (before, 2 * half - side - before))
+    return fourier_crop(padded, factor)
 
 
 def extent(density: Array) -> float:
