@@ -267,14 +267,14 @@ class Client:
 
     def _arguments(self, pipeline: str | Path, arguments: Mapping[str, Any]) -> Struct:
         """Arguments as the orchestrator takes them; files of this machine among the pipeline's inputs are uploaded."""
-        inputs = self._input_names(pipeline)
+        inputs = self.input_names(pipeline)
         prepared = Struct()
         prepared.update(
             {name: self._uploaded(value, name in inputs) for name, value in arguments.items() if value is not None}
         )
         return prepared
 
-    def _input_names(self, pipeline: str | Path) -> set[str]:
+    def input_names(self, pipeline: str | Path) -> set[str]:
         """Names of the pipeline's arguments that are artifacts."""
         text = _pipeline_fields(pipeline).get("pipeline_yaml")
         if text is not None:

@@ -246,7 +246,8 @@ def _parameter(argument: Argument) -> pb.PipelineParameter:
         name=argument.name,
         help=argument.help,
         unit=argument.unit,
-        type="list" if argument.repeated else argument.type,
+        type=argument.type,
+        repeated=argument.repeated,
         required=argument.required,
         default_value=default,
     )

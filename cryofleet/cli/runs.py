@@ -34,7 +34,7 @@ _VOLUME_ENDING = re.compile(r"\.(mrc|rec|map|st|tiff?)(\.gz)?$", re.IGNORECASE)
 
 @click.command()
 @click.argument("pipeline")
-@click.option("--tomogram", "tomograms", multiple=True, help="A tomogram: file or URI. Given again, one run for each.")
+@click.option("--tomogram", "tomograms", multiple=True, help="A tomogram: file or URI; may be given again.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An input or a parameter.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to bring the outputs to.")
 @click.option("--detach", is_flag=True, help="Start the run and print its id without waiting.")
@@ -58,6 +58,8 @@ def run(
     arguments = key_values(settings)
     with Client(project=project) as client:
         each = [{**arguments, "tomogram": tomogram} for tomogram in tomograms] or [arguments]
+        if tomograms and "tomograms" in client.input_names(pipeline):
+            each = [{**arguments, "tomograms": list(tomograms)}]
         if estimate:
             for wanted in each:
                 _print_estimate(client.estimate(pipeline, **wanted), as_json)
@@ -236,7 +238,8 @@ def pipelines(name: str | None, as_json: bool) -> None:
         rows = []
         for parameter in found[0].parameters:
             default = "required" if parameter.required else _default_text(parameter)
-            rows.append([parameter.name, parameter.type, default, parameter.unit, parameter.help])
+            kind = f"list of {parameter.type}s" if parameter.repeated else parameter.type
+            rows.append([parameter.name, kind, default, parameter.unit, parameter.help])
         print_table(["name", "type", "default", "unit", "what it is"], rows)
         click.echo("\nsteps:\n  " + "\n  ".join(found[0].steps))
         click.echo("outputs: " + ", ".join(found[0].outputs))

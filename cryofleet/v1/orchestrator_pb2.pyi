@@ -668,12 +668,15 @@ class PipelineParameter(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     REQUIRED_FIELD_NUMBER: _builtins.int
     DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    REPEATED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     help: _builtins.str
     unit: _builtins.str
     type: _builtins.str
-    """file, volume, particles, subtomograms, model, table, number, integer, text, boolean or list"""
+    """file, volume, particles, subtomograms, model, table, number, integer, text, boolean, list or structure"""
     required: _builtins.bool
+    repeated: _builtins.bool
+    """An input that takes a list of artifacts."""
     @_builtins.property
     def default_value(self) -> _struct_pb2.Value: ...
     def __init__(
@@ -685,10 +688,11 @@ class PipelineParameter(_message.Message):
         type: _builtins.str = ...,
         required: _builtins.bool = ...,
         default_value: _struct_pb2.Value | None = ...,
+        repeated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value", "help", b"help", "name", b"name", "required", b"required", "type", b"type", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value", "help", b"help", "name", b"name", "repeated", b"repeated", "required", b"required", "type", b"type", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

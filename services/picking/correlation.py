@@ -71,8 +71,9 @@ class Best:
 
 
 class Correlator(Protocol):
-    """Correlates the tile that it was given with kernels. `box` is the kernels' side, `valid` the shape of all
-    positions at which a kernel lies inside the tile.
+    """Correlates the tile that it was given with kernels. `box` is the kernels' side, `valid` the shape of the
+    positions that are looked at: the first ones along each axis. A kernel that hangs over the tile's far face meets its
+    near one.
     """
 
     valid: Shape
@@ -97,11 +98,11 @@ class Correlator(Protocol):
         """Free threads and memory."""
 
 
-def correlator(device: str, shape: Shape, box: int, threads: int = 1) -> Correlator:
+def correlator(device: str, shape: Shape, box: int, valid: Shape, threads: int = 1) -> Correlator:
     """A correlator for tiles of a shape and kernels of a box side on `cpu` or `cuda`."""
     if device == "cpu":
-        return FftwCorrelator(shape, box, threads)
-    return TorchCorrelator(shape, box, device)
+        return FftwCorrelator(shape, box, valid, threads)
+    return TorchCorrelator(shape, valid, device)
 
 
 def memory_bytes(shape: Shape, box: int, threads: int, masked: bool, variants: int = 1) -> int:
@@ -191,10 +192,10 @@ class _Scratch:
 class FftwCorrelator:
     """On a CPU, by FFTW and compiled loops."""
 
-    def __init__(self, shape: Shape, box: int, threads: int) -> None:
+    def __init__(self, shape: Shape, box: int, valid: Shape, threads: int) -> None:
         self._shape = shape
         self._box = box
-        self.valid: Shape = (shape[0] - box + 1, shape[1] - box + 1, shape[2] - box + 1)
+        self.valid = valid
         self._half = shape[2] // 2 + 1
         all_columns = shape[1] * self._half
         # a whole number of cache lines
@@ -378,10 +379,10 @@ class FftwCorrelator:
 class TorchCorrelator:
     """On any device of PyTorch, by whole-tile operations; made for GPUs."""
 
-    def __init__(self, shape: Shape, box: int, device: str) -> None:
+    def __init__(self, shape: Shape, valid: Shape, device: str) -> None:
         self._shape = shape
         self._device = torch.device(device)
-        self.valid: Shape = (shape[0] - box + 1, shape[1] - box + 1, shape[2] - box + 1)
+        self.valid = valid
         self._values: torch.Tensor | None = None
         self._tile: torch.Tensor | None = None
         self._tile_squared: torch.Tensor | None = None

@@ -8,9 +8,9 @@ looked for stands above all of these. The distribution of the heights of all sep
     noise (m, mu, sigma)  +  noise with an exponential tail (tau)  +  up to three Gaussians,
 
 the highest Gaussian being the particles and all else the background. It is fitted by maximum likelihood, the number of
-Gaussians by the Bayesian information criterion. Scores of one kind of complex scatter by 10% or so, hence no Gaussian
-is wider than `WIDEST` of its mean. The expected number of false positives above u is the number of peaks times the
-background's upper tail.
+Gaussians by the Bayesian information criterion. Scores of one kind of complex scatter by the noise and 10% or so, hence
+no Gaussian is narrower than the noise or wider than `WIDEST` of its mean. The expected number of false positives above
+u is the number of peaks times the background's upper tail.
 """
 
 from __future__ import annotations
@@ -203,28 +203,38 @@ def _parts(q: NDArray[np.float64], zero: float) -> _Parts:
     kinds = []
     for share, (_, above, wide) in zip(shares[1:-1], own, strict=True):
         height = floor + math.exp(above)
-        widest = WIDEST * max(height + zero, width * deviation / WIDEST)
-        kinds.append(Kind(share, height, widest * float(scipy.special.expit(wide))))
+        # their scores scatter by the noise at least
+        narrowest = width * deviation
+        widest = max(WIDEST * (height + zero), 1.1 * narrowest)
+        kinds.append(Kind(share, height, narrowest + (widest - narrowest) * float(scipy.special.expit(wide))))
     return _Parts(mean, deviation, maxima, shares[0], math.exp(q[4]), tuple(kinds))
 
 
 def _fit(data: _Data, kinds: int) -> scipy.optimize.OptimizeResult:
     """The most likely parameters with so many kinds of complexes, from the best of a few beginnings."""
-    # of 20 numbers the largest has its median 1.8 deviations up and is half as wide
-    noise = [-3.4, 0.65, 3.0, -3.0, 0.0]
-    if kinds == 0:
-        return _minimise(data, noise)
-    count = np.cumsum(data.counts[::-1])[::-1] / data.counts.sum()
+    share_above = np.cumsum(data.counts[::-1])[::-1] / data.counts.sum()
+
+    def height(share: float) -> float:
+        """The height above which so large a part of all peaks lies."""
+        return float(data.z[min(int(np.searchsorted(-share_above, -share)), len(data.z) - 1)])
+
     fits = []
-    for share in (0.1, 0.02, 0.005):
-        # heights above which the share, and several times as many, of all peaks lie
-        start = list(noise)
-        for step in range(kinds):
-            weight = share * 3.0**step
-            index = int(np.searchsorted(-count, -weight / 2))
-            height = float(data.z[min(index, len(data.z) - 1)])
-            start += [math.log(weight / 0.8), math.log(max(height - 1.5, 0.3)), 0.0]
-        fits.append(_minimise(data, start))
+    # most peaks are noise, or only some of the lowest
+    for noisy in (1.0, 0.3) if kinds else (1.0,):
+        middle = height(1 - noisy / 2)
+        width = max(middle - height(1 - 0.16 * noisy), 0.3)
+        # of 20 numbers the largest has its median 1.8 deviations up and is half as wide
+        noise = [middle - 3.6 * width, math.log(2 * width), 3.0, -3.0, math.log(width)]
+        for share in (0.1, 0.02, 0.005) if noisy == 1 else (0.6, 0.3):
+            # heights above which the share, and several times as many, of all peaks lie
+            start = list(noise)
+            for step in range(kinds):
+                weight = min(share * 3.0**step, 0.9)
+                above = height(weight / 2) - middle - 2 * width
+                start += [math.log(weight / 0.8), math.log(max(above, 0.3)), 0.0]
+            fits.append(_minimise(data, start))
+            if kinds == 0:
+                break
     return min(fits, key=lambda fit: float(fit.fun))
 
 

@@ -781,6 +781,7 @@ def plan_template_match(
         "orientations": orientations,
         "padded": list(layout.padded),
         "disturbed": layout.disturbed,
+        "valid": list(layout.valid),
         "pieces": [
             {"start": list(w.tile.start), "stop": list(w.tile.stop), "first": w.first, "last": w.stop} for w in work
         ],
@@ -839,8 +840,12 @@ def _planned(
     for row in plan["pieces"]:
         tile = tiles.Tile(tuple(row["start"]), tuple(row["stop"]))
         pieces.append(matching.Piece(tile, int(row["first"]), int(row["last"])))
-    z, y, x = plan["padded"]
-    layout = tiles.Layout(tuple(dict.fromkeys(p.tile for p in pieces)), (z, y, x), int(plan["disturbed"]))
+    layout = tiles.Layout(
+        tuple(dict.fromkeys(p.tile for p in pieces)),
+        tuple(plan["padded"]),
+        int(plan["disturbed"]),
+        tuple(plan["valid"]),
+    )
     return _Work(layout, pieces[first:stop], (plan["mean"], plan["deviation"]), plan["rows"], first)
 
 

@@ -248,7 +248,7 @@ def search(
     turners = [Turner(template, device) for template in templates]
     total = sum(piece.stop - piece.first for piece in work)
     done = 0
-    engine = correlator(device, plan.padded, box, threads)
+    engine = correlator(device, plan.padded, box, plan.valid, threads)
     try:
         for tile, runs in _by_tile(work):
             ends = done + sum(piece.stop - piece.first for piece in runs)
@@ -303,8 +303,7 @@ def _prepare(tomogram: Tomogram, template: Template, plan: Layout, tile: Tile) -
     box = template.box
     margin = plan.disturbed + box // 2
     start = (tile.start[0] - margin, tile.start[1] - margin, tile.start[2] - margin)
-    valid = (plan.padded[0] - box + 1, plan.padded[1] - box + 1, plan.padded[2] - box + 1)
-    allowed = np.zeros(valid, np.bool_)
+    allowed = np.zeros(plan.valid, np.bool_)
     first = plan.disturbed
     own = tuple(slice(first, first + side) for side in tile.shape)
     allowed[own] = True if tomogram.read_mask is None else _searched(tomogram, tile)
@@ -315,9 +314,9 @@ def _prepare(tomogram: Tomogram, template: Template, plan: Layout, tile: Tile) -
     if any(part != slice(0, side) for part, side in zip(inside, plan.padded, strict=True)):
         present = np.zeros(plan.padded, np.float32)
         present[inside] = 1
-        allowed &= _under_mask(present, template.mask) >= LEAST_INSIDE * mask_sum
+        allowed &= _under_mask(present, template.mask, plan.valid) >= LEAST_INSIDE * mask_sum
     if gold is not None:
-        allowed &= _under_mask(gold.astype(np.float32), template.mask) <= MOST_GOLD * mask_sum
+        allowed &= _under_mask(gold.astype(np.float32), template.mask, plan.valid) <= MOST_GOLD * mask_sum
     return allowed, region
 
 
@@ -335,13 +334,12 @@ def _searched(tomogram: Tomogram, tile: Tile) -> NDArray[np.bool_]:
     return np.stack(planes)
 
 
-def _under_mask(values: Array, mask: Array) -> Array:
-    """The sum of `values` under the mask at each position at which it fits."""
+def _under_mask(values: Array, mask: Array, valid: Shape) -> Array:
+    """The sum of `values` under the mask at the first positions along each axis."""
     spectrum = scipy.fft.rfftn(values)
     spectrum *= np.conj(scipy.fft.rfftn(mask, values.shape))
     sums = scipy.fft.irfftn(spectrum, values.shape, overwrite_x=True)
-    box = mask.shape[0]
-    result: Array = sums[: values.shape[0] - box + 1, : values.shape[1] - box + 1, : values.shape[2] - box + 1]
+    result: Array = sums[: valid[0], : valid[1], : valid[2]]
     return result
 
 

@@ -49,11 +49,13 @@ class Layout:
         tiles: in z, y, x order.
         padded: shape of a tile with its surroundings.
         disturbed: voxels at a tile's faces that are not to be used.
+        valid: positions that are looked at in a tile: the core, and the disturbed ones before it.
     """
 
     tiles: tuple[Tile, ...]
     padded: Shape
     disturbed: int
+    valid: Shape
 
 
 def plan(shape: Shape, box: int, disturbed: int, memory_bytes: Callable[[Shape], int], budget_bytes: int) -> Layout:
@@ -68,7 +70,7 @@ def plan(shape: Shape, box: int, disturbed: int, memory_bytes: Callable[[Shape],
 
     Raises ResourceExhausted where not even the smallest tiles fit.
     """
-    choices = [_cuts(side, box + 2 * disturbed) for side in shape]
+    choices = [_cuts(side, box, disturbed) for side in shape]
     best: tuple[float, tuple[tuple[int, int, int], ...]] | None = None
     for cut in product(*choices):
         padded = (cut[0][2], cut[1][2], cut[2][2])
@@ -89,19 +91,30 @@ def plan(shape: Shape, box: int, disturbed: int, memory_bytes: Callable[[Shape],
         start = tuple(i * core for i, (_, core, _) in zip(index, cut, strict=True))
         stop = tuple(min(s + core, side) for s, (_, core, _), side in zip(start, cut, shape, strict=True))
         tiles.append(Tile((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
-    return Layout(tuple(tiles), (cut[0][2], cut[1][2], cut[2][2]), disturbed)
+    valid = (cut[0][1] + disturbed, cut[1][1] + disturbed, cut[2][1] + disturbed)
+    return Layout(tuple(tiles), (cut[0][2], cut[1][2], cut[2][2]), disturbed, valid)
 
 
-def _cuts(side: int, reach: int) -> list[tuple[int, int, int]]:
-    """Ways to cut an axis: number of tiles, side of their cores, and padded side."""
+def _cuts(side: int, box: int, disturbed: int) -> list[tuple[int, int, int]]:
+    """Ways to cut an axis: number of tiles, side of their cores, and padded side.
+
+    Where one tile is the whole axis, the box hangs over both of the tomogram's faces into the same padding, as the
+    transform is periodic.
+    """
+    reach = box + 2 * disturbed
     ways: list[tuple[int, int, int]] = []
     for count in range(1, min(_MOST_CUTS, side) + 1):
         core = -(-side // count)
         if ways and (core == ways[-1][1] or core < reach // 4):
             continue
-        padded = scipy.fft.next_fast_len(core + reach - 1)
-        ways.append((-(-side // core), core, int(padded)))
+        beside = box // 2 + 2 * disturbed if count == 1 else reach - 1
+        ways.append((-(-side // core), core, _fast_length(core + beside)))
     return ways
+
+
+def _fast_length(length: int) -> int:
+    """The least side, at least `length`, whose transform is fast: a multiple of 4 with no factor above 5."""
+    return 4 * int(scipy.fft.next_fast_len(-(-length // 4), real=True))
 
 
 def read(

@@ -52,6 +52,16 @@ def test_other_kinds_of_complexes_are_background() -> None:
         assert asked / 2 <= passed <= 2 * asked
 
 
+def test_a_few_background_peaks_below_many_particles_are_told_apart() -> None:
+    """As after a refinement of candidates, most of which are particles."""
+    rng = np.random.default_rng(4)
+    below, above = rng.normal(0.1, 0.01, 150), rng.normal(0.3, 0.03, 400)
+    fitted = background(np.concatenate([below, above]))
+    assert fitted.particles_expected == pytest.approx(400, rel=0.1)
+    assert (above >= fitted.threshold(1)).mean() > 0.99
+    assert (below >= fitted.threshold(1)).sum() <= 3
+
+
 def test_noise_alone_passes_about_as_many_peaks_as_expected() -> None:
     """The whole search on noise, with another noise's density for a template."""
     rng = np.random.default_rng(0)
