@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from benchmarks.harness import Row, main
+from benchmarks.template_matching import against_ffts
 from services.picking.difference_of_gaussians import difference_of_gaussians, sigmas_voxels
 from services.picking.evaluate import evaluate
 from services.picking.extract import cut_boxes, place_boxes
@@ -105,7 +106,7 @@ def comparison(quick: bool) -> Iterator[Row]:
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    for subject in (against_scipy, large_tomogram, extraction, comparison):
+    for subject in (against_ffts, against_scipy, large_tomogram, extraction, comparison):
         yield from subject(quick)
 
 

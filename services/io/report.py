@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any, Literal, TypeGuard
@@ -25,6 +26,8 @@ _SLAB_BYTES = 16 << 20
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURED_CLASSES = 7
 _LONGEST_TABLE, _LONGEST_LIST = 40, 12
+#: What a picking's tables keep for the charts made of it.
+_DRAWN = ("peak_heights", "curve")
 _ABBREVIATIONS = {"ctf", "f1", "fsc", "id", "snr"}
 _UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
 
@@ -345,8 +348,13 @@ def _object(table: Mapping[str, Any]) -> str:
     single = {key: value for key, value in table.items() if _is_single(value)}
     blocks = [_single_values(single)] if single else []
     charts = _curves({key: value for key, value in table.items() if _numbers(value)})
+    charts += _histogram(table) + _detection_curves(table)
     blocks += charts
-    blocks += [_several_values(key, value) for key, value in table.items() if value and not _is_single(value)]
+    blocks += [
+        _several_values(key, value)
+        for key, value in table.items()
+        if value and not _is_single(value) and key not in _DRAWN
+    ]
     return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks if block)}</div>'
 
 
@@ -360,6 +368,37 @@ def _several_values(key: str, value: Mapping[str, Any] | list[Any]) -> str:
         return heading + _grid([{"": name, **_flat(row)} for name, row in value.items()])
     charts = _curves({name: column for name, column in value.items() if _numbers(column)})
     return heading + ("".join(charts) if charts else _single_values(_flat(value)))
+
+
+def _histogram(table: Mapping[str, Any]) -> list[str]:
+    """How many peaks of a picking's scores are how high, and where its threshold lies."""
+    heights = table.get("peak_heights")
+    if not isinstance(heights, Mapping):
+        return []
+    edges, counts = _numbers(heights.get("edges")), _numbers(heights.get("counts"))
+    if len(counts) < 2 or len(edges) != len(counts) + 1:
+        return []
+    # a step for each bin; a bin without peaks lies on the axis, at half a peak
+    x = [edge for pair in pairwise(edges) for edge in pair]
+    y = [max(count, 0.5) for count in counts for _ in range(2)]
+    threshold = table.get("threshold")
+    markers = [(float(threshold), "threshold")] if _is_number(threshold) and edges[0] <= threshold <= edges[-1] else []
+    return [figures.chart([Line("peaks", x, y)], "score", "peaks", markers=markers, logarithmic=True)]
+
+
+def _detection_curves(table: Mapping[str, Any]) -> list[str]:
+    """Precision over recall, and recall over the false positives, as the threshold falls."""
+    curve = table.get("curve")
+    if not isinstance(curve, Mapping):
+        return []
+    recall, precision = _numbers(curve.get("recall")), _numbers(curve.get("precision"))
+    false = _numbers(curve.get("false_positives"))
+    if not 2 <= len(recall) == len(precision) == len(false):
+        return []
+    return [
+        figures.chart([Line("precision", recall, precision)], "recall", "precision", y_range=(0, 1.02)),
+        figures.chart([Line("recall", false, recall)], "false positives", "recall", y_range=(0, 1.02)),
+    ]
 
 
 def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:

@@ -109,9 +109,11 @@ def memory_bytes(shape: Shape, box: int, threads: int, masked: bool, variants: i
     """What a correlator takes at most on a CPU for tiles of a shape, with their best scores."""
     voxels = shape[0] * shape[1] * shape[2]
     spectrum = 8 * shape[0] * shape[1] * (shape[2] // 2 + 1)
-    working = (2 if masked else 1) * spectrum + (3 if masked else 1) * spectrum + 4 * voxels + 8 * voxels * variants
-    # in double precision: the tile and its square, the spectra of one of them and of the mask, and a sum
-    norms = 4 * voxels + spectrum + 8 * voxels + 6 * spectrum
+    # the tile, where it is searched, its spectrum and its products, norms, and the best scores with their kernels
+    working = 5 * voxels + (5 if masked else 2) * spectrum + 4 * voxels + 8 * voxels * variants
+    # the tile, where it is searched, and in double precision: the tile or its square, the spectra of that and of the
+    # mask, a sum at all positions and the variance
+    norms = 5 * voxels + 5 * 8 * voxels
     kernels = 8 * box * shape[1] * (shape[2] // 2 + 1) * 2
     return max(working, norms) + kernels + threads * (8 * CACHE_BYTES + 16 * shape[1] * shape[2])
 
@@ -217,10 +219,10 @@ class FftwCorrelator:
     def load(self, tile: Array) -> None:
         self._values = tile
         self._tile = self._tile_squared = None
+        self._products = []
 
     def inverse_norms(self, mask: Array, allowed: NDArray[np.bool_]) -> Array:
         assert self._values is not None
-        self._products = []
         # a small difference of large sums: double precision
         mask_spectrum = np.conj(scipy.fft.rfftn(mask.astype(np.float64), self._shape, workers=self._threads))
         sums = self._local_sum(self._values.astype(np.float64), mask_spectrum)
@@ -236,8 +238,10 @@ class FftwCorrelator:
 
     def _local_sum(self, values: NDArray[np.float64], mask_spectrum: Any) -> NDArray[np.float64]:
         spectrum = scipy.fft.rfftn(values, workers=self._threads, overwrite_x=True)
+        del values
         spectrum *= mask_spectrum
         full: NDArray[np.float64] = scipy.fft.irfftn(spectrum, self._shape, workers=self._threads, overwrite_x=True)
+        del spectrum
         depth, height, width = self.valid
         return np.ascontiguousarray(full[:depth, :height, :width])
 

@@ -1138,7 +1138,7 @@ def _pick(
     }
     if "mirror" in about["maps"]:
         mirrored = found_in(maps.mirror, part(progress, 0.8, 0.95))
-        metrics["handedness"] = asdict(compare_hands(peaks.heights, mirrored.heights, max(len(picks), 20)))
+        metrics["handedness"] = asdict(compare_hands(peaks.heights, mirrored.heights, max(len(picks), 5)))
     return picking_pb2.PickPeaksResult(
         scores_uri=scores.uri,
         rotations_uri=rotations.uri,

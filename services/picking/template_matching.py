@@ -272,7 +272,11 @@ def search(
                             engine.search_masked(kernels, masks, first, allowed, found)
                     done += len(batch)
                     progress(done / total, "matching", orientations=done)
-            yield _core(tile, best, plan)
+            match = _core(tile, best, plan)
+            # nothing of this tile is kept while the next one is prepared
+            del best, norms, region, allowed
+            yield match
+            del match
     finally:
         engine.close()
 

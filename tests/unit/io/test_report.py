@@ -192,6 +192,23 @@ def test_fsc_tables_of_several_kinds() -> None:
         assert report.fsc_curve(table, 8.0) is None
 
 
+def test_heights_of_peaks_and_curves_of_detections_are_drawn() -> None:
+    heights = {"edges": [0.0, 0.1, 0.2, 0.3], "counts": [40, 3, 1]}
+    drawn = report._object({"threshold": 0.15, "peak_heights": heights, "picks": 4})
+    assert drawn.count('<svg class="chart"') == 1
+    assert "threshold" in drawn
+    assert "edges" not in drawn
+    curve = {
+        "thresholds": [3.0, 2.0, 1.0],
+        "precision": [1.0, 1.0, 0.5],
+        "recall": [0.2, 0.4, 0.6],
+        "false_positives": [0, 0, 3],
+        "average_precision": 0.5,
+    }
+    assert report._object({"f1": 0.5, "curve": curve}).count('<svg class="chart"') == 2
+    assert '<svg class="chart"' not in report._object({"curve": None, "peak_heights": {"edges": [1], "counts": []}})
+
+
 def test_odd_tables_are_drawn_too() -> None:
     table = {
         "nothing": None, "empty": [], "flag": True, "text": "x", "nan": float("nan"), "deep": {"a": {"b": {"c": 1}}},
