@@ -1,16 +1,30 @@
-"""A microtubule's wall as a template, and how far picks lie from the wall."""
+"""A microtubule's wall as a template, and how far its picks lie from the wall: python -m benchmarks.microtubule.
+
+The figures need the folder of real data beside the repository (`../shared/data`); a line says so where it is not there.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import mrcfile
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from cryofleet.numerics.cylindrical import frames_along
+from benchmarks.crowded import DATA
+from benchmarks.harness import Row, main
+from cryofleet.numerics.cylindrical import frames_along, trace_axis
+from cryofleet.numerics.rotations import rotation_grid
+from services.picking import template_matching
+from services.picking.score_peaks import Peaks, peaks
+from services.picking.template import Template
+from services.picking.transfer import wedge_transfer
 
 
 @dataclass(frozen=True)
@@ -92,3 +106,49 @@ def wall_distance(positions: NDArray[np.floating], axis: NDArray[np.floating], r
     """
     distance, _ = cKDTree(frames_along(axis, 0.05).points).query(np.asarray(positions, np.float64))
     return np.asarray(np.abs(distance - radius), np.float64)
+
+
+def wall_picks(
+    tomogram: NDArray[np.float32], tubulin: NDArray[np.floating], step_degrees: float = 20.0, separation: float = 4.0
+) -> Peaks:
+    """Picks of a lattice patch in a tomogram with tilts of +-60 degrees, protein bright, the best first.
+
+    Args:
+        tomogram: float32 [z, y, x], voxels of 10.52 Å.
+        tubulin: as for `lattice_patch`.
+        step_degrees: between two orientations.
+        separation: least distance of two picks, voxels; a monomer is 3.9 long.
+    """
+    patch = lattice_patch(tubulin, rise_angstrom=41.0)
+    box = patch.template.shape[0]
+    template = Template(patch.template, np.clip(patch.mask, 0, 1), True, wedge_transfer(box, -60, 60))
+    shape = (tomogram.shape[0], tomogram.shape[1], tomogram.shape[2])
+    measured = template_matching.survey(lambda a, b: tomogram[a:b], shape)
+    searched = template_matching.Tomogram(lambda a, b: tomogram[a:b], shape, *measured)
+    rotations = rotation_grid(step_degrees)
+    plan = template_matching.layout(shape, box, disturbed=False, mask_turns=True, variants=1)
+    scores = np.zeros(shape, np.float32)
+    work = template_matching.pieces(plan, len(rotations))
+    for match in template_matching.search(searched, [template], rotations, plan, work, threads=2):
+        scores[tuple(slice(a, b) for a, b in zip(match.tile.start, match.tile.stop, strict=True))] = match.scores[0]
+    return peaks(lambda a, b: scores[a:b], shape, separation)
+
+
+def measure(quick: bool) -> Iterator[Row]:
+    tomogram = DATA / "real" / "microtubule_13pf.tif"
+    if not tomogram.exists():
+        print(f"{tomogram} is not there: no figures of it", file=sys.stderr)
+        return
+    volume = tifffile.imread(tomogram).astype(np.float32)
+    with mrcfile.open(DATA / "maps" / "beta-tubulin.mrc") as file:
+        tubulin = np.array(file.data, np.float32)
+    axis = trace_axis(volume, 10.5, along="y")
+    found = wall_picks(volume, tubulin, 30.0 if quick else 20.0)
+    distance = wall_distance(found.positions[:100].astype(np.float64), axis, 10.5)
+    case = "microtubule of 13 protofilaments, best 100 picks"
+    yield Row(case, "within_3_nm_of_the_wall", float((distance * 1.052 <= 3).mean()), "", "higher", 0.8)
+    yield Row(case, "median_distance", float(np.median(distance)) * 1.052, "nm", "lower")
+
+
+if __name__ == "__main__":
+    main("microtubule", measure)

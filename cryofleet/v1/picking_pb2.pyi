@@ -954,6 +954,7 @@ class TemplateMatchResult(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     ORIENTATIONS_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
     match_uri: _builtins.str
     scores_uri: _builtins.str
     rotations_uri: _builtins.str
@@ -963,6 +964,7 @@ class TemplateMatchResult(_message.Message):
     count: _builtins.int
     threshold: _builtins.float
     orientations: _builtins.int
+    min_distance_angstrom: _builtins.float
     def __init__(
         self,
         *,
@@ -975,10 +977,11 @@ class TemplateMatchResult(_message.Message):
         count: _builtins.int = ...,
         threshold: _builtins.float = ...,
         orientations: _builtins.int = ...,
+        min_distance_angstrom: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "match_uri", b"match_uri", "metrics_uri", b"metrics_uri", "orientations", b"orientations", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "match_uri", b"match_uri", "metrics_uri", b"metrics_uri", "min_distance_angstrom", b"min_distance_angstrom", "orientations", b"orientations", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1094,6 +1097,7 @@ class PickPeaksResult(_message.Message):
     METRICS_URI_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    MIN_DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
     scores_uri: _builtins.str
     rotations_uri: _builtins.str
     orientations_uri: _builtins.str
@@ -1101,6 +1105,7 @@ class PickPeaksResult(_message.Message):
     metrics_uri: _builtins.str
     count: _builtins.int
     threshold: _builtins.float
+    min_distance_angstrom: _builtins.float
     def __init__(
         self,
         *,
@@ -1111,10 +1116,11 @@ class PickPeaksResult(_message.Message):
         metrics_uri: _builtins.str = ...,
         count: _builtins.int = ...,
         threshold: _builtins.float = ...,
+        min_distance_angstrom: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "min_distance_angstrom", b"min_distance_angstrom", "orientations_uri", b"orientations_uri", "particles_uri", b"particles_uri", "rotations_uri", b"rotations_uri", "scores_uri", b"scores_uri", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,6 @@
-"""Makes docs/images/microtubule-lattice.png: python docs/images/microtubule.py TOMOGRAM; needs matplotlib."""
+"""Makes docs/images/microtubule-lattice.png, and microtubule-picks.png where a map of beta-tubulin is given; needs
+matplotlib: python docs/images/microtubule.py TOMOGRAM [TUBULIN]
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,16 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
+import mrcfile
 import numpy as np
 import tifffile
+from scipy.spatial import cKDTree
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-from cryofleet.numerics.cylindrical import cylindrical_spectrum, cylindrical_transform, trace_axis
+from benchmarks.microtubule import wall_distance, wall_picks
+from cryofleet.numerics.cylindrical import cylindrical_spectrum, cylindrical_transform, frames_along, trace_axis
 
 VOXEL_NM = 1.052
 
@@ -83,5 +88,31 @@ def main(tomogram: Path) -> None:
     figure.savefig(Path(__file__).with_name("microtubule-lattice.png"), dpi=90)
 
 
+def picks(tomogram: Path, tubulin: Path) -> None:
+    volume = tifffile.imread(tomogram).astype(np.float32)
+    axis = trace_axis(volume, 10.5, along="y")
+    with mrcfile.open(tubulin) as file:
+        found = wall_picks(volume, np.array(file.data, np.float32))
+    best = found.positions[:100].astype(np.float64)
+    distance = wall_distance(best, axis, 10.5) * VOXEL_NM
+    print(f"within 3 nm of the wall: {(distance <= 3).mean():.0%}, median {np.median(distance):.2f} nm")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 6), layout="constrained")
+    middle = round(float(axis[:, 2].mean()))
+    panels[0].imshow(volume[middle - 4 : middle + 5].mean(axis=0), cmap="gray", origin="lower")
+    panels[0].plot(best[:, 0], best[:, 1], "o", markersize=5, markerfacecolor="none", color="tab:orange")
+    panels[0].set(title="the best 100 picks", xlabel="x / voxels", ylabel="y / voxels")
+    frames = frames_along(axis, 0.05)
+    nearest = cKDTree(frames.points).query(best)[1]
+    away = best - frames.points[nearest]
+    across = (away * frames.first[nearest]).sum(axis=1), (away * frames.second[nearest]).sum(axis=1)
+    turn = np.linspace(0, 2 * np.pi, 200)
+    panels[1].plot(11.05 * np.cos(turn), 11.05 * np.sin(turn), color="gray", linewidth=1)
+    panels[1].plot(across[0] * VOXEL_NM, across[1] * VOXEL_NM, "o", markersize=4, color="tab:orange")
+    panels[1].set(title="seen along the axis", xlabel="nm", ylabel="nm", aspect="equal")
+    figure.savefig(Path(__file__).with_name("microtubule-picks.png"), dpi=90)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        picks(Path(sys.argv[1]), Path(sys.argv[2]))

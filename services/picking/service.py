@@ -444,21 +444,6 @@ def filter_particles(request: picking_pb2.FilterParticlesRequest, task: Task) ->
 
     if request.class_names:
         keep("class_names", np.isin(np.array(_classes(particles) or [""] * given), list(request.class_names)))
-    by_score = [name for name in ("score_min", "score_max", "expected_false_positives") if request.HasField(name)]
-    scores = particles.table["score"].to_numpy(np.float64) if "score" in particles.table else None
-    if by_score and scores is None:
-        raise FailedPrecondition(f"the particles have no scores, which {by_score[0]} needs")
-    if request.HasField("score_min") and request.HasField("expected_false_positives"):
-        raise InvalidArgument("give score_min or expected_false_positives, not both")
-    if by_score:
-        assert scores is not None
-        least = request.score_min if request.HasField("score_min") else -np.inf
-        if request.HasField("expected_false_positives"):
-            noise = background(scores)
-            least = noise.threshold(request.expected_false_positives)
-            metrics |= {"score_min": least, "background": asdict(noise)}
-        most = request.score_max if request.HasField("score_max") else np.inf
-        keep("score", particle_lists.by_score(scores, least, most))
     if request.mask_uri:
         mask = _tomogram(task, request.mask_uri)
         keep("mask", particle_lists.by_mask(_positions_in(particles, mask.info), mask.slab, mask.info.shape))
@@ -484,6 +469,19 @@ def filter_particles(request: picking_pb2.FilterParticlesRequest, task: Task) ->
         ranks = particles.table["score"].to_numpy(np.float64) if "score" in particles.table else None
         distance = request.min_distance_angstrom / particles.voxel_size_angstrom
         keep("distance", particle_lists.deduplicate(_true_positions(particles), ranks, distance, groups))
+    by_score = [name for name in ("score_min", "score_max", "expected_false_positives") if request.HasField(name)]
+    scores = particles.table["score"].to_numpy(np.float64) if "score" in particles.table else None
+    if by_score and scores is None:
+        raise FailedPrecondition(f"the particles have no scores, which {by_score[0]} needs")
+    if by_score:
+        assert scores is not None
+        least = request.score_min if request.HasField("score_min") else -np.inf
+        if request.HasField("expected_false_positives") and not request.HasField("score_min"):
+            noise = background(scores)
+            least = noise.threshold(request.expected_false_positives)
+            metrics |= {"score_min": least, "background": asdict(noise)}
+        most = request.score_max if request.HasField("score_max") else np.inf
+        keep("score", particle_lists.by_score(scores, least, most))
     if request.max_particles and len(particles) > request.max_particles:
         if "score" not in particles.table:
             raise FailedPrecondition("the particles have no scores, which max_particles needs")
@@ -971,6 +969,7 @@ def template_match(request: picking_pb2.TemplateMatchRequest, task: Task) -> pic
         count=picked.count,
         threshold=picked.threshold,
         orientations=len(rotations),
+        min_distance_angstrom=picked.min_distance_angstrom,
     )
 
 
@@ -1147,6 +1146,7 @@ def _pick(
         metrics_uri=task.write_table("metrics.json", metrics),
         count=len(picks),
         threshold=threshold,
+        min_distance_angstrom=distance * info.voxel_size_angstrom,
     )
 
 

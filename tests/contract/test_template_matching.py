@@ -53,7 +53,7 @@ async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
 def density() -> NDArray[np.float32]:
     rng = np.random.default_rng(5)
     noise = gaussian(rng.standard_normal((12, 12, 12)).astype(np.float32), 1)
-    return (noise / noise.std() * sphere(12, 4)).astype(np.float32)
+    return np.asarray(noise / noise.std() * sphere(12, 4), np.float32)
 
 
 def put(store: Store, name: str, volume: NDArray[Any], contrast: str, size: float = VOXEL, tilt: float = 90) -> str:
@@ -230,13 +230,14 @@ async def test_refinement_and_filters(channel: grpc.aio.Channel, store: Store, t
     assert await kept(class_names=["a"]) == [0, 2]
     assert await kept(segmentation_uri=segmentation, segmentation_distance_max_angstrom=140) == [0]
     assert await kept(segmentation_uri=segmentation, segmentation_distance_min_angstrom=140) == [1, 2]
-    assert await kept(border_angstrom=170) == [0, 1, 2]
-    assert await kept(border_angstrom=190) == [0, 2]
+    assert await kept(border_angstrom=140) == [0, 1, 2]
+    assert await kept(border_angstrom=180) == [1]
     assert await kept(min_distance_angstrom=350) == [2]
     assert await kept(min_distance_angstrom=350, within_class=True) == [1, 2]
     assert await kept(max_particles=1) == [2]
-    both = picking_pb2.FilterParticlesRequest(particles_uris=[uri], score_min=0, expected_false_positives=1)
-    await refused(channel, both, STATUS.INVALID_ARGUMENT, "not both")
+    assert await kept(score_min=0.25, expected_false_positives=1) == [2]
+    few = picking_pb2.FilterParticlesRequest(particles_uris=[uri], expected_false_positives=1)
+    await refused(channel, few, STATUS.FAILED_PRECONDITION, "3 separate peaks, too few")
 
 
 async def test_a_membrane_and_a_grid_are_sampled(channel: grpc.aio.Channel, store: Store, tomogram: str) -> None:
