@@ -217,9 +217,12 @@ def find_operation(name: str) -> Operation:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown word: the nearest of those that are known, or all of them."""
+    """What to add to a message about an unknown word: one that goes on where it ends (its unit was forgotten), the
+    nearest of those that are known, or all of them.
+    """
     folded = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
+    close = [name for name in folded if name.startswith(word.lower() + "_")][:1]
+    close = close or difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {folded[close[0]]!r}?"
     return f"; there are {', '.join(folded.values())}" if folded else ""

@@ -269,6 +269,9 @@ class _Checker:
     def _type_of(self, reference: Reference, scope: _Scope, path: Path, what: str) -> ValueType | None:
         """The type of what is referred to; None, and a problem noted, where there is no such thing."""
         if reference.root in scope.values:
+            if len(reference.path) > 1 and scope.values[reference.root] in (ValueType("any"), ValueType("structure")):
+                # an item of a list, or a structure, of the user's own; a part that it lacks is left out
+                return ValueType("any")
             if len(reference.path) > 1:
                 self._problem(path, f"{what}: {reference} asks for a part of {reference.root!r}, which has none")
                 return None
