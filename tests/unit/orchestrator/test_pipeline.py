@@ -246,3 +246,28 @@ def test_all_shipped_pipelines_are_sound() -> None:
         assert all(argument.help for argument in found.arguments), name
     with pytest.raises(NotFound, match="did you mean 'discover'"):
         library.get("discovery")
+
+
+def test_items_that_are_structures_have_fields_and_others_have_none() -> None:
+    text = """\
+name: many
+help: Items with fields.
+inputs:
+  tomogram: {kind: volume, help: the tomogram}
+parameters:
+  sizes: {type: list, default: [{diameter: 100}], help: what to look for}
+  size: {type: number, default: 100, help: one size}
+steps:
+  - id: each
+    foreach: ${sizes}
+    as: size_of
+    steps:
+      - id: pick
+        op: picking.DifferenceOfGaussians
+        with: {tomogram_uri: "${tomogram}", particle_diameter_angstrom: "${FIELD}"}
+outputs:
+  picks: ${each.pick.particles_uri}
+"""
+    load(text.replace("FIELD", "size_of.diameter"), "many.yaml")
+    with pytest.raises(InvalidArgument, match=r"asks for a part of 'size', which has none"):
+        load(text.replace("FIELD", "size.diameter"), "many.yaml")
