@@ -28,6 +28,7 @@ def example(count: int = 5, seed: int = 0) -> Particles:
         shift_y=generator.normal(size=count),
         shift_z=generator.normal(size=count),
         score=generator.normal(size=count),
+        diameter_angstrom=generator.uniform(100, 300, count),
         class_id=np.arange(count),
         class_name=[f"clässe {index}" for index in range(count)],
         half=np.arange(count) % 2 + 1,
