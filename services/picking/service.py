@@ -813,7 +813,8 @@ def _planned(
 ) -> _Work:
     """The rows of the plan that are asked for. Raises FailedPrecondition for a plan of another search."""
     plan = task.read_table(request.plan_uri)
-    if plan.get("format") != PLAN_FORMAT:
+    needed = {"tomogram_shape", "mean", "deviation", "binning", "box", "orientations", "rows", "padded", "valid"}
+    if plan.get("format") != PLAN_FORMAT or not needed | {"disturbed", "pieces"} <= plan.keys():
         raise InvalidArgument(f"{request.plan_uri} is no plan of a template search: PlanTemplateMatch makes one")
     own = {
         "tomogram_shape": list(info.shape),
@@ -1016,7 +1017,9 @@ def _pick_peaks_needs(request: picking_pb2.PickPeaksRequest, reader: Reader) -> 
 
 def _search_of(uri: str, reader: Reader) -> dict[str, Any]:
     table = reader.read_table(uri)
-    if not isinstance(table.get("search"), dict) or table["search"].get("format") != MATCH_FORMAT:
+    search = table.get("search")
+    matched = isinstance(search, dict) and search.get("format") == MATCH_FORMAT
+    if not (matched and isinstance(table.get("part"), dict) and isinstance(table.get("pieces"), list)):
         raise InvalidArgument(f"{uri} is no result of a template search: TemplateMatch makes one")
     return table
 
