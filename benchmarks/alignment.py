@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.harness import Row, main
 from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, rotation_grid
+from cryofleet.numerics.transfer import wedge_transfer
 from services.alignment.align import Search, align, search_exhaustively
 from services.alignment.average import average
 from tests.unit.alignment.samples import asymmetric, sample, symmetric
@@ -31,7 +32,7 @@ def _named(box: int, snr: float | None, shape: str) -> str:
 def _pairs(box: int, snr: float | None, group: str, count: int) -> Iterator[Row]:
     blobs = asymmetric(1) if group == "C1" else symmetric(group)
     data = sample(blobs, box, count, snr, seed=box, wedge=WEDGE)
-    search = Search(box, BOX_ANGSTROM / box, WEDGE)
+    search = Search(box, BOX_ANGSTROM / box, wedge_transfer(box, *WEDGE))
     reference = blobs.volume(box)
     align(data.read, min(count, 4), reference, search)  # compiles, and makes the tables of this band
     begun = time.perf_counter()
@@ -53,7 +54,7 @@ def _exhaustive(count: int) -> Iterator[Row]:
     """What a search of every rotation of a grid takes and finds, for comparison."""
     blobs = asymmetric(1)
     data = sample(blobs, 32, count, 0.1, seed=32, wedge=WEDGE)
-    search = Search(32, BOX_ANGSTROM / 32, WEDGE, max_shift_voxels=3.0)
+    search = Search(32, BOX_ANGSTROM / 32, wedge_transfer(32, *WEDGE), max_shift_voxels=3.0)
     grid = rotation_grid(12.0)
     begun = time.perf_counter()
     found = [search_exhaustively(box, blobs.volume(32), search, grid).rotations for box in data.particles]
@@ -66,7 +67,7 @@ def _exhaustive(count: int) -> Iterator[Row]:
 
 def _averages(count: int, iterations: int) -> Iterator[Row]:
     data = sample(asymmetric(1), 32, count, 0.1, seed=7, wedge=WEDGE)
-    search = Search(32, 10.0, WEDGE, max_candidates=20)
+    search = Search(32, 10.0, wedge_transfer(32, *WEDGE), max_candidates=20)
     begun = time.perf_counter()
     result = average(data.read, count, search, iterations=iterations)
     seconds = time.perf_counter() - begun

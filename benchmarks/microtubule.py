@@ -21,10 +21,10 @@ from benchmarks.crowded import DATA
 from benchmarks.harness import Row, main
 from cryofleet.numerics.cylindrical import frames_along, trace_axis
 from cryofleet.numerics.rotations import rotation_grid
+from cryofleet.numerics.transfer import wedge_transfer
 from services.picking import template_matching
 from services.picking.score_peaks import Peaks, peaks
 from services.picking.template import Template
-from services.picking.transfer import wedge_transfer
 
 
 @dataclass(frozen=True)

@@ -117,15 +117,27 @@ def local_maxima(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
     return top.values, top.indices
 
 
-def suppress(values: torch.Tensor, quaternions: torch.Tensor, count: int, separation_degrees: float) -> torch.Tensor:
+def suppress(
+    values: torch.Tensor,
+    quaternions: torch.Tensor,
+    count: int,
+    separation_degrees: float,
+    group: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Non-maximum suppression on SO(3): positions of the best `count` that keep `separation_degrees` from better ones.
 
     `values` (batch, points) must be sorted, highest first, `quaternions` is (batch, points, 4). Distances are angles
-    of rotation, so the crowding of Euler grids at their poles does not matter. Returns (batch, count), -1 where none
-    is left.
+    of rotation, so the crowding of Euler grids at their poles does not matter; rotations R and R g are the same for g
+    of the `group` (order, 4). Returns (batch, count), -1 where none is left.
     """
     limit = math.cos(math.radians(separation_degrees) / 2)
-    close = (quaternions @ quaternions.transpose(1, 2)).abs() > limit
+    closeness = (quaternions @ quaternions.transpose(1, 2)).abs()
+    for g in () if group is None else group[1:]:
+        # (q g) . p: the product with a fixed quaternion is linear.
+        x, y, z, w = (float(v) for v in g)
+        by = quaternions.new_tensor([[w, -z, y, -x], [z, w, -x, -y], [-y, x, w, -z], [x, y, z, w]])
+        torch.maximum(closeness, (quaternions @ by @ quaternions.transpose(1, 2)).abs(), out=closeness)
+    close = closeness > limit
     free = values > -torch.inf
     chosen = torch.full((len(values), count), -1, dtype=torch.int64, device=values.device)
     row = torch.arange(len(values), device=values.device)

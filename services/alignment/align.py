@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.rotations import point_group
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
-from cryofleet.numerics.wedge import check_tilt_range
 from cryofleet.progress import Progress, no_progress
 from services.alignment.band import Band, cycles_per_box, rotation_matrices
 from services.alignment.refinement import Refined, refine
@@ -41,22 +41,32 @@ class Poses:
     shifts: NDArray[np.float64]
     scores: NDArray[np.float64]
 
+    def tensors(self, rows: NDArray[np.int64], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quaternions (rows, 4) and shifts (rows, 3) of some of them."""
+        quaternions = torch.from_numpy(np.atleast_2d(self.rotations.as_quat())[rows]).float().to(device)
+        return quaternions, torch.from_numpy(self.shifts[rows]).float().to(device)
+
 
 @dataclass(frozen=True)
 class Search:
     """What is compared, and how widely it is looked.
 
     Resolutions in Å; `None` stands for the coarsest or finest sensible: the box, and twice the Nyquist limit (four
-    voxels). `tilt_range_degrees` is None where nothing is missing.
+    voxels). `transfer` is what imaging left of each component, on the half grid (n, n, n // 2 + 1) of `rfftn`: a wedge
+    mask, or CTF and dose (`cryofleet.numerics.transfer`); None where nothing is missing. `symmetry` is the reference's
+    point group, its main axis along z: of rotations that look alike only one is a candidate. `max_angle_degrees` and
+    `max_shift_voxels` are counted from the pose that a particle starts from where it has one.
     """
 
     box_size: int
     voxel_size_angstrom: float
-    tilt_range_degrees: tuple[float, float] | None
+    transfer: NDArray[np.float32] | None = field(default=None, compare=False)
     low_pass_angstrom: float | None = None
     high_pass_angstrom: float | None = None
     max_candidates: int = 50
     max_shift_voxels: float | None = None
+    max_angle_degrees: float | None = None
+    symmetry: str = "C1"
 
     def check(self) -> None:
         """Raise InvalidArgument where a value can't work."""
@@ -64,8 +74,9 @@ class Search:
             raise InvalidArgument(f"boxes of {self.box_size} voxels are too small to align: at least 8 are needed")
         if not self.voxel_size_angstrom > 0:
             raise InvalidArgument(f"voxel_size_angstrom {self.voxel_size_angstrom:g}: must be positive")
-        if self.tilt_range_degrees is not None:
-            check_tilt_range(*self.tilt_range_degrees)
+        if self.transfer is not None:
+            check_transfer(self.transfer, self.box_size)
+        point_group(self.symmetry)
         if self.low_pass_angstrom is not None and self.k_max < 2:
             limit = self.box_size * self.voxel_size_angstrom / 2
             raise InvalidArgument(
@@ -79,6 +90,8 @@ class Search:
             )
         if self.max_candidates < 1:
             raise InvalidArgument(f"max_candidates {self.max_candidates}: must be at least 1")
+        if self.max_angle_degrees is not None and not self.max_angle_degrees >= 0:
+            raise InvalidArgument(f"max_angle_degrees {self.max_angle_degrees:g}: must not be negative")
 
     @property
     def k_max(self) -> float:
@@ -110,6 +123,20 @@ class References:
     magnitudes: MagnitudeModel
 
 
+def check_transfer(transfer: NDArray[np.float32], box_size: int) -> None:
+    """Raise InvalidArgument unless a transfer function fits the box, is finite, and leaves something to compare."""
+    expected = (box_size, box_size, box_size // 2 + 1)
+    if transfer.shape != expected:
+        raise InvalidArgument(
+            f"the wedge mask or transfer function is {transfer.shape} on the half grid: "
+            f"boxes of {box_size} voxels need {expected}"
+        )
+    if not np.isfinite(transfer).all():
+        raise InvalidArgument("the wedge mask or transfer function holds values that are not finite (NaN or infinity)")
+    if not transfer.ravel()[1:].any():
+        raise InvalidArgument("the wedge mask or transfer function is zero everywhere: nothing was imaged")
+
+
 class Aligner:
     """All tables of one search on one device; cheap to keep, safe to share between threads."""
 
@@ -119,9 +146,10 @@ class Aligner:
         self.device = device
         n = search.box_size
         k_coarse = min(search.k_max, max(SEARCH_CYCLES, search.k_min + 2))
-        self.fine = Band(n, search.k_min, search.k_max, search.tilt_range_degrees, device)
-        self.coarse = Band(n, search.k_min, k_coarse, search.tilt_range_degrees, device)
-        self._matcher = RotationalMatcher(self.coarse)
+        self.fine = Band(n, search.k_min, search.k_max, search.transfer, device)
+        self.coarse = Band(n, search.k_min, k_coarse, search.transfer, device)
+        group = torch.from_numpy(np.atleast_2d(point_group(search.symmetry).as_quat())).float().to(device)
+        self._matcher = RotationalMatcher(self.coarse, group)
         self._shifts = ShiftSearch(self.coarse, search.shift_limit)
         mask = soft_sphere(n, 0.5 * n - max(2.0, n / 16), max(2.0, n / 16))
         self._mask = torch.from_numpy(mask).to(device)
@@ -137,19 +165,48 @@ class Aligner:
         )
         return References(coarse, fine, self._matcher.model(coarse))
 
-    def candidates(self, particles: torch.Tensor, references: References) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidate rotations (batch, candidates, 4) of particles (batch, n, n, n), and which of them are real ones."""
+    def candidates(
+        self, particles: torch.Tensor, references: References, near: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidate rotations (batch, candidates, 4) of particles (batch, n, n, n), and which of them are real ones.
+
+        Where rotations `near` (batch, 4) are given, only those within `max_angle_degrees` of them, and themselves.
+        """
         # The mask keeps the noise in the box's corners out of the magnitudes.
         magnitudes = self.coarse.of(centred_rfft(particles * self._mask)).abs()
-        return self._matcher.candidates(magnitudes, references.magnitudes, self.search.max_candidates)
+        limit = self.search.max_angle_degrees
+        around = None if near is None or limit is None else (near, limit)
+        return self._matcher.candidates(magnitudes, references.magnitudes, self.search.max_candidates, around)
 
-    def align(self, particles: torch.Tensor, references: References) -> Refined:
-        """The best pose of each particle (batch, n, n, n), searched over all rotations."""
-        quaternions, found = self.candidates(particles, references)
+    def align(
+        self, particles: torch.Tensor, references: References, start: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Refined:
+        """The best pose of each particle (batch, n, n, n), searched over all rotations, or around `start`: quaternions
+        (batch, 4) and shifts (batch, 3).
+        """
+        quaternions, found = self.candidates(particles, references, None if start is None else start[0])
         spectra = centred_rfft(particles)
-        coarse = self.coarse.of(spectra)
+        if start is None:
+            return self._align(self.coarse.of(spectra), self.fine.of(spectra), references, quaternions, found)
+        result = self._align(
+            self.coarse.moved(self.coarse.of(spectra), -start[1]),
+            self.fine.moved(self.fine.of(spectra), -start[1]),
+            references,
+            quaternions,
+            found,
+        )
+        return Refined(result.quaternions, result.shifts + start[1], result.scores)
+
+    def _align(
+        self,
+        coarse: torch.Tensor,
+        fine: torch.Tensor,
+        references: References,
+        quaternions: torch.Tensor,
+        found: torch.Tensor,
+    ) -> Refined:
         batch, count = found.shape
-        models = references.coarse.rotated(self.coarse.points, rotation_matrices(quaternions))
+        models = self.coarse.imaged(references.coarse.rotated(self.coarse.points, rotation_matrices(quaternions)))
         shifts, overlaps = self._shifts.best((coarse[:, None] * models.conj()).flatten(0, 1))
         scores = overlaps.view(batch, count) * models.abs().square().sum(-1).clamp(min=1e-30).rsqrt()
         scores = torch.where(found, scores, -torch.inf)
@@ -159,14 +216,14 @@ class Aligner:
         found = torch.take_along_dim(found, top[..., 0], dim=1)
         limit = self.search.shift_limit
         result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4)
-        return self._finish(spectra, references, result, found)
+        return self._finish(fine, references, result, found)
 
-    def _finish(self, spectra: torch.Tensor, references: References, poses: Refined, found: torch.Tensor) -> Refined:
+    def _finish(self, fine: torch.Tensor, references: References, poses: Refined, found: torch.Tensor) -> Refined:
         scores = torch.where(found, poses.scores, -torch.inf)
         top = torch.topk(scores, min(REFINED_FINELY, scores.shape[1]), dim=1).indices[..., None]
         result = refine(
             self.fine,
-            self.fine.of(spectra),
+            fine,
             references.fine,
             torch.take_along_dim(poses.quaternions, top, dim=1),
             torch.take_along_dim(poses.shifts, top, dim=1),
@@ -181,10 +238,11 @@ class Aligner:
         )
 
 
-def prepare_reference(reference: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A reference with its surroundings at zero: the corners' mean removed, cut to the sphere that the box holds.
+def prepare_reference(reference: NDArray[np.float32], mask: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """A reference with its surroundings at zero: the mean beyond the mask removed, and multiplied by it.
 
-    Raises InvalidArgument where it is no cube, not finite, or constant.
+    Without a mask of its own, the sphere that the box holds. Raises InvalidArgument where the reference is no cube, not
+    finite, or constant, or where the mask does not fit.
     """
     if reference.ndim != 3 or len(set(reference.shape)) != 1:
         raise InvalidArgument(f"the reference is {reference.shape}: it must be a cube")
@@ -195,8 +253,23 @@ def prepare_reference(reference: NDArray[np.float32]) -> NDArray[np.float32]:
     n = reference.shape[0]
     outside = radius_grid(n) >= n / 2
     edge = max(2.0, n / 16)
+    if mask is None:
+        mask = soft_sphere(n, n / 2 - edge, edge)
+    else:
+        check_mask(mask, n)
+        outside |= mask <= 0
     level = reference[outside].mean()
-    return np.asarray((reference - level) * soft_sphere(n, n / 2 - edge, edge), dtype=np.float32)
+    return np.asarray((reference - level) * mask, dtype=np.float32)
+
+
+def check_mask(mask: NDArray[np.float32], box_size: int) -> None:
+    """Raise InvalidArgument unless a mask has the box's shape, lies in 0 to 1, and is not empty."""
+    if mask.shape != (box_size,) * 3:
+        raise InvalidArgument(f"the mask is {mask.shape}, the particles are boxes of {box_size} voxels")
+    if not (np.isfinite(mask).all() and mask.min() >= 0 and mask.max() <= 1 + 1e-6):
+        raise InvalidArgument("the mask holds values outside 0 to 1")
+    if not mask.any():
+        raise InvalidArgument("the mask is zero everywhere")
 
 
 def check_particles(particles: NDArray[np.float32], names: NDArray[np.int64], box_size: int) -> None:
@@ -284,6 +357,8 @@ def align(
     reference: NDArray[np.float32],
     search: Search,
     *,
+    start: Poses | None = None,
+    mask: NDArray[np.float32] | None = None,
     names: NDArray[np.int64] | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -292,7 +367,8 @@ def align(
     """Align `count` particles to one reference, both with protein of the same sign.
 
     `read(first, count)` gives boxes of `search.box_size`; they are read batch by batch, so memory does not grow with
-    their number. `names` are the particles' ids, for messages.
+    their number. `start` are poses that the search's ranges are counted from, `mask` `[z, y, x]` what counts of the
+    reference, `names` the particles' ids, for messages.
 
     Raises InvalidArgument for a search that can't work, a reference of another box, or a particle that is constant or
     not finite.
@@ -302,9 +378,11 @@ def align(
         raise InvalidArgument(
             f"the reference is {reference.shape}, the particles are boxes of {search.box_size} voxels"
         )
+    if start is not None and len(start.shifts) != count:
+        raise InvalidArgument(f"there are starting poses of {len(start.shifts)} particles, but {count} particles")
     ids = np.arange(count) if names is None else names
     aligner = Aligner(search, device)
-    prepared = torch.from_numpy(prepare_reference(reference)).to(device)
+    prepared = torch.from_numpy(prepare_reference(reference, mask)).to(device)
     references = aligner.references(prepared[None])
     size = batch_size(search.box_size, search.k_max, device)
 
@@ -315,7 +393,8 @@ def align(
     def work(batch: tuple[int, NDArray[np.float32]]) -> Refined:
         first, boxes = batch
         check_particles(boxes, ids[first : first + len(boxes)], search.box_size)
-        return aligner.align(torch.from_numpy(standardise(boxes)).to(device), references)
+        near = None if start is None else start.tensors(np.arange(first, first + len(boxes)), device)
+        return aligner.align(torch.from_numpy(standardise(boxes)).to(device), references, near)
 
     results: list[Refined] = []
     finished = 0
@@ -354,7 +433,7 @@ def search_exhaustively(
     scores, places = [], []
     quaternions = torch.from_numpy(rotations.as_quat()).float()
     for part in torch.split(quaternions, max(1, 200_000 // len(band))):
-        models = table.rotated(band.points, rotation_matrices(part)[None])[0]
+        models = band.imaged(table.rotated(band.points, rotation_matrices(part)[None])[0])
         place, overlap = shifts.best(data * models.conj())
         norm = models.abs().square().sum(-1) * data.abs().square().sum()
         scores.append(overlap * norm.clamp(min=1e-30).rsqrt())

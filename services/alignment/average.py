@@ -168,7 +168,7 @@ class _Averaging:
     def impose(self, symmetry: str) -> None:
         """Symmetrise the averages from here on."""
         self.group = point_group(symmetry)
-        self.contributions = Contributions(self.band, self.search.tilt_range_degrees, self.group, self.device)
+        self.contributions = Contributions(self.band, self.search.transfer, self.group, self.device)
 
     # Particles
 
@@ -286,7 +286,7 @@ class _Averaging:
         m = min(n, 2 * math.ceil(reach + 1) + 2)
         edge = max(1.0, m / 16)
         mask = torch.from_numpy(soft_sphere(m, m / 2 - edge, edge)).to(self.device)
-        contributions = Contributions(inner, self.search.tilt_range_degrees, self.group, self.device)
+        contributions = Contributions(inner, self.search.transfer, self.group, self.device)
 
         def work(batch: _Batch) -> Refined:
             chosen, boxes = batch

@@ -7,21 +7,28 @@ import torch
 from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.numerics.wedge import is_sampled
+
+LEAST_TRANSFER = 0.02
+"""Of the largest: components that imaging left less of are taken as missing."""
 
 
 class Band:
-    """The components of a box that are sampled by the tilt series and lie between two frequencies.
+    """The components of a box that imaging left and that lie between two frequencies.
+
+    `transfer` says what imaging made of each component: float32 in the layout of `rfftn` `[z, y, x // 2 + 1]`, 0 where
+    missing, 1 where whole, the CTF's and the dose's value else (`cryofleet.numerics.transfer` makes it); None where
+    nothing is missing. A particle is modelled as X = transfer * (rotated reference) + noise.
 
     Of each Friedel pair one is kept, so every component counts the same; zero frequency and Nyquist are never in.
     `points` are their (kx, ky, kz) in cycles per box, ordered by |k|, on the band's device; `index` are their places
-    in a flattened `rfftn` of the box; `k_min` and `k_max` are in cycles per box.
+    in a flattened `rfftn` of the box; `k_min` and `k_max` are in cycles per box; the band's `transfer` (components,)
+    is None where it is 1 for all.
 
     Raises InvalidArgument where nothing is left to compare.
     """
 
     def __init__(
-        self, box_size: int, k_min: float, k_max: float, tilt_range_degrees: tuple[float, float] | None, device: str
+        self, box_size: int, k_min: float, k_max: float, transfer: NDArray[np.float32] | None, device: str
     ) -> None:
         k = np.fft.fftfreq(box_size) * box_size
         kx = np.fft.rfftfreq(box_size) * box_size
@@ -30,13 +37,13 @@ class Band:
         half = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
         below_nyquist = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.abs(z)) < box_size / 2
         kept = half & below_nyquist & (radius >= k_min - 1e-6) & (radius <= k_max + 1e-6)
-        if tilt_range_degrees is not None:
-            kept &= is_sampled(x, z, *tilt_range_degrees)
+        if transfer is not None:
+            kept &= np.abs(transfer) >= LEAST_TRANSFER * np.abs(transfer).max()
         index = np.flatnonzero(kept)
         if index.size == 0:
             raise InvalidArgument(
                 f"no Fourier component of the box of {box_size} voxels lies between {k_min:g} and {k_max:g} cycles "
-                "per box and within the tilt range: give a wider band"
+                "per box and was imaged: give a wider band"
             )
         index = index[np.argsort(radius.ravel()[index], kind="stable")]
         points = np.stack([x.ravel()[index], y.ravel()[index], z.ravel()[index]], axis=1)
@@ -48,6 +55,9 @@ class Band:
         self.device = device
         self.points = torch.from_numpy(points.astype(np.float32)).to(device)
         self.index = torch.from_numpy(index).to(device)
+        self.transfer: torch.Tensor | None = None
+        if transfer is not None and (transfer.ravel()[index] != 1).any():
+            self.transfer = torch.from_numpy(transfer.ravel()[index].astype(np.float32)).to(device)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,6 +65,15 @@ class Band:
     def of(self, spectra: torch.Tensor) -> torch.Tensor:
         """The band's components (batch, components) of half spectra (batch, n, n, n//2 + 1)."""
         return spectra.flatten(1).index_select(1, self.index)
+
+    def imaged(self, models: torch.Tensor) -> torch.Tensor:
+        """Rotated references (.., components) as imaging would show them."""
+        return models if self.transfer is None else models * self.transfer
+
+    def moved(self, values: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Components (batch, components) of particles after shifts (batch, 3) in voxels."""
+        angle = (shifts @ self.points.T) * (-2 * math.pi / self.box_size)
+        return values * torch.complex(torch.cos(angle), torch.sin(angle))
 
 
 def cycles_per_box(box_size: int, voxel_size_angstrom: float, resolution_angstrom: float) -> float:

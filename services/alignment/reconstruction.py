@@ -10,7 +10,6 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.numerics.masks import soft_sphere
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
-from cryofleet.numerics.wedge import wedge_mask
 from services.alignment.band import Band, rotation_matrices
 
 _OVERSAMPLING = 2
@@ -26,13 +25,12 @@ class Contributions:
     """What particles add to the sums on one band of the reference's Fourier space.
 
     For a particle X at pose (R, t) and each g of the point group: (w X)(R g k) exp(2 pi i R g k . t / n) to the sum and
-    w(R g k) to its weight, both divided by the order of the group. The wedge is interpolated just as the particle is:
-    near its planes, which at low frequencies is everywhere, both fall off alike, and their quotient stays right.
+    w(R g k)^2 to its weight, both divided by the order of the group, where w is the transfer function. It is
+    interpolated just as the particle is: near the wedge's planes, which at low frequencies is everywhere, both fall off
+    alike, and their quotient stays right.
     """
 
-    def __init__(
-        self, band: Band, tilt_range_degrees: tuple[float, float] | None, symmetry: Rotation, device: str
-    ) -> None:
+    def __init__(self, band: Band, transfer: NDArray[np.float32] | None, symmetry: Rotation, device: str) -> None:
         n = band.box_size
         self.band = band
         self._group = rotation_matrices(_quaternions(symmetry)).to(device)
@@ -40,20 +38,19 @@ class Contributions:
         self._mask = torch.from_numpy(soft_sphere(n, n / 2 - edge, edge)).to(device)
         k = np.fft.fftfreq(n) * n
         self._axes = [torch.from_numpy(a.astype(np.float32)).to(device) for a in (k, k, np.fft.rfftfreq(n) * n)]
-        self._wedge: torch.Tensor | None = None
+        self._transfer: torch.Tensor | None = None
         self._sampled: SpectrumTable | None = None
-        if tilt_range_degrees is not None:
-            wedge = torch.from_numpy(wedge_mask((n, n, n), *tilt_range_degrees, half=True)).to(device)
-            spread = centred_irfft(wedge.to(torch.complex64), n) * self._mask
-            self._wedge = wedge
+        if transfer is not None:
+            self._transfer = torch.from_numpy(transfer).to(device)
+            spread = centred_irfft(self._transfer.square().to(torch.complex64), n) * self._mask
             self._sampled = SpectrumTable(spread[None], band.k_max, _OVERSAMPLING)
 
     def _recentred(self, particles: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         """Particles moved back by their shifts and cut to the sphere that can be rotated within the box."""
         n = self.band.box_size
         spectra = torch.fft.rfftn(particles, dim=(1, 2, 3))
-        if self._wedge is not None:
-            spectra = spectra * self._wedge
+        if self._transfer is not None:
+            spectra = spectra * self._transfer
         for axis, (k, place) in enumerate(zip(self._axes, (2, 1, 0), strict=True)):
             angle = shifts[:, place, None] * k * (2 * math.pi / n)
             shape = [len(shifts), 1, 1, 1]

@@ -39,14 +39,15 @@ class _Sums:
 
 
 def _phases(band: Band, shifts: torch.Tensor) -> torch.Tensor:
+    """What a shift and the imaging make of each component, (.., components)."""
     angle = (shifts @ band.points.T) * (-2 * math.pi / band.box_size)
-    return torch.complex(torch.cos(angle), torch.sin(angle))
+    return band.imaged(torch.complex(torch.cos(angle), torch.sin(angle)))
 
 
 def correlations(
     band: Band, particles: torch.Tensor, table: SpectrumTable, quaternions: torch.Tensor, shifts: torch.Tensor
 ) -> torch.Tensor:
-    """Eq. 1 for poses (batch, poses): Re sum X conj(M) / (|X| |M|), M the rotated and shifted reference on the band."""
+    """Eq. 1 for poses (batch, poses): Re sum X conj(M) / (|X| |M|), M the rotated, shifted and imaged reference."""
     model = table.rotated(band.points, rotation_matrices(quaternions)) * _phases(band, shifts)
     norm = particles.abs().square().sum(-1)[:, None] * model.abs().square().sum(-1)
     overlap = (particles[:, None] * model.conj()).real.sum(-1)
@@ -86,6 +87,7 @@ def _accumulate(
     oversampling: float,
     box_size: int,
     points: NDArray[np.float32],
+    transfer: NDArray[np.float32],
     data: NDArray[np.float32],
     matrices: NDArray[np.float32],
     shifts: NDArray[np.float32],
@@ -131,8 +133,9 @@ def _accumulate(
                 jx, jy, jz = int(px) + k_reach, int(py) + k_reach, int(pz) + k_reach
                 ar = phase[0, jx, 0] * phase[1, jy, 0] - phase[0, jx, 1] * phase[1, jy, 1]
                 ai = phase[0, jx, 0] * phase[1, jy, 1] + phase[0, jx, 1] * phase[1, jy, 0]
-                cr = ar * phase[2, jz, 0] - ai * phase[2, jz, 1]
-                ci = ar * phase[2, jz, 1] + ai * phase[2, jz, 0]
+                imaged = transfer[j]
+                cr = imaged * (ar * phase[2, jz, 0] - ai * phase[2, jz, 1])
+                ci = imaged * (ar * phase[2, jz, 1] + ai * phase[2, jz, 0])
                 # Value and slopes of both parts; (v, dx, dy, dz) for real, then imaginary.
                 part = 0
                 vr = gxr = gyr = gzr = vi = gxi = gyi = gzi = np.float32(0.0)
@@ -193,6 +196,7 @@ def _sums(band: Band, data: torch.Tensor, table: SpectrumTable, matrices: torch.
         float(table.oversampling),
         band.box_size,
         band.points.numpy(),
+        (torch.ones(len(band)) if band.transfer is None else band.transfer).numpy(),
         torch.view_as_real(data).numpy(),
         matrices.numpy(),
         shifts.numpy(),

@@ -1,8 +1,8 @@
 """Candidate rotations by fast rotational matching under the missing wedge (FAML, eq. 2).
 
-The magnitude of a transform does not change with a shift, so c~(R) = C[w |X|, |A|](R) / sqrt(C[w, |A|^2](R)), with
+The magnitude of a transform does not change with a shift, so c~(R) = C[|w X|, |A|](R) / sqrt(C[w^2, |A|^2](R)), with
 C[p, q](R) = sum_j p_j (R q)_j, bounds the constrained correlation over all shifts. Both correlations come from
-expansions in spherical harmonics on shells.
+expansions in spherical harmonics on shells. w is the wedge mask, or what CTF and dose leave of each component.
 
 Magnitudes are centro-symmetric, so only even degrees occur. The particle's side is taken as it is, point by point on
 its own Fourier grid: the sum over j above is then exact, and no magnitude of the particle is ever interpolated.
@@ -27,7 +27,7 @@ SEPARATION_STEPS = 1.75
 
 @dataclass(frozen=True)
 class MagnitudeModel:
-    """What the matching needs of a batch of references: coefficients of |A| and 1 / sqrt(C[w, |A|^2]) on the grid."""
+    """What the matching needs of a batch of references: coefficients of |A| and 1 / sqrt(C[w^2, |A|^2]) on the grid."""
 
     coefficients: torch.Tensor
     inverse_norm: torch.Tensor
@@ -39,10 +39,14 @@ def degree_limit(k_max: float) -> int:
 
 
 class RotationalMatcher:
-    """Matches magnitudes in one band; holds the tables for it."""
+    """Matches magnitudes in one band; holds the tables for it.
 
-    def __init__(self, band: Band) -> None:
+    `group` (order, 4) are the quaternions of the references' point group.
+    """
+
+    def __init__(self, band: Band, group: torch.Tensor | None = None) -> None:
         self.band = band
+        self._group = group
         limit = degree_limit(band.k_max)
         degrees = tuple(range(0, limit + 1, 2))
         self.grid = euler_grid(degrees, max(72, 4 * math.ceil((2 * limit + 1) / 4)), band.device)
@@ -78,7 +82,7 @@ class RotationalMatcher:
         self._reference_basis = basis(nodes) * torch.from_numpy(weights).to(band.device)[:, None]
         points = (self._shells[:, None, None] * nodes).reshape(-1, 3)
         self._reference_points = torch.from_numpy(points.astype(np.float32)).to(band.device)
-        self._wedge = self._project(torch.ones((1, len(band)), device=band.device))
+        self._imaged = self._project(band.imaged(band.imaged(torch.ones((1, len(band)), device=band.device))))
 
     @property
     def reach(self) -> float:
@@ -105,7 +109,7 @@ class RotationalMatcher:
         identity = torch.eye(3, device=self.band.device).expand(table.batch, 1, 3, 3).contiguous()
         values = table.rotated(self._reference_points, identity)
         magnitudes = values.abs().view(table.batch, len(self._shells), -1)
-        norm = self.grid.correlate(self._wedge, self._complex((magnitudes * magnitudes) @ self._reference_basis))
+        norm = self.grid.correlate(self._imaged, self._complex((magnitudes * magnitudes) @ self._reference_basis))
         # The expansion of a squared magnitude is cut off, so it can dip below what a sum of squares may be.
         floor = 0.05 * norm.mean(dim=(1, 2, 3), keepdim=True)
         return MagnitudeModel(self._complex(magnitudes @ self._reference_basis), torch.maximum(norm, floor).rsqrt())
@@ -114,18 +118,38 @@ class RotationalMatcher:
         """c~ on the grid (batch, beta, alpha, gamma), but for the particle's own norm; magnitudes are (batch,
         components).
         """
+        if self.band.transfer is not None:
+            magnitudes = magnitudes * self.band.transfer.abs()
         return self.grid.correlate(self._project(magnitudes), model.coefficients) * model.inverse_norm
 
     def candidates(
-        self, magnitudes: torch.Tensor, model: MagnitudeModel, count: int
+        self,
+        magnitudes: torch.Tensor,
+        model: MagnitudeModel,
+        count: int,
+        around: tuple[torch.Tensor, float] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best `count` separate local maxima of c~: quaternions (batch, count, 4), and which of them are real
-        ones.
+        ones. With `around` = (quaternions (batch, 4), degrees), those no further away, and first of all these
+        themselves.
         """
+        values = self.correlation(magnitudes, model)
+        if around is not None:
+            near, degrees = around
+            closeness = (near @ self._every_quaternion().T).abs().view_as(values)
+            values = torch.where(closeness >= math.cos(math.radians(min(degrees, 180.0)) / 2), values, -torch.inf)
         # More than are asked for, as some are too close to better ones; their distances are a square table.
-        values, index = local_maxima(self.correlation(magnitudes, model), min(4 * count, count + 600))
+        alike = 1 if self._group is None else len(self._group)
+        values, index = local_maxima(values, min(4 * alike * count, 600 + count))
         quaternions = self.grid.quaternions(index)
-        chosen = suppress(values, quaternions, count, SEPARATION_STEPS * self.grid.step_degrees)
+        if around is not None:
+            highest = values.new_full((len(values), 1), torch.inf)
+            values, quaternions = torch.cat([highest, values], 1), torch.cat([near[:, None], quaternions], 1)
+        chosen = suppress(values, quaternions, count, SEPARATION_STEPS * self.grid.step_degrees, self._group)
         found = chosen >= 0
         picked = torch.take_along_dim(quaternions, chosen.clamp(min=0)[..., None], dim=1)
         return picked, found
+
+    def _every_quaternion(self) -> torch.Tensor:
+        count = self.grid.shape[0] * self.grid.steps**2
+        return self.grid.quaternions(torch.arange(count, device=self.band.device))

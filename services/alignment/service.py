@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.numerics.transfer import wedge_transfer
 from cryofleet.particles import Particles
 from cryofleet.server import Needs, Reader, Service, Task
 from cryofleet.settings import Settings
@@ -24,9 +25,11 @@ VOXEL_SIZE_TOLERANCE = 0.01
 """Reference and particles may differ so much in voxel size; over a box it is less than the alignment can see."""
 
 
-def _tilt_range(info: VolumeInfo) -> tuple[float, float] | None:
-    whole = info.tilt_min_degrees <= -90 and info.tilt_max_degrees >= 90
-    return None if whole else (info.tilt_min_degrees, info.tilt_max_degrees)
+def _transfer(info: VolumeInfo) -> NDArray[np.float32] | None:
+    """What imaging left of the boxes' components."""
+    if info.tilt_min_degrees <= -90 and info.tilt_max_degrees >= 90:
+        return None
+    return wedge_transfer(info.shape[0], info.tilt_min_degrees, info.tilt_max_degrees)
 
 
 def _search(request: pb.AlignRequest | pb.AverageRequest, info: VolumeInfo) -> Search:
@@ -36,7 +39,7 @@ def _search(request: pb.AlignRequest | pb.AverageRequest, info: VolumeInfo) -> S
     return Search(
         box_size=info.shape[0],
         voxel_size_angstrom=info.voxel_size_angstrom,
-        tilt_range_degrees=_tilt_range(info),
+        transfer=_transfer(info),
         low_pass_angstrom=request.low_pass_angstrom if request.HasField("low_pass_angstrom") else None,
         high_pass_angstrom=high_pass,
         max_candidates=request.max_candidates,

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from cryofleet.artifacts import content_digest
 from cryofleet.errors import DataLoss, FailedPrecondition, InvalidArgument
 from cryofleet.formats.tilt_series import read_tilt_series
+from cryofleet.numerics import transfer
 from cryofleet.numerics.fourier import Profile, band_profile
 from cryofleet.numerics.rotations import rotation_grid
 from cryofleet.particles import POSITION, QUATERNION, SHIFT, Particles, row_count
@@ -34,7 +35,6 @@ from services.picking import (
     segmentation_distance,
     surface_sampling,
     tiles,
-    transfer,
 )
 from services.picking import difference_of_gaussians as dog
 from services.picking import evaluate as evaluation

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,11 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import Cancelled, InvalidArgument
+from cryofleet.numerics.fourier import radial_frequency
 from cryofleet.numerics.rotations import angular_distance_degrees, rotation_grid, uniform_random
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
-from services.alignment.align import Aligner, Search, align, prepare_reference, search_exhaustively
+from cryofleet.numerics.transfer import wedge_transfer
+from services.alignment.align import Aligner, Poses, Search, align, prepare_reference, search_exhaustively
 from services.alignment.band import Band, rotation_matrices
 from services.alignment.refinement import _sums, _sums_by_tensors, correlations, refine
 from services.alignment.rotational_matching import RotationalMatcher
@@ -15,7 +19,8 @@ from services.alignment.translation import ShiftSearch
 from tests.unit.alignment.samples import WEDGE, Sample, asymmetric, observed, sample, symmetric
 
 BOX = 32
-SEARCH = Search(BOX, 12.0, WEDGE, max_candidates=30)
+SEEN = wedge_transfer(BOX, *WEDGE)
+SEARCH = Search(BOX, 12.0, SEEN, max_candidates=30)
 
 
 def align_sample(
@@ -75,7 +80,7 @@ def test_the_score_takes_only_what_the_particle_observes() -> None:
     rng = np.random.default_rng(0)
     particle = observed(blobs.volume(BOX), (-40.0, 50.0), None, rng)
     data = Sample(particle[None], Rotation.identity(1), np.zeros((1, 3)))
-    _, _, within = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, (-40.0, 50.0)))
+    _, _, within = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, wedge_transfer(BOX, -40.0, 50.0)))
     _, _, beyond = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, None))
     assert within[0] > 0.995
     # Taken as whole, the missing half of the particle lowers the correlation.
@@ -86,16 +91,72 @@ def test_shifts_stay_within_their_limit() -> None:
     blobs = asymmetric()
     rng = np.random.default_rng(1)
     particle = observed(blobs.volume(BOX, None, np.array([3.0, 0.0, 0.0])), WEDGE, None, rng)
-    limited = align(lambda i, n: particle[None], 1, blobs.volume(BOX), Search(BOX, 12.0, WEDGE, max_shift_voxels=1.0))
+    limited = align(
+        lambda i, n: particle[None],
+        1,
+        blobs.volume(BOX),
+        Search(BOX, 12.0, SEEN, max_shift_voxels=1.0),
+    )
     assert np.abs(limited.shifts).max() <= 1.0 + 1e-6
-    none = align(lambda i, n: particle[None], 1, blobs.volume(BOX), Search(BOX, 12.0, WEDGE, max_shift_voxels=0.0))
+    none = align(
+        lambda i, n: particle[None],
+        1,
+        blobs.volume(BOX),
+        Search(BOX, 12.0, SEEN, max_shift_voxels=0.0),
+    )
     assert np.abs(none.shifts).max() == 0
+
+
+def test_a_ctf_is_part_of_the_model() -> None:
+    """Particles whose every other shell is inverted fit a reference that is imaged alike, and no other."""
+    blobs = asymmetric(3)
+    radius = radial_frequency((BOX, BOX, BOX)) * BOX
+    ctf = (np.cos(radius * 1.1) * SEEN).astype(np.float32)
+    rng = np.random.default_rng(2)
+    rotations, shifts = uniform_random(6, rng), rng.uniform(-2, 2, (6, 3))
+    clean = np.stack([blobs.volume(BOX, rotations[i], shifts[i]) for i in range(6)])
+    particles = np.fft.irfftn(np.fft.rfftn(clean, axes=(1, 2, 3)) * ctf, clean.shape[1:], axes=(1, 2, 3))
+    data = Sample(particles.astype(np.float32), rotations, shifts)
+    errors, offsets, scores = align_sample(data, blobs.volume(BOX), Search(BOX, 12.0, ctf, max_candidates=30))
+    assert errors.max() < 1.0
+    assert offsets.max() < 0.1
+    assert scores.min() > 0.97
+    _, _, blind = align_sample(data, blobs.volume(BOX))
+    assert blind.max() < 0.8
+
+
+def test_a_search_around_a_start_stays_there() -> None:
+    blobs = symmetric("C4", seed=3)
+    data = sample(blobs, BOX, 6, 0.5)
+    turned = Rotation.from_rotvec([0, 0, np.pi / 2])
+    near = Rotation.from_rotvec(np.radians([4.0, -3.0, 2.0]))
+    start = Poses(near * data.rotations * turned, data.shifts + 1.0, np.zeros(6))
+    search = replace(SEARCH, max_angle_degrees=12.0, max_shift_voxels=2.0)
+    poses = align(data.read, 6, blobs.volume(BOX), search, start=start)
+    # The very one of the four that look alike at which it started.
+    assert angular_distance_degrees(data.rotations * turned, poses.rotations).max() < 4
+    assert np.abs(poses.shifts - start.shifts).max() <= 2 + 1e-5
+    assert np.linalg.norm(poses.shifts - data.shifts, axis=1).max() < 0.6
+    frozen = align(data.read, 6, blobs.volume(BOX), replace(search, max_shift_voxels=0.0), start=start)
+    np.testing.assert_allclose(frozen.shifts, start.shifts, atol=1e-5)
+
+
+def test_candidates_of_a_symmetric_reference_differ_modulo_its_group() -> None:
+    blobs = symmetric("D7")
+    data = sample(blobs, BOX, 1, 0.2)
+    aligner = Aligner(replace(SEARCH, symmetry="D7", max_candidates=12))
+    references = aligner.references(torch.from_numpy(prepare_reference(blobs.volume(BOX)))[None])
+    quaternions, found = aligner.candidates(torch.from_numpy(data.particles), references)
+    rotations = Rotation.from_quat(quaternions[0][found[0]].double().numpy())
+    for i in range(1, len(rotations)):
+        assert angular_distance_degrees(rotations[i], rotations[:i], "D7").min() > 5
+    assert angular_distance_degrees(data.rotations, rotations, "D7").min() < 6
 
 
 def test_the_exhaustive_search_agrees() -> None:
     blobs = asymmetric(5)
     data = sample(blobs, 24, 2, 0.5)
-    search = Search(24, 12.0, WEDGE)
+    search = Search(24, 12.0, wedge_transfer(24, *WEDGE))
     poses = align(data.read, 2, blobs.volume(24), search)
     for i in range(2):
         slow = search_exhaustively(data.particles[i], blobs.volume(24), search, rotation_grid(12.0))
@@ -134,7 +195,7 @@ def test_progress_counts_and_stops() -> None:
 def test_rotational_correlation_is_the_sum_over_the_grid_of_the_particle() -> None:
     """Eq. 2, numerator and denominator, against sums over components with the rotated reference interpolated."""
     blobs = asymmetric(6)
-    band = Band(24, 1.0, 5.0, WEDGE, "cpu")
+    band = Band(24, 1.0, 5.0, wedge_transfer(24, *WEDGE), "cpu")
     matcher = RotationalMatcher(band)
     table = SpectrumTable(torch.from_numpy(blobs.volume(24))[None], matcher.reach, 6)
     model = matcher.model(table)
@@ -165,7 +226,7 @@ def test_candidates_hold_the_true_rotation_among_the_first() -> None:
 
 def test_the_shift_search_follows_the_convention() -> None:
     n = 24
-    band = Band(n, 1.0, 6.0, WEDGE, "cpu")
+    band = Band(n, 1.0, 6.0, wedge_transfer(n, *WEDGE), "cpu")
     volume = asymmetric().volume(n)
     shifts = np.array([[2.0, -1.0, 3.5], [0.3, 0.7, -2.2]])
     moved = torch.from_numpy(np.stack([asymmetric().volume(n, None, s) for s in shifts]))
@@ -179,7 +240,7 @@ def test_the_shift_search_follows_the_convention() -> None:
 
 def test_derivatives_are_those_of_the_score() -> None:
     n = 24
-    band = Band(n, 1.0, 5.0, WEDGE, "cpu")
+    band = Band(n, 1.0, 5.0, wedge_transfer(n, *WEDGE), "cpu")
     blobs = asymmetric(8)
     table = SpectrumTable(torch.from_numpy(blobs.volume(n))[None], 5.0, 4)
     data = band.of(
@@ -204,7 +265,7 @@ def test_refinement_climbs_back_from_a_few_degrees_and_a_voxel() -> None:
     n = 32
     blobs = asymmetric(9)
     data = sample(blobs, n, 6, None)
-    band = Band(n, 1.0, 8.0, WEDGE, "cpu")
+    band = Band(n, 1.0, 8.0, wedge_transfer(n, *WEDGE), "cpu")
     table = SpectrumTable(torch.from_numpy(blobs.volume(n))[None], 8.0)
     spectra = band.of(centred_rfft(torch.from_numpy(data.particles)))
     rng = np.random.default_rng(0)
@@ -224,7 +285,7 @@ def test_refinement_climbs_back_from_a_few_degrees_and_a_voxel() -> None:
 
 
 def test_a_band_holds_one_of_each_pair_within_wedge_and_limits() -> None:
-    band = Band(16, 2.0, 6.0, WEDGE, "cpu")
+    band = Band(16, 2.0, 6.0, wedge_transfer(16, *WEDGE), "cpu")
     points = {tuple(p) for p in band.points.long().tolist()}
     assert len(points) == len(band)
     assert not any((-x, -y, -z) in points for x, y, z in points)
@@ -248,7 +309,7 @@ def test_a_constant_or_broken_particle_is_named() -> None:
     particles = np.random.default_rng(0).normal(size=(3, 16, 16, 16)).astype(np.float32)
     particles[1] = 4.0
     names = np.array([70, 71, 72])
-    search = Search(16, 10.0, WEDGE)
+    search = Search(16, 10.0, wedge_transfer(16, *WEDGE))
     with pytest.raises(InvalidArgument, match="particle 71 is constant"):
         align(read_of(particles).read, 3, reference, search, names=names)
     particles[1] = 0
@@ -257,12 +318,18 @@ def test_a_constant_or_broken_particle_is_named() -> None:
     with pytest.raises(InvalidArgument, match="particle 72 holds values that are not finite"):
         align(read_of(particles).read, 3, reference, search, names=names)
     with pytest.raises(InvalidArgument, match=r"particle 70 is a box of \(16, 16, 16\)"):
-        align(read_of(particles).read, 3, asymmetric().volume(24), Search(24, 10.0, WEDGE), names=names)
+        align(
+            read_of(particles).read,
+            3,
+            asymmetric().volume(24),
+            Search(24, 10.0, wedge_transfer(24, *WEDGE)),
+            names=names,
+        )
 
 
 def test_a_reference_that_can_not_work_is_refused() -> None:
     particles = read_of(np.random.default_rng(0).normal(size=(2, 16, 16, 16)).astype(np.float32))
-    search = Search(16, 10.0, WEDGE)
+    search = Search(16, 10.0, wedge_transfer(16, *WEDGE))
     with pytest.raises(InvalidArgument, match="reference is constant"):
         align(particles.read, 2, np.ones((16, 16, 16), np.float32), search)
     with pytest.raises(InvalidArgument, match="boxes of 16 voxels"):
@@ -274,11 +341,13 @@ def test_a_reference_that_can_not_work_is_refused() -> None:
 @pytest.mark.parametrize(
     ("search", "words"),
     [
-        (Search(16, 10.0, (60.0, -60.0)), "tilt range"),
-        (Search(16, 10.0, WEDGE, low_pass_angstrom=150.0), "low_pass_angstrom"),
-        (Search(16, 10.0, WEDGE, high_pass_angstrom=30.0), "high_pass_angstrom"),
-        (Search(4, 10.0, WEDGE), "too small"),
-        (Search(16, 0.0, WEDGE), "voxel_size_angstrom"),
+        (Search(16, 10.0, wedge_transfer(24, *WEDGE)), r"boxes of 16 voxels need \(16, 16, 9\)"),
+        (Search(16, 10.0, np.zeros((16, 16, 9), np.float32)), "nothing was imaged"),
+        (Search(16, 10.0, symmetry="X3"), "symmetry 'X3'"),
+        (Search(16, 10.0, wedge_transfer(16, *WEDGE), low_pass_angstrom=150.0), "low_pass_angstrom"),
+        (Search(16, 10.0, wedge_transfer(16, *WEDGE), high_pass_angstrom=30.0), "high_pass_angstrom"),
+        (Search(4, 10.0), "too small"),
+        (Search(16, 0.0, wedge_transfer(16, *WEDGE)), "voxel_size_angstrom"),
     ],
 )
 def test_a_search_that_can_not_work_is_refused(search: Search, words: str) -> None:

@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc
 from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, point_group, uniform_random
+from cryofleet.numerics.transfer import wedge_transfer
 from services.alignment.align import Poses, Search, prepare_reference
 from services.alignment.average import Averaged, State, average
 from services.alignment.band import Band
@@ -16,7 +17,7 @@ from services.alignment.symmetry_axes import find_axes
 from tests.unit.alignment.samples import WEDGE, Sample, asymmetric, sample, symmetric
 
 BOX = 24
-SEARCH = Search(BOX, 12.0, WEDGE, max_candidates=15)
+SEARCH = Search(BOX, 12.0, wedge_transfer(BOX, *WEDGE), max_candidates=15)
 
 
 def errors_of(data: Sample, rotations: Rotation, symmetry: str = "C1") -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -27,7 +28,7 @@ def errors_of(data: Sample, rotations: Rotation, symmetry: str = "C1") -> np.nda
 def test_a_set_is_averaged_from_nothing() -> None:
     blobs = asymmetric(1)
     data = sample(blobs, BOX, 20, 0.2, wedge=(-60.0, 60.0))
-    search = replace(SEARCH, tilt_range_degrees=(-60.0, 60.0))
+    search = replace(SEARCH, transfer=wedge_transfer(BOX, -60.0, 60.0))
     result = average(data.read, 20, search, iterations=2, threads=2)
     errors = errors_of(data, result.poses.rotations)
     assert np.median(errors) < 4
@@ -51,7 +52,7 @@ def test_a_set_is_averaged_from_nothing() -> None:
 def test_no_particle_is_locked_to_its_start() -> None:
     """Poses all at the identity, SNR 0.1: an average that holds the particle itself would keep it there."""
     data = sample(asymmetric(2), 32, 20, 0.1, seed=3, wedge=(-60.0, 60.0))
-    search = Search(32, 12.0, (-60.0, 60.0), max_candidates=20)
+    search = Search(32, 12.0, wedge_transfer(32, -60.0, 60.0), max_candidates=20)
     start = Poses(Rotation.identity(20), np.zeros((20, 3)), np.zeros(20))
     states: list[State] = []
     result = average(data.read, 20, search, iterations=4, start=start, threads=2, checkpoint=states.append)
@@ -106,7 +107,7 @@ def test_given_poses_are_where_it_begins() -> None:
 def test_symmetric_sets_are_averaged_with_their_axis_along_z() -> None:
     blobs = symmetric("C4", seed=3, count=4)
     data = sample(blobs, BOX, 12, 0.5, wedge=(-60.0, 60.0))
-    search = replace(SEARCH, tilt_range_degrees=(-60.0, 60.0))
+    search = replace(SEARCH, transfer=wedge_transfer(BOX, -60.0, 60.0))
     result = average(data.read, 12, search, iterations=1, symmetry="C4", threads=2)
     assert np.median(errors_of(data, result.poses.rotations, "C4")) < 5
     # Without its first row and column an even box is symmetric about its centre.
@@ -130,7 +131,7 @@ def test_contributions_put_the_particle_back_onto_the_reference() -> None:
     blobs = asymmetric(5)
     data = sample(blobs, BOX, 5, None)
     band = Band(BOX, 1.0, 8.0, None, "cpu")
-    contributions = Contributions(band, WEDGE, Rotation.identity(1), "cpu")
+    contributions = Contributions(band, wedge_transfer(BOX, *WEDGE), Rotation.identity(1), "cpu")
     quaternions = torch.from_numpy(data.rotations.as_quat()).float()
     terms, coverage = contributions.of(
         torch.from_numpy(data.particles), quaternions, torch.from_numpy(data.shifts).float()
@@ -153,10 +154,10 @@ def test_symmetric_contributions_are_the_mean_over_the_group() -> None:
     band = Band(BOX, 1.0, 6.0, None, "cpu")
     particles, shifts = torch.from_numpy(data.particles), torch.from_numpy(data.shifts).float()
     group = point_group("D2")
-    together = Contributions(band, WEDGE, group, "cpu").of(
+    together = Contributions(band, wedge_transfer(BOX, *WEDGE), group, "cpu").of(
         particles, torch.from_numpy(data.rotations.as_quat()).float(), shifts
     )
-    one = Contributions(band, WEDGE, Rotation.identity(1), "cpu")
+    one = Contributions(band, wedge_transfer(BOX, *WEDGE), Rotation.identity(1), "cpu")
     each = [one.of(particles, torch.from_numpy((data.rotations * g).as_quat()).float(), shifts) for g in group]
     for k in (0, 1):
         mean = torch.stack([e[k] for e in each]).mean(dim=0)
@@ -216,7 +217,7 @@ def test_two_particles_are_enough() -> None:
     rotations = uniform_random(2, np.random.default_rng(1))
     blobs = asymmetric(8)
     particles = np.stack([blobs.volume(BOX, rotations[i]) for i in range(2)])
-    result = average(lambda i, n: particles[i : i + n], 2, replace(SEARCH, tilt_range_degrees=None), iterations=2)
+    result = average(lambda i, n: particles[i : i + n], 2, replace(SEARCH, transfer=None), iterations=2)
     # Without a common frame, the turn from one particle to the other is known all the same.
     found = result.poses.rotations[1] * result.poses.rotations[0].inv()
     assert np.degrees((found.inv() * rotations[1] * rotations[0].inv()).magnitude()) < 2

@@ -9,7 +9,7 @@ from cryofleet.errors import FailedPrecondition
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.fourier import radial_frequency
 from cryofleet.numerics.radiation import remaining_amplitude
-from services.picking.transfer import tilt_series_transfer, wedge_transfer
+from cryofleet.numerics.transfer import tilt_series_transfer, wedge_transfer
 
 BOX, VOXEL = 24, 8.0
 ANGLES = np.arange(-50.0, 61.0, 2.0)
