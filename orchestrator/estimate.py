@@ -15,8 +15,8 @@ from cryofleet.operations import Operation
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
 from orchestrator.engine import Engine, count_rows
-from orchestrator.expressions import evaluate, look_up_in
-from orchestrator.pipeline import Pipeline, Step
+from orchestrator.expressions import Expression, evaluate, look_up_in, references
+from orchestrator.pipeline import ROUND, ROUNDS, Pipeline, Repeat, Shards, Step, check_rounds
 from orchestrator.tasks import TaskRequest, build_request
 
 _LONGEST_LOOK = 4096
@@ -76,8 +76,10 @@ class _Estimator:
         look_up = look_up_in(values)
         if step.condition is not None and step.condition.root in values and not look_up(step.condition):
             return {}
+        if step.repeat is not None and _all_known([step.condition, step.repeat.rounds], values):
+            return await self._rounds(step, step.repeat, values, path)
         if any(reference.root not in values for reference in step.references()):
-            self._unknown(step, path)
+            await self._unknown(step, values, path)
             return None
         if step.foreach is None:
             return await self._once(step, values, figures)
@@ -96,11 +98,47 @@ class _Estimator:
             return None
         return _listed([result for result in results if result is not None])
 
-    def _unknown(self, step: Step, path: str) -> None:
+    async def _rounds(self, step: Step, repeat: Repeat, values: Values, path: str) -> Values | None:
+        """The figures of each round as far as those before it are in the store; each further one takes as much."""
+        try:
+            rounds = check_rounds(evaluate(repeat.rounds, look_up_in(values)))
+        except ValueError as error:
+            raise InvalidArgument(f"step {path!r}: {error}") from None
+        carried = _evaluated(repeat.carry, values)
+        round_ = 0
+        while True:
+            round_ += 1
+            given = values if carried is None else {**values, step.id: {**carried, ROUND: round_}}
+            before = {name: (figures.tasks, figures.input_bytes) for name, figures in self.found.items()}
+            inner = await self.steps(step.steps, given, path + ".")
+            ended = {**given, **inner}
+            carried = _evaluated(repeat.next, ended)
+            if carried is None or not _all_known(repeat.until, ended):
+                self._add_rounds(path, before, rounds - round_)
+                if repeat.until is not None:
+                    self._figures(path, step).known = False
+                return None
+            if round_ == rounds or (repeat.until is not None and look_up_in(ended)(repeat.until)):
+                return {**carried, ROUNDS: round_, **inner} if len(inner) == len(step.steps) else None
+
+    def _add_rounds(self, path: str, before: Mapping[str, tuple[int, int]], rounds: int) -> None:
+        """Counts so many more rounds like the last of the repeat at `path`; `before` has the figures before that."""
+        for name, figures in self.found.items():
+            if rounds and name.startswith(path + "."):
+                tasks, input_bytes = before.get(name, (0, 0))
+                figures.tasks += (figures.tasks - tasks) * rounds
+                figures.input_bytes += (figures.input_bytes - input_bytes) * rounds
+                figures.known = False
+
+    async def _unknown(self, step: Step, values: Values, path: str) -> None:
         figures = self._figures(path, step)
         figures.known = False
-        if step.foreach is None and step.shards is None:
-            figures.tasks += 1
+        if step.foreach is None and not step.steps:
+            if step.shards is None:
+                figures.tasks += 1
+            elif _all_known([step.fields[step.shards.over], step.shards.size], values):
+                figures.tasks += len(await self._ranges(step, step.shards, values))
+                figures.tasks += 1 if step.shards.reduce is not None else 0
         for inner in step.steps:
             inner_figures = self._figures(f"{path}.{inner.id}", inner)
             inner_figures.known = False
@@ -113,14 +151,9 @@ class _Estimator:
         if step.shards is None:
             return await self._task(operation, fields, figures, ask=True)
         shards = step.shards
-        uri = fields[shards.over]
-        kind = next(p.type for p in operation.parameters if p.name == shards.over)
-        store = self._engine.store.for_project(self._project)
-        rows = await self._engine.tasks.in_thread(count_rows, store, kind, uri)
-        size = max(1, int(evaluate(shards.size, look_up)))
         results: list[Values | None] = []
-        for index, first in enumerate(range(0, rows, size)):
-            own = {**fields, shards.into: {"first": first, "count": min(size, rows - first)}}
+        for index, rows in enumerate(await self._ranges(step, shards, values)):
+            own = {**fields, shards.into: rows}
             if index >= _LONGEST_LOOK:
                 figures.tasks += 1
                 figures.known = False
@@ -136,6 +169,18 @@ class _Estimator:
         fields = {name: evaluate(expression, look_up) for name, expression in shards.reduce.fields.items()}
         fields[shards.reduce.field] = [result[shards.reduce.output] for result in whole]
         return await self._task(shards.reduce.operation, fields, figures, ask=False)
+
+    async def _ranges(self, step: Step, shards: Shards, values: Values) -> list[dict[str, int]]:
+        """The rows of each shard."""
+        operation = step.operation
+        assert operation is not None
+        look_up = look_up_in(values)
+        kind = next(p.type for p in operation.parameters if p.name == shards.over)
+        store = self._engine.store.for_project(self._project)
+        uri = evaluate(step.fields[shards.over], look_up)
+        rows = await self._engine.tasks.in_thread(count_rows, store, kind, uri)
+        size = max(1, int(evaluate(shards.size, look_up)))
+        return [{"first": first, "count": min(size, rows - first)} for first in range(0, rows, size)]
 
     async def _task(
         self, operation: Operation, fields: Mapping[str, Any], figures: pb.StepEstimate, ask: bool
@@ -170,6 +215,18 @@ class _Estimator:
             return
         figures.memory_bytes = max(figures.memory_bytes, answer.memory_bytes)
         figures.input_bytes += answer.input_bytes
+
+
+def _all_known(expression: Expression, values: Values) -> bool:
+    return all(reference.root in values for reference in references(expression))
+
+
+def _evaluated(expressions: Mapping[str, Expression], values: Values) -> Values | None:
+    """The values, as far as all are known."""
+    if not _all_known(dict(expressions), values):
+        return None
+    look_up = look_up_in(values)
+    return {name: evaluate(value, look_up, keep_places=True) for name, value in expressions.items()}
 
 
 def _listed(results: list[Values]) -> Values:

@@ -28,6 +28,20 @@ This is how one is written:
 the `steps:` inside it, for each item, which is `${item}` or the name that `as` gives; its outputs are lists. `shards`
 splits one operation over the rows of its particles or subtomograms; `reduce` joins the results, whose outputs are then
 the step's; without it they are lists, in order of the rows. Steps run as soon as what they refer to is there.
+
+`repeat` runs the `steps:` inside a step in rounds, one behind the other:
+
+      - id: refine
+        repeat: ${iterations}
+        carry: {model_uri: "${start.model_uri}"}
+        next: {model_uri: "${maximise.model_uri}"}
+        until: ${maximise.converged}
+        steps: [...]
+
+Inside, `${refine.model_uri}` is what the round was given, by `carry` the first and by the `next` of the one before any
+other, and `${refine.round}` is its number, from 1. `until` ends the rounds after the one in which it is true, `repeat`
+says how many they are at most. The step's outputs are what a further round would be given, the number of `rounds`, and
+the outputs of the steps inside in the last round.
 """
 
 from __future__ import annotations
@@ -43,6 +57,12 @@ from cryofleet.operations import Operation, request_from_mapping, suggestion
 from orchestrator.arguments import Argument
 from orchestrator.expressions import Expression, Reference, evaluate, look_up_in, references
 from orchestrator.located import Document, Path
+
+MAX_ROUNDS = 1000
+ROUND = "round"
+"""The number of the round, which the steps inside a repeat can refer to."""
+ROUNDS = "rounds"
+"""How many there were, an output of the repeat."""
 
 _validator = protovalidate.Validator()
 
@@ -70,8 +90,31 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """How often a group of steps runs, and what each round gets from the one before."""
+
+    rounds: Expression
+    """How many at most: an integer or a reference to one."""
+    carry: Mapping[str, Expression]
+    """What the first round gets."""
+    next: Mapping[str, Expression]
+    """What each other round gets, from the outputs of the one before; the same names."""
+    until: Reference | None
+    """Where it is true at the end of a round, that was the last."""
+
+
+def check_rounds(value: Any) -> int:
+    """The number of rounds that a repeat is given. Raises ValueError where it is none."""
+    # What a caller's own list has may come as 5.0.
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= MAX_ROUNDS
+    if not sound or int(value) != value:
+        raise ValueError(f"'repeat' is {value!r}; it must be an integer from 1 to {MAX_ROUNDS}")
+    return int(value)
+
+
+@dataclass(frozen=True)
 class Step:
-    """One step: an operation or, with `steps`, a group that a foreach maps."""
+    """One step: an operation or, with `steps`, a group that a foreach maps or a repeat goes through again and again."""
 
     id: str
     document_path: Path
@@ -81,6 +124,7 @@ class Step:
     condition: Reference | None = None
     foreach: Reference | None = None
     item: str = "item"
+    repeat: Repeat | None = None
     shards: Shards | None = None
     steps: tuple[Step, ...] = ()
 
@@ -101,6 +145,12 @@ class Step:
         own = {self.item} if self.foreach is not None else set()
         own |= {step.id for step in self.steps}
         inner = list(references(dict(self.fields)))
+        if self.repeat is not None:
+            yield from references(self.repeat.rounds)
+            yield from references(dict(self.repeat.carry))
+            own.add(self.id)
+            inner += references(dict(self.repeat.next))
+            inner += references(self.repeat.until)
         if self.shards is not None:
             inner += references(self.shards.size)
             if self.shards.reduce is not None:
@@ -159,6 +209,11 @@ class Pipeline:
         for step in steps:
             if step.condition is not None and step.condition.root in values and not look_up(step.condition):
                 continue
+            if step.repeat is not None and all(r.root in values for r in references(step.repeat.rounds)):
+                try:
+                    check_rounds(evaluate(step.repeat.rounds, look_up))
+                except ValueError as error:
+                    yield f"{self.document.place((*step.document_path, 'repeat'))}: step {step.id!r}: {error}"
             yield from self._broken_rules(step.steps, values)
             for operation, fields, path in step.calls():
                 known = {

@@ -12,7 +12,7 @@ from cryofleet.v1 import common_pb2
 from orchestrator.arguments import ValueType
 from orchestrator.expressions import Expression, Reference, Template, references
 from orchestrator.located import Path, Problems
-from orchestrator.pipeline import Pipeline, Reduce, Shards, Step
+from orchestrator.pipeline import ROUND, ROUNDS, Pipeline, Reduce, Repeat, Shards, Step
 
 _ROWS = common_pb2.RowRange.DESCRIPTOR.full_name
 #: Kinds of artifacts that have rows; of a table those that its `rows` says.
@@ -54,6 +54,12 @@ class _Scope:
         """Whether the conditions around the step make sure of the value."""
         if reference in self.given:
             return True
+        found: Any = self.steps.get(reference.root)
+        for name in reference.path[1:]:
+            found = found[name] if isinstance(found, dict) and name in found else None
+        if isinstance(found, ValueType) and found.optional:
+            # The step may run without it.
+            return False
         roots = {given.root for given in self.given if given.root in self.steps}
         return reference.root in roots or self.conditions.get(reference.root) in self.given
 
@@ -112,9 +118,11 @@ class _Checker:
             scope = replace(scope, given=scope.given | {step.condition})
         if step.foreach is not None:
             scope = self._with_item(step, step.foreach, scope)
-        if step.steps:
+        if step.repeat is not None:
+            outputs: StepType = self._rounds(step, step.repeat, scope)
+        elif step.steps:
             inner = self._steps(step.steps, scope)
-            outputs: StepType = {each.id: inner.steps[each.id] for each in step.steps if each.id in inner.steps}
+            outputs = {each.id: inner.steps[each.id] for each in step.steps if each.id in inner.steps}
         elif step.operation is not None:
             outputs = self._call(step, step.operation, scope)
         else:
@@ -134,6 +142,61 @@ class _Checker:
             else:
                 item = ValueType(found.kind, found.depth - 1)
         return replace(scope, values={**scope.values, step.item: item})
+
+    def _rounds(self, step: Step, repeat: Repeat, scope: _Scope) -> StepType:
+        """Outputs of a repeat; each round refers to what it was given as to outputs of the repeat itself."""
+        path = step.document_path
+        what = f"step {step.id!r}"
+        if isinstance(repeat.rounds, Reference):
+            found = self._type_of(repeat.rounds, scope, (*path, "repeat"), what)
+            if found is not None and (found.kind not in ("integer", "any") or found.depth or found.optional):
+                self._problem((*path, "repeat"), f"'repeat' must be an integer; {repeat.rounds} is {_told(found)}")
+        carried: StepType = {}
+        for name, first in repeat.carry.items():
+            here = (*path, "carry", name)
+            if name in (ROUND, ROUNDS):
+                self._problem(here, f"{what}: {name!r} is the number of rounds; carry the value by another name")
+            if first is None:
+                self._problem(here, f"{what} carries nothing as {name!r}; give the first round a value")
+            carried[name] = self._type_of_value(first, scope, here, f"{what} carries {name!r}") or ValueType("any")
+        for inner_step in step.steps:
+            if inner_step.id in {*carried, ROUND, ROUNDS}:
+                told = f"the name {inner_step.id!r} is taken already, by what {what} carries"
+                self._problem((*inner_step.document_path, "id"), told)
+        given = {**carried, ROUND: ValueType("integer")}
+        inner = self._steps(step.steps, replace(scope, steps={**scope.steps, step.id: given}))
+        self._check_next(step, repeat, carried, inner)
+        if repeat.until is not None:
+            found = self._type_of(repeat.until, inner, (*path, "until"), what)
+            if found is not None and (found.kind not in ("boolean", "any") or found.depth):
+                self._problem((*path, "until"), f"'until' must be true or false; {repeat.until} is {found}")
+        outputs: StepType = {**carried, ROUNDS: ValueType("integer")}
+        for each in step.steps:
+            if each.id in inner.steps:
+                last = inner.steps[each.id]
+                outputs[each.id] = last if each.condition is None else _optional(last)
+        return outputs
+
+    def _check_next(self, step: Step, repeat: Repeat, carried: StepType, inner: _Scope) -> None:
+        """Checks that each round gets what the first one gets; `inner` has what a round ends with."""
+        path = (*step.document_path, "next")
+        what = f"step {step.id!r}"
+        for name in carried:
+            if name not in repeat.next:
+                self._problem(path, f"{what} carries {name!r}; say what it is in the following round")
+        for name, following in repeat.next.items():
+            here = (*path, name)
+            if name not in carried:
+                told = f"{what} carries no {name!r}{suggestion(name, carried)}"
+                self._problem(here, told)
+                self._check_references(following, inner, here, what)
+                continue
+            if following is None:
+                self._problem(here, f"{what} carries nothing as {name!r} into the following round")
+            found = self._type_of_value(following, inner, here, f"{what} carries {name!r}")
+            if found is not None and not _continues(found, carried[name]):
+                told = f"{name!r} is {_told(carried[name])} in the first round, and {_told(found)} in the following"
+                self._problem(here, f"{what}: {told}")
 
     def _call(self, step: Step, operation: Operation, scope: _Scope) -> StepType:
         """The step's operation, whole or in shards."""
@@ -262,6 +325,30 @@ class _Checker:
                 field = fields[name]
                 self._check_expression(value, field, field.repeated, scope, (*path, name), f"{label}.{name}")
 
+    def _type_of_value(self, expression: Expression, scope: _Scope, path: Path, what: str) -> ValueType | None:
+        """The type of a value that no field takes; None where that is not known, or a problem was noted."""
+        match expression:
+            case Reference():
+                return self._type_of(expression, scope, path, what)
+            case list():
+                found = [self._type_of_value(item, scope, (*path, i), what) for i, item in enumerate(expression)]
+                kinds = {(each.kind, each.depth) for each in found if each is not None}
+                (kind, depth) = kinds.pop() if len(kinds) == 1 else ("any", 0)
+                return ValueType(kind, depth + 1)
+        self._check_references(expression, scope, path, what)
+        match expression:
+            case Template() | str():
+                return ValueType("text")
+            case bool():
+                return ValueType("boolean")
+            case int():
+                return ValueType("integer")
+            case float():
+                return ValueType("number")
+            case dict():
+                return ValueType("structure")
+        return None
+
     def _check_references(self, expression: Expression, scope: _Scope, path: Path, what: str) -> None:
         for reference in references(expression):
             self._type_of(reference, scope, path, what)
@@ -321,6 +408,27 @@ def _listed(outputs: StepType) -> StepType:
         name: _listed(output) if isinstance(output, dict) else replace(output, depth=output.depth + 1, optional=False)
         for name, output in outputs.items()
     }
+
+
+def _optional(outputs: StepType) -> StepType:
+    """The outputs of a step that may be left out."""
+    return {
+        name: _optional(output) if isinstance(output, dict) else replace(output, optional=True)
+        for name, output in outputs.items()
+    }
+
+
+def _told(found: ValueType) -> str:
+    return f"{found} that may be missing" if found.optional else str(found)
+
+
+def _continues(following: ValueType, first: ValueType) -> bool:
+    """Whether a value can take the place of what was carried first."""
+    if following.optional and not first.optional:
+        return False
+    if first.kind == "any":
+        return following.kind == "any" or following.depth >= first.depth
+    return _fits(following, first)
 
 
 def _fits(found: ValueType, wanted: ValueType) -> bool:

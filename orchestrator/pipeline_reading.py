@@ -11,11 +11,13 @@ from cryofleet.operations import ARTIFACT_KINDS, Operation, find_operation, sugg
 from orchestrator.arguments import PARAMETER_TYPES, Argument
 from orchestrator.expressions import NAME, Expression, Reference, parse
 from orchestrator.located import Document, Path, Problems
-from orchestrator.pipeline import Pipeline, Reduce, Shards, Step
+from orchestrator.pipeline import Pipeline, Reduce, Repeat, Shards, Step, check_rounds
 from orchestrator.pipeline_checking import check, outputs_for
 
 MAX_FOREACH_DEPTH = 3
 DEFAULT_SHARD_ROWS = 256
+_REPEAT_KEYS = ("carry", "next", "until")
+_STEP_KEYS = ("id", "op", "with", "if", "foreach", "as", "shards", "repeat", *_REPEAT_KEYS, "steps")
 
 
 def load(text: str, source: str) -> Pipeline:
@@ -171,7 +173,7 @@ class _Reader:
         return tuple(step for step in read if step is not None)
 
     def _step(self, data: dict[str, Any], path: Path, depth: int) -> Step | None:
-        self._known_keys(data, path, ("id", "op", "with", "if", "foreach", "as", "shards", "steps"), "a step")
+        self._known_keys(data, path, _STEP_KEYS, "a step")
         name = self._text(data, path, "id", required=True)
         if not name or not self._is_name(name, (*path, "id")):
             return None
@@ -183,9 +185,10 @@ class _Reader:
             for key in ("op", "with", "shards"):
                 if key in data:
                     self._problem((*path, key), f"{what} has 'steps', and takes no {key!r} beside them")
-            if "foreach" not in data:
-                self._problem(path, f"{what} has 'steps', and needs a 'foreach' to map them over")
-            steps = self._steps(data, path, depth + 1)
+            if "foreach" not in data and "repeat" not in data:
+                told = f"{what} has 'steps', and needs a 'foreach' to map them over or a 'repeat' to run them in rounds"
+                self._problem(path, told)
+            steps = self._steps(data, path, depth + int("foreach" in data))
         else:
             operation = self._operation(data, path, what)
             if operation is not None and "shards" in data:
@@ -194,6 +197,7 @@ class _Reader:
             self._problem((*path, "foreach"), f"foreach goes {MAX_FOREACH_DEPTH} deep at most")
         if "as" in data and "foreach" not in data:
             self._problem((*path, "as"), "'as' names the item of a 'foreach', and there is none")
+        repeat = self._repeat(data, path, what)
         item = self._text(data, path, "as") or "item"
         self._is_name(item, (*path, "as"))
         return Step(
@@ -204,14 +208,37 @@ class _Reader:
             condition=self._reference(data, path, "if"),
             foreach=self._reference(data, path, "foreach"),
             item=item,
+            repeat=repeat,
             shards=shards,
             steps=steps,
         )
 
-    def _fields(self, data: Mapping[str, Any], path: Path) -> dict[str, Expression]:
-        path = (*path, "with")
-        given = self._mapping(data.get("with"), path, "'with'")
-        return {key: self._expression(value, (*path, key)) for key, value in given.items()}
+    def _fields(self, data: Mapping[str, Any], path: Path, key: str = "with") -> dict[str, Expression]:
+        path = (*path, key)
+        given = self._mapping(data.get(key), path, repr(key))
+        return {name: self._expression(value, (*path, name)) for name, value in given.items()}
+
+    def _repeat(self, data: Mapping[str, Any], path: Path, what: str) -> Repeat | None:
+        if "repeat" not in data:
+            for key in _REPEAT_KEYS:
+                if key in data:
+                    self._problem((*path, key), f"{key!r} belongs to a 'repeat', and there is none")
+            return None
+        if "foreach" in data:
+            told = f"{what} has a 'foreach', and takes no 'repeat' beside it; make it a step inside the foreach"
+            self._problem((*path, "repeat"), told)
+        if "steps" not in data:
+            self._problem(path, f"{what} has a 'repeat', and needs 'steps' to run in each round")
+        rounds = self._expression(data["repeat"], (*path, "repeat"))
+        if not isinstance(rounds, Reference):
+            try:
+                check_rounds(rounds)
+            except ValueError as error:
+                self._problem((*path, "repeat"), f"{what}: {error}")
+        carry = self._fields(data, path, "carry")
+        for name in carry:
+            self._is_name(name, (*path, "carry", name))
+        return Repeat(rounds, carry, self._fields(data, path, "next"), self._reference(data, path, "until"))
 
     def _operation(self, data: Mapping[str, Any], path: Path, what: str) -> Operation | None:
         if data.get("op") is None:

@@ -43,7 +43,10 @@ _STEP_STATES = {
     CANCELLED: pb.STEP_STATE_CANCELLED,
     SKIPPED: pb.STEP_STATE_SKIPPED,
 }
+_WEIGHTS = (WAITING, SKIPPED, SUCCEEDED, PARTIAL, CANCELLED, FAILED, RUNNING)
+"""Of the states that a step has in the rounds of a repeat, the one that comes last here counts."""
 _INDEX = re.compile(r"\[(\d+)\]")
+_ROUND = re.compile(r"@(\d+)")
 ENDED = (pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_PARTIAL, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED)
 
 
@@ -70,8 +73,19 @@ def run_message(
     for name, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
         grouped.setdefault(unit.path, {})[name] = unit
         message.set_aside.extend(pb.SetAside(**problem) for problem in unit.problems)
+    repeats: dict[str, pb.StepStatus] = {}
+    """Those that go on, by where the steps inside them are."""
     for path, step in _paths(pipeline.steps, ""):
-        message.steps.append(_step_message(path, step, grouped.get(path, {}), attempt.state))
+        status = _step_message(path, step, grouped, attempt.state)
+        repeat = next((repeats[place] for place in repeats if path.startswith(place)), None)
+        if repeat is not None and status.state != pb.STEP_STATE_WAITING:
+            # It runs again in the next round, which may begin at any time.
+            status.state = pb.STEP_STATE_RUNNING
+            status.fraction = repeat.fraction
+            status.ClearField("finished_at")
+        message.steps.append(status)
+        if step.repeat is not None and status.state == pb.STEP_STATE_RUNNING:
+            repeats[path + "."] = status
     return message
 
 
@@ -88,10 +102,12 @@ def _paths(steps: Iterable[Step], prefix: str) -> Iterable[tuple[str, Step]]:
         yield from _paths(step.steps, path + ".")
 
 
-def _step_message(path: str, step: Step, named: Mapping[str, Unit], run_state: str) -> pb.StepStatus:
+def _step_message(path: str, step: Step, grouped: Mapping[str, Mapping[str, Unit]], run_state: str) -> pb.StepStatus:
+    """The step as its own units tell it; of those inside, which a restart leaves as they were, it takes the times."""
+    named = grouped.get(path, {})
     units = list(named.values())
     leading = [unit for unit in units if unit.state]
-    states = {unit.state for unit in leading}
+    states = _states_over_rounds({name: unit.state for name, unit in named.items() if unit.state})
     if run_state not in ACTIVE:
         # Whatever had not ended when the run did never will.
         states = {CANCELLED if state in (RUNNING, WAITING) else state for state in states} or {CANCELLED}
@@ -99,7 +115,8 @@ def _step_message(path: str, step: Step, named: Mapping[str, Unit], run_state: s
     total = sum(unit.total for unit in units)
     done = sum(unit.done for unit in units)
     ended = state not in (RUNNING, WAITING)
-    started = [unit.started_at for unit in leading if unit.started_at is not None]
+    inside = [unit for place in grouped if place.startswith(path + ".") for unit in grouped[place].values()]
+    started = [unit.started_at for unit in (*leading, *inside) if unit.started_at is not None]
     finished = [unit.finished_at for unit in leading if unit.finished_at is not None]
     fraction = min(1.0, (done + sum(unit.partial for unit in units)) / total) if total else 0.0
     return pb.StepStatus(
@@ -111,12 +128,34 @@ def _step_message(path: str, step: Step, named: Mapping[str, Unit], run_state: s
         tasks_cached=sum(unit.cached for unit in units),
         tasks_set_aside=sum(unit.set_aside for unit in units),
         fraction=1.0 if state == SUCCEEDED else fraction,
-        phase="" if ended else next((unit.phase for unit in units if unit.phase), ""),
+        phase="" if ended else _phase(step, units),
         started_at=_timestamp(min(started, default=None)),
         finished_at=_timestamp(max(finished, default=None)) if ended else None,
         compute_seconds=sum(unit.compute_seconds for unit in units),
         outputs=_struct(_joint_outputs({name: unit for name, unit in named.items() if unit.state})),
     )
+
+
+def _phase(step: Step, units: Iterable[Unit]) -> str:
+    if step.repeat is None:
+        # The last, since of the rounds of a repeat that is the one that runs.
+        return next((unit.phase for unit in reversed(list(units)) if unit.phase), "")
+    running = [unit for unit in units if unit.state == RUNNING and unit.total]
+    if not running:
+        return ""
+    # Several, where each item of a foreach has its own.
+    rounds = sorted({min(unit.done + 1, unit.total) for unit in running})
+    first, last, total = rounds[0], rounds[-1], max(unit.total for unit in running)
+    return f"round {first} of {total}" if first == last else f"rounds {first} to {last} of {total}"
+
+
+def _states_over_rounds(named: Mapping[str, str]) -> set[str]:
+    """Of a step inside a repeat the one state that its rounds have together; for each item of a foreach."""
+    states: dict[str, str] = {}
+    for name, state in named.items():
+        place = _ROUND.sub("", name)
+        states[place] = max(states.get(place, state), state, key=_WEIGHTS.index)
+    return set(states.values())
 
 
 def _joint_state(states: set[str]) -> str:
@@ -135,8 +174,19 @@ def _joint_state(states: set[str]) -> str:
 
 
 def _joint_outputs(units: Mapping[str, Unit]) -> dict[str, Any]:
-    """Of a step inside a foreach lists, by the items' numbers; None for an item that has no result."""
-    outputs = {tuple(int(index) for index in _INDEX.findall(name)): unit.outputs or {} for name, unit in units.items()}
+    """Of a step inside a foreach lists, by the items' numbers; None for an item that has no result. Of a step inside a
+    repeat those of the last round.
+    """
+    last_rounds: dict[str, int] = {}
+    for name in units:
+        for match in _ROUND.finditer(name):
+            place = name[: match.start()]
+            last_rounds[place] = max(last_rounds.get(place, 0), int(match.group(1)))
+    outputs = {
+        tuple(int(index) for index in _INDEX.findall(name)): unit.outputs or {}
+        for name, unit in units.items()
+        if all(int(match.group(1)) == last_rounds[name[: match.start()]] for match in _ROUND.finditer(name))
+    }
     names = dict.fromkeys(name for each in outputs.values() for name in each)
     return {name: _placed({indices: each.get(name) for indices, each in outputs.items()}) for name in names}
 

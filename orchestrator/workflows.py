@@ -3,8 +3,8 @@
 A run is a workflow; its steps form a graph. What makes a replay after a crash find each result in its own place:
 
 - step ids follow the order of calls, so concurrent work reserves its ids, in order of declaration, before it awaits;
-- whatever has a number of parts that is known only when it runs (a foreach, shards) is a workflow of its own, with an
-  explicit id, waited for inside one reserved step of its parent;
+- whatever has a number of parts that is known only when it runs (a foreach, a repeat, shards) is a workflow of its own,
+  with an explicit id, waited for inside one reserved step of its parent;
 - each result names its task, and the workflow checks it;
 - steps return outcome records and never raise, since a step's exception would be its recorded result.
 
@@ -28,7 +28,7 @@ from dbos import DBOS, SetEnqueueOptions, SetWorkflowID, StepOptions
 
 from cryofleet.operations import Operation
 from orchestrator.expressions import Reference, evaluate, look_up_in
-from orchestrator.pipeline import Step
+from orchestrator.pipeline import ROUND, ROUNDS, Step, check_rounds
 from orchestrator.runs import CANCELLED, FAILED, PARTIAL, RUNNING, SKIPPED, SUCCEEDED, Unit
 from orchestrator.tasks import Outcome, TaskRequest
 
@@ -39,7 +39,8 @@ CHUNK_TASKS = 64
 """Tasks in a queue entry at most."""
 QUEUE = "cryofleet-work"
 _POLL_SECONDS = 0.1
-_INDEX = re.compile(r"\[(\d+)\]")
+_INDEX = re.compile(r"\[(\d+)\]|@(\d+)")
+"""Of an item, or of a round."""
 _TASK: StepOptions = {"name": "task", "preemptible": True}
 _COUNT: StepOptions = {"name": "count", "preemptible": True}
 _PART: StepOptions = {"name": "part", "preemptible": True}
@@ -150,7 +151,7 @@ async def _block(
             step.foreach is not None and look_up(step.foreach) is None
         ):
             return {"place": place + step.id, "state": SKIPPED}
-        if step.foreach is None and step.shards is None:
+        if step.foreach is None and step.repeat is None and step.shards is None:
             assert step.operation is not None
             unit = engine.unit(plan.run_id, attempt, place + step.id, path + step.id, RUNNING)
             unit.total = 1
@@ -247,15 +248,17 @@ async def _part(workflow: Callable[..., Any], run_id: str, attempt: int, place: 
 
 @DBOS.workflow(name="fan_out", max_recovery_attempts=None)
 async def fan_out_workflow(run_id: str, attempt: int, place: str, path: str, scope: Values) -> Json:
-    """A step with a foreach or shards."""
+    """A step with a foreach, a repeat or shards."""
     engine = _current()
     plan = await engine.plan(run_id)
     step = plan.step(path)
     unit = engine.unit(run_id, attempt, place, path, RUNNING)
-    if step.foreach is None:
-        result = await _sharded(plan, attempt, place, path, step, scope, unit)
-    else:
+    if step.foreach is not None:
         result = await _mapped(plan, attempt, place, path, step, scope, unit)
+    elif step.repeat is not None:
+        result = await _repeated(plan, attempt, place, path, step, scope, unit)
+    else:
+        result = await _sharded(plan, attempt, place, path, step, scope, unit)
     unit.state = result["state"]
     unit.outputs = result.get("outputs")
     unit.finished_at = unit.finished_at or time.time()
@@ -445,7 +448,7 @@ async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, s
         unit.problems.append(
             {
                 "step": path,
-                "item": "/".join([*_INDEX.findall(place), str(index)]),
+                "item": f"{_item_of(place)}{index}",
                 "status": result.get("status", ""),
                 "cause": result.get("cause", ""),
                 "input_uri": about,
@@ -465,6 +468,48 @@ async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, s
         "place": place,
         "state": PARTIAL if set_aside else SUCCEEDED,
         "outputs": _collect(_names_of(step), [result.get("outputs") for result in results]),
+        "set_aside": set_aside,
+    }
+
+
+def _item_of(place: str) -> str:
+    """The items and rounds that a place lies in, as 3/round 2/."""
+    return "".join(f"{item}/" if item else f"round {round_}/" for item, round_ in _INDEX.findall(place))
+
+
+async def _repeated(
+    plan: Plan, attempt: int, place: str, path: str, step: Step, scope: Values, unit: Unit
+) -> StepResult:
+    """A repeat. Its rounds follow each other in the one workflow: a replay finds each where it was."""
+    repeat = step.repeat
+    assert repeat is not None
+    look_up = look_up_in(scope)
+    try:
+        rounds = check_rounds(evaluate(repeat.rounds, look_up))
+    except ValueError as error:
+        return {"place": place, "state": FAILED, "status": "INVALID_ARGUMENT", "cause": str(error)}
+    unit.total = rounds
+    carried = {name: evaluate(value, look_up, keep_places=True) for name, value in repeat.carry.items()}
+    inner: Values = {}
+    set_aside = round_ = 0
+    for round_ in range(1, rounds + 1):
+        given = {**scope, step.id: {**carried, ROUND: round_}}
+        results = await _block(plan, attempt, f"{place}@{round_}.", path + ".", step.steps, given)
+        failed = next((result for result in results.values() if result["state"] == FAILED), None)
+        if failed is not None:
+            return {**failed, "place": place, "cause": f"round {round_}: step {failed['place']}: {failed['cause']}"}
+        set_aside += sum(result.get("set_aside", 0) for result in results.values())
+        inner = {name: result.get("outputs") for name, result in results.items()}
+        unit.done = round_
+        look_up = look_up_in({**given, **inner})
+        carried = {name: evaluate(value, look_up, keep_places=True) for name, value in repeat.next.items()}
+        if repeat.until is not None and look_up(repeat.until):
+            break
+    unit.total = round_
+    return {
+        "place": place,
+        "state": PARTIAL if set_aside else SUCCEEDED,
+        "outputs": {**carried, ROUNDS: round_, **inner},
         "set_aside": set_aside,
     }
 
@@ -555,7 +600,8 @@ def _output_names(operation: Operation) -> Names:
 def _names_of(step: Step) -> Names:
     """Output names of one item of the step."""
     if step.steps:
-        return {inner.id: _names_of(inner) for inner in step.steps}
+        inside: Names = {inner.id: _names_of(inner) for inner in step.steps}
+        return inside if step.repeat is None else {**dict.fromkeys([*step.repeat.carry, ROUNDS]), **inside}
     assert step.operation is not None
     if step.shards is not None and step.shards.reduce is not None:
         return _output_names(step.shards.reduce.operation)

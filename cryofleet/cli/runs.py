@@ -118,7 +118,7 @@ def _print_estimate(estimate: orchestrator_pb2.EstimateRunResponse, as_json: boo
         [
             step.id,
             step.operation,
-            str(step.tasks) if step.known else "depends on earlier steps",
+            _tasks_text(step),
             str(step.tasks_cached) if step.known else "",
             size_text(step.input_bytes) if step.known else "",
             size_text(step.memory_bytes) if step.memory_bytes else "",
@@ -126,6 +126,12 @@ def _print_estimate(estimate: orchestrator_pb2.EstimateRunResponse, as_json: boo
         for step in estimate.steps
     ]
     print_table(["step", "operation", "tasks", "in store", "input", "memory a task"], rows)
+
+
+def _tasks_text(step: orchestrator_pb2.StepEstimate) -> str:
+    if step.known:
+        return str(step.tasks)
+    return f"about {step.tasks}, by earlier steps" if step.tasks else "depends on earlier steps"
 
 
 @click.command()

@@ -96,14 +96,20 @@ def _self_test_needs(request: runtime_pb2.SelfTestRequest, reader: Reader) -> Ne
 
 @service.operation(needs=_self_test_needs)
 def self_test(request: runtime_pb2.SelfTestRequest, task: Task) -> runtime_pb2.SelfTestResult:
-    """Takes the time asked for, then fails or succeeds as asked for."""
+    """Takes the time asked for, then fails, or counts one on."""
     started = time.monotonic()
     while (passed := time.monotonic() - started) < request.seconds:
         task.progress(passed / request.seconds, "waiting", seconds=passed)
         time.sleep(min(_STEP_SECONDS, request.seconds - passed))
     if request.fail_with:
         raise _failure_named(request.fail_with)
-    return runtime_pb2.SelfTestResult(index=request.index, first_row=request.rows.first, instance=task.instance)
+    return runtime_pb2.SelfTestResult(
+        index=request.index,
+        first_row=request.rows.first,
+        instance=task.instance,
+        next_index=request.index + 1,
+        counted=request.index + 1 >= request.count_to,
+    )
 
 
 def _failure_named(status: str) -> Failure:

@@ -160,10 +160,12 @@ class SelfTestRequest(_message.Message):
     FAIL_WITH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_TO_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     seconds: _builtins.float
     fail_with: _builtins.str
     particles_uri: _builtins.str
+    count_to: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -177,10 +179,11 @@ class SelfTestRequest(_message.Message):
         fail_with: _builtins.str = ...,
         rows: _common_pb2.RowRange | None = ...,
         particles_uri: _builtins.str = ...,
+        count_to: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "context", b"context", "rows", b"rows", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "context", b"context", "fail_with", b"fail_with", "index", b"index", "particles_uri", b"particles_uri", "rows", b"rows", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "context", b"context", "count_to", b"count_to", "fail_with", b"fail_with", "index", b"index", "particles_uri", b"particles_uri", "rows", b"rows", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
     _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
@@ -195,19 +198,25 @@ class SelfTestResult(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     FIRST_ROW_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    COUNTED_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     first_row: _builtins.int
     instance: _builtins.str
+    next_index: _builtins.int
+    counted: _builtins.bool
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         first_row: _builtins.int = ...,
         instance: _builtins.str = ...,
+        next_index: _builtins.int = ...,
+        counted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_row", b"first_row", "index", b"index", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "first_row", b"first_row", "index", b"index", "instance", b"instance", "next_index", b"next_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -235,6 +235,52 @@ async def test_set_aside_and_retry(orchestrator: Orchestrator) -> None:
     assert run.steps[0].tasks_cached == 1
 
 
+COUNT = """
+name: count
+parameters:
+  most: {type: integer, default: 20}
+  seconds: {type: number, default: 0}
+steps:
+  - id: count
+    repeat: ${most}
+    carry: {index: 0}
+    next: {index: "${one.next_index}"}
+    until: ${one.counted}
+    steps:
+      - id: one
+        op: runtime.SelfTest
+        with: {index: "${count.index}", count_to: 4, seconds: "${seconds}"}
+outputs:
+  index: ${count.index}
+  rounds: ${count.rounds}
+"""
+
+
+async def test_a_repeat_is_watched_cancelled_and_resumed(orchestrator: Orchestrator) -> None:
+    stub = orchestrator.stub
+    status, message = await refused(orchestrator.submit(COUNT, most=0))
+    assert (status, message) == (
+        "INVALID_ARGUMENT",
+        "pipeline.yaml:8: step 'count': 'repeat' is 0; it must be an integer from 1 to 1000",
+    )
+    request = pb.EstimateRunRequest(pipeline_yaml=COUNT)
+    assert (await stub.EstimateRun(request)).tasks == 20
+    run = await orchestrator.submit(COUNT, seconds=1)
+    async for response in stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+        if response.run.steps[0].phase in ("round 2 of 20", "round 3 of 20"):
+            break
+    assert [step.id for step in response.run.steps] == ["count", "count.one"]
+    run = (await stub.CancelRun(pb.CancelRunRequest(run_id=run.id))).run
+    assert run.state == pb.RUN_STATE_CANCELLED
+    run = await orchestrator.ended(run)
+    assert run.steps[0].tasks_done in (1, 2, 3)
+    run = await orchestrator.ended((await stub.ResumeRun(pb.ResumeRunRequest(run_id=run.id))).run)
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 2), run.error
+    assert MessageToDict(run.outputs) == {"index": 4, "rounds": 4}
+    assert (run.steps[1].tasks_done, run.steps[1].tasks_total) == (4, 4)
+    assert run.steps[1].tasks_cached >= 1, "what was done is found in the store"
+
+
 async def test_pools_and_pipelines(orchestrator: Orchestrator) -> None:
     run = await orchestrator.submit(numbers=list(range(40)), seconds=0.5)
     async for response in orchestrator.stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):

@@ -92,7 +92,13 @@ class FakeService(runtime_pb2_grpc.RuntimeServiceServicer):
             if self.behave is not None:
                 await self.behave(request, context)
             await asyncio.sleep(request.seconds)
-            result = runtime_pb2.SelfTestResult(index=request.index, first_row=request.rows.first, instance=self.name)
+            result = runtime_pb2.SelfTestResult(
+                index=request.index,
+                first_row=request.rows.first,
+                instance=self.name,
+                next_index=request.index + 1,
+                counted=request.index + 1 >= request.count_to,
+            )
             manifest = self._keep(request, result)
             self.done.append(key)
             yield runtime_pb2.SelfTestResponse(

@@ -96,7 +96,7 @@ async def test_a_result_with_its_key(home: Home) -> None:
     outcome = await made.do(7, rows={"first": 64, "count": 3})
     assert outcome["status"] == "OK"
     assert outcome["task"] == "task-7"
-    assert outcome["result"] == {"index": 7, "first_row": 64, "instance": "i0"}
+    assert outcome["result"] == {"index": 7, "first_row": 64, "instance": "i0", "next_index": 8, "counted": True}
     assert outcome["seconds"] == 0.25
     assert outcome["attempts"] == 1
     assert (0.5, "testing") in made.reported
