@@ -140,14 +140,14 @@ def check_transfer(transfer: NDArray[np.float32], box_size: int) -> None:
 class Aligner:
     """All tables of one search on one device; cheap to keep, safe to share between threads."""
 
-    def __init__(self, search: Search, device: str = "cpu") -> None:
+    def __init__(self, search: Search, device: str = "cpu", deviation: NDArray[np.float64] | None = None) -> None:
         search.check()
         self.search = search
         self.device = device
         n = search.box_size
         k_coarse = min(search.k_max, max(SEARCH_CYCLES, search.k_min + 2))
-        self.fine = Band(n, search.k_min, search.k_max, search.transfer, device)
-        self.coarse = Band(n, search.k_min, k_coarse, search.transfer, device)
+        self.fine = Band(n, search.k_min, search.k_max, search.transfer, device, deviation)
+        self.coarse = Band(n, search.k_min, k_coarse, search.transfer, device, deviation)
         group = torch.from_numpy(np.atleast_2d(point_group(search.symmetry).as_quat())).float().to(device)
         self._matcher = RotationalMatcher(self.coarse, group)
         self._shifts = ShiftSearch(self.coarse, search.shift_limit)
@@ -178,6 +178,22 @@ class Aligner:
         around = None if near is None or limit is None else (near, limit)
         return self._matcher.candidates(magnitudes, references.magnitudes, self.search.max_candidates, around)
 
+    def shifts(
+        self, spectra: torch.Tensor, references: References, quaternions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best shift (batch, candidates, 3) for each rotation (batch, candidates, 4) within the coarse band, and the
+        correlation there."""
+        return self._best_shifts(self.coarse.of(spectra), references, quaternions)
+
+    def _best_shifts(
+        self, coarse: torch.Tensor, references: References, quaternions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, count = quaternions.shape[:2]
+        models = self.coarse.imaged(references.coarse.rotated(self.coarse.points, rotation_matrices(quaternions)))
+        shifts, overlaps = self._shifts.best((coarse[:, None] * models.conj()).flatten(0, 1))
+        scores = overlaps.view(batch, count) * models.abs().square().sum(-1).clamp(min=1e-30).rsqrt()
+        return shifts.view(batch, count, 3), scores
+
     def align(
         self, particles: torch.Tensor, references: References, start: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Refined:
@@ -205,14 +221,11 @@ class Aligner:
         quaternions: torch.Tensor,
         found: torch.Tensor,
     ) -> Refined:
-        batch, count = found.shape
-        models = self.coarse.imaged(references.coarse.rotated(self.coarse.points, rotation_matrices(quaternions)))
-        shifts, overlaps = self._shifts.best((coarse[:, None] * models.conj()).flatten(0, 1))
-        scores = overlaps.view(batch, count) * models.abs().square().sum(-1).clamp(min=1e-30).rsqrt()
+        shifts, scores = self._best_shifts(coarse, references, quaternions)
         scores = torch.where(found, scores, -torch.inf)
-        top = torch.topk(scores, min(REFINED_COARSELY, count), dim=1).indices[..., None]
+        top = torch.topk(scores, min(REFINED_COARSELY, found.shape[1]), dim=1).indices[..., None]
         quaternions = torch.take_along_dim(quaternions, top, dim=1)
-        shifts = torch.take_along_dim(shifts.view(batch, count, 3), top, dim=1)
+        shifts = torch.take_along_dim(shifts, top, dim=1)
         found = torch.take_along_dim(found, top[..., 0], dim=1)
         limit = self.search.shift_limit
         result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4)

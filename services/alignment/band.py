@@ -1,5 +1,6 @@
 """The Fourier components that an alignment compares."""
 
+import copy
 import math
 
 import numpy as np
@@ -24,11 +25,20 @@ class Band:
     in a flattened `rfftn` of the box; `k_min` and `k_max` are in cycles per box; the band's `transfer` (components,)
     is None where it is 1 for all.
 
+    With `deviation`, the noise's standard deviation on each shell of the nearest integer radius, components are whitened:
+    `of` and `imaged` divide by it, so that sums of squares are chi-squared.
+
     Raises InvalidArgument where nothing is left to compare.
     """
 
     def __init__(
-        self, box_size: int, k_min: float, k_max: float, transfer: NDArray[np.float32] | None, device: str
+        self,
+        box_size: int,
+        k_min: float,
+        k_max: float,
+        transfer: NDArray[np.float32] | None,
+        device: str,
+        deviation: NDArray[np.float64] | None = None,
     ) -> None:
         k = np.fft.fftfreq(box_size) * box_size
         kx = np.fft.rfftfreq(box_size) * box_size
@@ -58,13 +68,30 @@ class Band:
         self.transfer: torch.Tensor | None = None
         if transfer is not None and (transfer.ravel()[index] != 1).any():
             self.transfer = torch.from_numpy(transfer.ravel()[index].astype(np.float32)).to(device)
+        self.whitening: torch.Tensor | None = None
+        if deviation is not None:
+            shells = np.minimum(np.rint(self.radius).astype(np.int64), len(deviation) - 1)
+            self.whitening = torch.from_numpy((1 / deviation[shells]).astype(np.float32)).to(device)
+            self.transfer = self.whitening if self.transfer is None else self.transfer * self.whitening
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def below(self, k_max: float) -> "Band":
+        """The band's first components, those up to `k_max` cycles per box."""
+        count = int(np.searchsorted(self.radius, k_max + 1e-6))
+        inner = copy.copy(self)
+        inner.radius, inner.directions = self.radius[:count], self.directions[:count]
+        inner.points, inner.index = self.points[:count], self.index[:count]
+        inner.transfer = None if self.transfer is None else self.transfer[:count]
+        inner.whitening = None if self.whitening is None else self.whitening[:count]
+        inner.k_max = float(inner.radius.max())
+        return inner
+
     def of(self, spectra: torch.Tensor) -> torch.Tensor:
         """The band's components (batch, components) of half spectra (batch, n, n, n//2 + 1)."""
-        return spectra.flatten(1).index_select(1, self.index)
+        values = spectra.flatten(1).index_select(1, self.index)
+        return values if self.whitening is None else values * self.whitening
 
     def imaged(self, models: torch.Tensor) -> torch.Tensor:
         """Rotated references (.., components) as imaging would show them."""

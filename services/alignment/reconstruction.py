@@ -13,6 +13,8 @@ from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rff
 from services.alignment.band import Band, rotation_matrices
 
 _OVERSAMPLING = 2
+_CHUNK = 1 << 22
+"""Components of turned particles that are held at a time."""
 _COVERAGE_FLOOR = 0.1
 """Where fewer than this share of the particles was sampled, the average is damped rather than its noise blown up."""
 
@@ -66,22 +68,44 @@ class Contributions:
 
         `particles` is (batch, n, n, n), poses are (batch, 4) and (batch, 3).
         """
+        return self.expected(particles, quaternions[:, None], shifts[:, None], shifts.new_ones((len(shifts), 1)))
+
+    def expected(
+        self, particles: torch.Tensor, quaternions: torch.Tensor, shifts: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of particles that may be in several poses, (batch, poses, 4) and (batch, poses, 3), with `weights`
+        (batch, poses), which need not sum to 1.
+        """
         k = self.band.points
-        table = SpectrumTable(self._recentred(particles, shifts), self.band.k_max, _OVERSAMPLING)
+        total = weights.sum(dim=1, keepdim=True)
+        middle = (weights[..., None] * shifts).sum(dim=1) / total.clamp(min=1e-12)
+        table = SpectrumTable(self._recentred(particles, middle), self.band.k_max, _OVERSAMPLING)
         # (R g) takes a reference frame's frequency k to R g k in the particle's.
-        forward = torch.matmul(rotation_matrices(quaternions)[:, None], self._group)
+        forward = torch.matmul(rotation_matrices(quaternions)[:, :, None], self._group).flatten(1, 2)
         order = len(self._group)
-        total = k.new_zeros((len(particles), len(k)), dtype=torch.complex64)
-        weight = k.new_zeros((len(particles), len(k)))
-        for g in range(order):
+        share = weights.repeat_interleave(order, dim=1) / order
+        apart = (shifts - middle[:, None]).repeat_interleave(order, dim=1)
+        terms = k.new_zeros((len(particles), len(k)), dtype=torch.complex64)
+        coverage = k.new_zeros((len(particles), len(k)))
+        step = max(1, _CHUNK // (len(k) * len(particles)))
+        for first in range(0, forward.shape[1], step):
             # `rotated` asks for R^-1 k, so it is given the inverse.
-            inverse = forward[:, g].transpose(-1, -2).contiguous()
-            total += table.rotated(k, inverse[:, None])[:, 0]
-            if self._sampled is None:
-                weight += 1.0
-            else:
-                weight += self._sampled.rotated(k, inverse[None])[0].real.clamp(min=0.0)
-        return total / order, weight / order
+            inverse = forward[:, first : first + step].transpose(-1, -2).contiguous()
+            part = share[:, first : first + step, None]
+            values = table.rotated(k, inverse)
+            offsets = apart[:, first : first + step]
+            if bool(offsets.any()):
+                # (R g k) . t = k . (R g)^-1 t
+                angle = torch.matmul(torch.matmul(inverse, offsets[..., None])[..., 0], k.T) * (
+                    2 * math.pi / self.band.box_size
+                )
+                values = values * torch.complex(torch.cos(angle), torch.sin(angle))
+            terms += (values * part).sum(dim=1)
+            if self._sampled is not None:
+                flat = inverse.flatten(0, 1)[None]
+                sampled = self._sampled.rotated(k, flat)[0].real.clamp(min=0.0).view(values.shape)
+                coverage += (sampled * part).sum(dim=1)
+        return terms, coverage if self._sampled is not None else coverage + total
 
 
 @dataclass
