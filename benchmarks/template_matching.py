@@ -312,18 +312,21 @@ def judge(crowd: crowded.Crowd, found: Found, kind: crowded.Kind, threshold: flo
     rotations = crowd.truth.rotations()
     assert rotations is not None
     pairs = figures.matching
-    errors = angular_distance_degrees(
-        rotations[np.flatnonzero(own)][pairs.truth],
-        found.rotations[np.flatnonzero(passing)][pairs.picks],
-        crowded.symmetry(kind),
-    )
+    angle = float("nan")
+    if len(pairs.picks):
+        errors = angular_distance_degrees(
+            rotations[np.flatnonzero(own)[pairs.truth]],
+            found.rotations[np.flatnonzero(passing)[pairs.picks]],
+            crowded.symmetry(kind),
+        )
+        angle = float(np.median(errors))
     return {
         "f1": figures.f1,
         "false_positives": figures.picks - figures.matched,
         "false_positives_of_many": int(((every < 0) & (found.scores >= noise.threshold(ASKED_MANY))).sum()),
         "average_precision": 0.0 if curve is None else curve.average_precision,
         "best_f1": 0.0 if curve is None else curve.best_f1,
-        "angle": float(np.median(errors)) if len(errors) else float("nan"),
+        "angle": angle,
         "threshold": threshold,
         "found": {tuple(place) for place in truth[pairs.truth]},
     }
