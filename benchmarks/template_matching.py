@@ -26,9 +26,10 @@ from scipy.spatial.transform import Rotation
 
 from benchmarks import crowded
 from benchmarks.harness import Row, main
+from cryofleet.numerics import transfer
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.rotations import angular_distance_degrees, rotation_grid
-from services.picking import detection, template_matching, transfer
+from services.picking import detection, template_matching
 from services.picking.difference_of_gaussians import difference_of_gaussians, suppress
 from services.picking.evaluate import evaluate
 from services.picking.pose_refinement import refine
