@@ -3,9 +3,12 @@
 isort:skip_file
 Orienting subtomograms and averaging them."""
 
+from collections import abc as _abc
 from cryofleet.v1 import common_pb2 as _common_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -16,6 +19,57 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _MaskSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MaskSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MaskSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MASK_SOURCE_UNSPECIFIED: _MaskSource.ValueType  # 0
+    MASK_SOURCE_SPHERE: _MaskSource.ValueType  # 1
+    """A soft sphere of 0.8 of the box's diameter."""
+    MASK_SOURCE_AUTO: _MaskSource.ValueType  # 2
+    """The average of the half maps itself."""
+
+class MaskSource(_MaskSource, metaclass=_MaskSourceEnumTypeWrapper):
+    """Where the mask of a resolution comes from."""
+
+MASK_SOURCE_UNSPECIFIED: MaskSource.ValueType  # 0
+MASK_SOURCE_SPHERE: MaskSource.ValueType  # 1
+"""A soft sphere of 0.8 of the box's diameter."""
+MASK_SOURCE_AUTO: MaskSource.ValueType  # 2
+"""The average of the half maps itself."""
+Global___MaskSource: _TypeAlias = MaskSource  # noqa: Y015
+
+class _MaskShape:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MaskShapeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MaskShape.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MASK_SHAPE_UNSPECIFIED: _MaskShape.ValueType  # 0
+    MASK_SHAPE_SPHERE: _MaskShape.ValueType  # 1
+    MASK_SHAPE_CYLINDER: _MaskShape.ValueType  # 2
+    """Along z."""
+    MASK_SHAPE_ELLIPSOID: _MaskShape.ValueType  # 3
+    MASK_SHAPE_AUTO: _MaskShape.ValueType  # 4
+    """Follows the density of an average."""
+    MASK_SHAPE_DILATE: _MaskShape.ValueType  # 5
+    """A given mask, grown."""
+
+class MaskShape(_MaskShape, metaclass=_MaskShapeEnumTypeWrapper): ...
+
+MASK_SHAPE_UNSPECIFIED: MaskShape.ValueType  # 0
+MASK_SHAPE_SPHERE: MaskShape.ValueType  # 1
+MASK_SHAPE_CYLINDER: MaskShape.ValueType  # 2
+"""Along z."""
+MASK_SHAPE_ELLIPSOID: MaskShape.ValueType  # 3
+MASK_SHAPE_AUTO: MaskShape.ValueType  # 4
+"""Follows the density of an average."""
+MASK_SHAPE_DILATE: MaskShape.ValueType  # 5
+"""A given mask, grown."""
+Global___MaskShape: _TypeAlias = MaskShape  # noqa: Y015
 
 @_typing.final
 class AlignRequest(_message.Message):
@@ -29,12 +83,30 @@ class AlignRequest(_message.Message):
     HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
     MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
     MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MAX_ANGLE_DEGREES_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     reference_uri: _builtins.str
     low_pass_angstrom: _builtins.float
     high_pass_angstrom: _builtins.float
     max_candidates: _builtins.int
     max_shift_voxels: _builtins.float
+    particles_uri: _builtins.str
+    max_angle_degrees: _builtins.float
+    symmetry: _builtins.str
+    mask_uri: _builtins.str
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -50,27 +122,56 @@ class AlignRequest(_message.Message):
         high_pass_angstrom: _builtins.float | None = ...,
         max_candidates: _builtins.int | None = ...,
         max_shift_voxels: _builtins.float | None = ...,
+        particles_uri: _builtins.str = ...,
+        max_angle_degrees: _builtins.float | None = ...,
+        symmetry: _builtins.str | None = ...,
+        mask_uri: _builtins.str = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "reference_uri", b"reference_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
     _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_angle_degrees: _TypeAlias = _typing.Literal["max_angle_degrees"]  # noqa: Y015
+    _WhichOneofArgType__max_angle_degrees: _TypeAlias = _typing.Literal["_max_angle_degrees", b"_max_angle_degrees"]  # noqa: Y015
     _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
     _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
     _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
     _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_angle_degrees) -> _WhichOneofReturnType__max_angle_degrees | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
 
 Global___AlignRequest: _TypeAlias = AlignRequest  # noqa: Y015
 
@@ -147,6 +248,11 @@ class AverageRequest(_message.Message):
     MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
     MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     particles_uri: _builtins.str
     reference_uri: _builtins.str
@@ -156,6 +262,11 @@ class AverageRequest(_message.Message):
     max_candidates: _builtins.int
     max_shift_voxels: _builtins.float
     seed: _builtins.int
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -171,11 +282,18 @@ class AverageRequest(_message.Message):
         max_candidates: _builtins.int | None = ...,
         max_shift_voxels: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "context", b"context", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "seed", b"seed", "symmetry", b"symmetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "seed", b"seed", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "context", b"context", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
     _WhichOneofReturnType__iterations: _TypeAlias = _typing.Literal["iterations"]  # noqa: Y015
     _WhichOneofArgType__iterations: _TypeAlias = _typing.Literal["_iterations", b"_iterations"]  # noqa: Y015
     _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
@@ -188,6 +306,12 @@ class AverageRequest(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
     _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__iterations) -> _WhichOneofReturnType__iterations | None: ...
     @_typing.overload
@@ -200,6 +324,10 @@ class AverageRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
 
 Global___AverageRequest: _TypeAlias = AverageRequest  # noqa: Y015
 
@@ -273,3 +401,1511 @@ class AverageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___AverageResponse: _TypeAlias = AverageResponse  # noqa: Y015
+
+@_typing.final
+class ResolutionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MASK_SOURCE_FIELD_NUMBER: _builtins.int
+    TRUTH_URI_FIELD_NUMBER: _builtins.int
+    RANDOMISE_FROM_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    mask_uri: _builtins.str
+    mask_source: Global___MaskSource.ValueType
+    truth_uri: _builtins.str
+    randomise_from_angstrom: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        mask_source: Global___MaskSource.ValueType | None = ...,
+        truth_uri: _builtins.str = ...,
+        randomise_from_angstrom: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mask_source", b"_mask_source", "_randomise_from_angstrom", b"_randomise_from_angstrom", "_seed", b"_seed", "context", b"context", "mask_source", b"mask_source", "randomise_from_angstrom", b"randomise_from_angstrom", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mask_source", b"_mask_source", "_randomise_from_angstrom", b"_randomise_from_angstrom", "_seed", b"_seed", "context", b"context", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "mask_source", b"mask_source", "mask_uri", b"mask_uri", "randomise_from_angstrom", b"randomise_from_angstrom", "seed", b"seed", "truth_uri", b"truth_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mask_source: _TypeAlias = _typing.Literal["mask_source"]  # noqa: Y015
+    _WhichOneofArgType__mask_source: _TypeAlias = _typing.Literal["_mask_source", b"_mask_source"]  # noqa: Y015
+    _WhichOneofReturnType__randomise_from_angstrom: _TypeAlias = _typing.Literal["randomise_from_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__randomise_from_angstrom: _TypeAlias = _typing.Literal["_randomise_from_angstrom", b"_randomise_from_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_source) -> _WhichOneofReturnType__mask_source | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__randomise_from_angstrom) -> _WhichOneofReturnType__randomise_from_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___ResolutionRequest: _TypeAlias = ResolutionRequest  # noqa: Y015
+
+@_typing.final
+class ResolutionResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASKED_RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    UNMASKED_RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TRUTH_RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    FSC_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    resolution_angstrom: _builtins.float
+    masked_resolution_angstrom: _builtins.float
+    unmasked_resolution_angstrom: _builtins.float
+    truth_resolution_angstrom: _builtins.float
+    fsc_uri: _builtins.str
+    mask_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        resolution_angstrom: _builtins.float = ...,
+        masked_resolution_angstrom: _builtins.float = ...,
+        unmasked_resolution_angstrom: _builtins.float = ...,
+        truth_resolution_angstrom: _builtins.float | None = ...,
+        fsc_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_truth_resolution_angstrom", b"_truth_resolution_angstrom", "truth_resolution_angstrom", b"truth_resolution_angstrom"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truth_resolution_angstrom", b"_truth_resolution_angstrom", "fsc_uri", b"fsc_uri", "mask_uri", b"mask_uri", "masked_resolution_angstrom", b"masked_resolution_angstrom", "resolution_angstrom", b"resolution_angstrom", "truth_resolution_angstrom", b"truth_resolution_angstrom", "unmasked_resolution_angstrom", b"unmasked_resolution_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__truth_resolution_angstrom: _TypeAlias = _typing.Literal["truth_resolution_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__truth_resolution_angstrom: _TypeAlias = _typing.Literal["_truth_resolution_angstrom", b"_truth_resolution_angstrom"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__truth_resolution_angstrom) -> _WhichOneofReturnType__truth_resolution_angstrom | None: ...
+
+Global___ResolutionResult: _TypeAlias = ResolutionResult  # noqa: Y015
+
+@_typing.final
+class ResolutionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___ResolutionResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___ResolutionResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ResolutionResponse: _TypeAlias = ResolutionResponse  # noqa: Y015
+
+@_typing.final
+class LocalResolutionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    WINDOW_WAVELENGTHS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    mask_uri: _builtins.str
+    threshold: _builtins.float
+    window_wavelengths: _builtins.float
+    filter: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        threshold: _builtins.float | None = ...,
+        window_wavelengths: _builtins.float | None = ...,
+        filter: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_filter", b"_filter", "_threshold", b"_threshold", "_window_wavelengths", b"_window_wavelengths", "context", b"context", "filter", b"filter", "threshold", b"threshold", "window_wavelengths", b"window_wavelengths"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_filter", b"_filter", "_threshold", b"_threshold", "_window_wavelengths", b"_window_wavelengths", "context", b"context", "filter", b"filter", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "mask_uri", b"mask_uri", "threshold", b"threshold", "window_wavelengths", b"window_wavelengths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__filter: _TypeAlias = _typing.Literal["filter"]  # noqa: Y015
+    _WhichOneofArgType__filter: _TypeAlias = _typing.Literal["_filter", b"_filter"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__window_wavelengths: _TypeAlias = _typing.Literal["window_wavelengths"]  # noqa: Y015
+    _WhichOneofArgType__window_wavelengths: _TypeAlias = _typing.Literal["_window_wavelengths", b"_window_wavelengths"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__filter) -> _WhichOneofReturnType__filter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__window_wavelengths) -> _WhichOneofReturnType__window_wavelengths | None: ...
+
+Global___LocalResolutionRequest: _TypeAlias = LocalResolutionRequest  # noqa: Y015
+
+@_typing.final
+class LocalResolutionResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOLUTION_URI_FIELD_NUMBER: _builtins.int
+    FILTERED_URI_FIELD_NUMBER: _builtins.int
+    MEDIAN_ANGSTROM_FIELD_NUMBER: _builtins.int
+    FINEST_ANGSTROM_FIELD_NUMBER: _builtins.int
+    COARSEST_ANGSTROM_FIELD_NUMBER: _builtins.int
+    resolution_uri: _builtins.str
+    filtered_uri: _builtins.str
+    median_angstrom: _builtins.float
+    finest_angstrom: _builtins.float
+    coarsest_angstrom: _builtins.float
+    def __init__(
+        self,
+        *,
+        resolution_uri: _builtins.str = ...,
+        filtered_uri: _builtins.str = ...,
+        median_angstrom: _builtins.float = ...,
+        finest_angstrom: _builtins.float = ...,
+        coarsest_angstrom: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coarsest_angstrom", b"coarsest_angstrom", "filtered_uri", b"filtered_uri", "finest_angstrom", b"finest_angstrom", "median_angstrom", b"median_angstrom", "resolution_uri", b"resolution_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalResolutionResult: _TypeAlias = LocalResolutionResult  # noqa: Y015
+
+@_typing.final
+class LocalResolutionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___LocalResolutionResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___LocalResolutionResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___LocalResolutionResponse: _TypeAlias = LocalResolutionResponse  # noqa: Y015
+
+@_typing.final
+class EstimateSnrRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    pairs: _builtins.int
+    seed: _builtins.int
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        pairs: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_pairs", b"_pairs", "_seed", b"_seed", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "pairs", b"pairs", "seed", b"seed", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_pairs", b"_pairs", "_seed", b"_seed", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "pairs", b"pairs", "particles_uri", b"particles_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__pairs: _TypeAlias = _typing.Literal["pairs"]  # noqa: Y015
+    _WhichOneofArgType__pairs: _TypeAlias = _typing.Literal["_pairs", b"_pairs"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs) -> _WhichOneofReturnType__pairs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___EstimateSnrRequest: _TypeAlias = EstimateSnrRequest  # noqa: Y015
+
+@_typing.final
+class EstimateSnrResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNR_FIELD_NUMBER: _builtins.int
+    SNR_ERROR_FIELD_NUMBER: _builtins.int
+    CORRELATION_FIELD_NUMBER: _builtins.int
+    CORRELATION_ERROR_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    SPECTRUM_URI_FIELD_NUMBER: _builtins.int
+    snr: _builtins.float
+    snr_error: _builtins.float
+    correlation: _builtins.float
+    correlation_error: _builtins.float
+    pairs: _builtins.int
+    spectrum_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        snr: _builtins.float = ...,
+        snr_error: _builtins.float = ...,
+        correlation: _builtins.float = ...,
+        correlation_error: _builtins.float = ...,
+        pairs: _builtins.int = ...,
+        spectrum_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["correlation", b"correlation", "correlation_error", b"correlation_error", "pairs", b"pairs", "snr", b"snr", "snr_error", b"snr_error", "spectrum_uri", b"spectrum_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateSnrResult: _TypeAlias = EstimateSnrResult  # noqa: Y015
+
+@_typing.final
+class EstimateSnrResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___EstimateSnrResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___EstimateSnrResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EstimateSnrResponse: _TypeAlias = EstimateSnrResponse  # noqa: Y015
+
+@_typing.final
+class DetectSymmetryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    low_pass_angstrom: _builtins.float
+    tolerance: _builtins.float
+    turn: _builtins.bool
+    particles_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        candidates: _abc.Iterable[_builtins.str] | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        tolerance: _builtins.float | None = ...,
+        turn: _builtins.bool | None = ...,
+        particles_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom", "_tolerance", b"_tolerance", "_turn", b"_turn", "context", b"context", "low_pass_angstrom", b"low_pass_angstrom", "tolerance", b"tolerance", "turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom", "_tolerance", b"_tolerance", "_turn", b"_turn", "candidates", b"candidates", "context", b"context", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "low_pass_angstrom", b"low_pass_angstrom", "particles_uri", b"particles_uri", "tolerance", b"tolerance", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__tolerance: _TypeAlias = _typing.Literal["tolerance"]  # noqa: Y015
+    _WhichOneofArgType__tolerance: _TypeAlias = _typing.Literal["_tolerance", b"_tolerance"]  # noqa: Y015
+    _WhichOneofReturnType__turn: _TypeAlias = _typing.Literal["turn"]  # noqa: Y015
+    _WhichOneofArgType__turn: _TypeAlias = _typing.Literal["_turn", b"_turn"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tolerance) -> _WhichOneofReturnType__tolerance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__turn) -> _WhichOneofReturnType__turn | None: ...
+
+Global___DetectSymmetryRequest: _TypeAlias = DetectSymmetryRequest  # noqa: Y015
+
+@_typing.final
+class DetectSymmetryResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    REMARK_FIELD_NUMBER: _builtins.int
+    QX_FIELD_NUMBER: _builtins.int
+    QY_FIELD_NUMBER: _builtins.int
+    QZ_FIELD_NUMBER: _builtins.int
+    QW_FIELD_NUMBER: _builtins.int
+    CENTRE_X_VOXELS_FIELD_NUMBER: _builtins.int
+    CENTRE_Y_VOXELS_FIELD_NUMBER: _builtins.int
+    CENTRE_Z_VOXELS_FIELD_NUMBER: _builtins.int
+    TABLE_URI_FIELD_NUMBER: _builtins.int
+    AVERAGE_URI_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    symmetry: _builtins.str
+    remark: _builtins.str
+    qx: _builtins.float
+    """The new frame Q, c: new(r) = average(Q r + c), r from the box's centre. A particle's pose (R, t) becomes (R Q, t + R c)."""
+    qy: _builtins.float
+    qz: _builtins.float
+    qw: _builtins.float
+    centre_x_voxels: _builtins.float
+    centre_y_voxels: _builtins.float
+    centre_z_voxels: _builtins.float
+    table_uri: _builtins.str
+    average_uri: _builtins.str
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    particles_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        symmetry: _builtins.str = ...,
+        remark: _builtins.str = ...,
+        qx: _builtins.float = ...,
+        qy: _builtins.float = ...,
+        qz: _builtins.float = ...,
+        qw: _builtins.float = ...,
+        centre_x_voxels: _builtins.float = ...,
+        centre_y_voxels: _builtins.float = ...,
+        centre_z_voxels: _builtins.float = ...,
+        table_uri: _builtins.str = ...,
+        average_uri: _builtins.str = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uri", b"average_uri", "centre_x_voxels", b"centre_x_voxels", "centre_y_voxels", b"centre_y_voxels", "centre_z_voxels", b"centre_z_voxels", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "particles_uri", b"particles_uri", "qw", b"qw", "qx", b"qx", "qy", b"qy", "qz", b"qz", "remark", b"remark", "symmetry", b"symmetry", "table_uri", b"table_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetectSymmetryResult: _TypeAlias = DetectSymmetryResult  # noqa: Y015
+
+@_typing.final
+class DetectSymmetryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DetectSymmetryResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DetectSymmetryResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DetectSymmetryResponse: _TypeAlias = DetectSymmetryResponse  # noqa: Y015
+
+@_typing.final
+class FindHelixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    MIN_RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MIN_TWIST_DEGREES_FIELD_NUMBER: _builtins.int
+    MAX_TWIST_DEGREES_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    OUTER_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    INNER_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CENTRAL_FRACTION_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    FIND_AXIS_FIELD_NUMBER: _builtins.int
+    REFINE_AXIS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    min_rise_angstrom: _builtins.float
+    max_rise_angstrom: _builtins.float
+    min_twist_degrees: _builtins.float
+    max_twist_degrees: _builtins.float
+    order: _builtins.int
+    outer_radius_angstrom: _builtins.float
+    inner_radius_angstrom: _builtins.float
+    central_fraction: _builtins.float
+    low_pass_angstrom: _builtins.float
+    high_pass_angstrom: _builtins.float
+    find_axis: _builtins.bool
+    refine_axis: _builtins.bool
+    candidates: _builtins.int
+    particles_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        min_rise_angstrom: _builtins.float = ...,
+        max_rise_angstrom: _builtins.float = ...,
+        min_twist_degrees: _builtins.float | None = ...,
+        max_twist_degrees: _builtins.float | None = ...,
+        order: _builtins.int | None = ...,
+        outer_radius_angstrom: _builtins.float | None = ...,
+        inner_radius_angstrom: _builtins.float | None = ...,
+        central_fraction: _builtins.float | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        high_pass_angstrom: _builtins.float | None = ...,
+        find_axis: _builtins.bool | None = ...,
+        refine_axis: _builtins.bool | None = ...,
+        candidates: _builtins.int | None = ...,
+        particles_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_central_fraction", b"_central_fraction", "_find_axis", b"_find_axis", "_high_pass_angstrom", b"_high_pass_angstrom", "_inner_radius_angstrom", b"_inner_radius_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_twist_degrees", b"_max_twist_degrees", "_min_twist_degrees", b"_min_twist_degrees", "_order", b"_order", "_outer_radius_angstrom", b"_outer_radius_angstrom", "_refine_axis", b"_refine_axis", "candidates", b"candidates", "central_fraction", b"central_fraction", "context", b"context", "find_axis", b"find_axis", "high_pass_angstrom", b"high_pass_angstrom", "inner_radius_angstrom", b"inner_radius_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_twist_degrees", b"max_twist_degrees", "min_twist_degrees", b"min_twist_degrees", "order", b"order", "outer_radius_angstrom", b"outer_radius_angstrom", "refine_axis", b"refine_axis"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_central_fraction", b"_central_fraction", "_find_axis", b"_find_axis", "_high_pass_angstrom", b"_high_pass_angstrom", "_inner_radius_angstrom", b"_inner_radius_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_twist_degrees", b"_max_twist_degrees", "_min_twist_degrees", b"_min_twist_degrees", "_order", b"_order", "_outer_radius_angstrom", b"_outer_radius_angstrom", "_refine_axis", b"_refine_axis", "candidates", b"candidates", "central_fraction", b"central_fraction", "context", b"context", "find_axis", b"find_axis", "high_pass_angstrom", b"high_pass_angstrom", "inner_radius_angstrom", b"inner_radius_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_rise_angstrom", b"max_rise_angstrom", "max_twist_degrees", b"max_twist_degrees", "min_rise_angstrom", b"min_rise_angstrom", "min_twist_degrees", b"min_twist_degrees", "order", b"order", "outer_radius_angstrom", b"outer_radius_angstrom", "particles_uri", b"particles_uri", "refine_axis", b"refine_axis", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__candidates: _TypeAlias = _typing.Literal["candidates"]  # noqa: Y015
+    _WhichOneofArgType__candidates: _TypeAlias = _typing.Literal["_candidates", b"_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__central_fraction: _TypeAlias = _typing.Literal["central_fraction"]  # noqa: Y015
+    _WhichOneofArgType__central_fraction: _TypeAlias = _typing.Literal["_central_fraction", b"_central_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__find_axis: _TypeAlias = _typing.Literal["find_axis"]  # noqa: Y015
+    _WhichOneofArgType__find_axis: _TypeAlias = _typing.Literal["_find_axis", b"_find_axis"]  # noqa: Y015
+    _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__inner_radius_angstrom: _TypeAlias = _typing.Literal["inner_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__inner_radius_angstrom: _TypeAlias = _typing.Literal["_inner_radius_angstrom", b"_inner_radius_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_twist_degrees: _TypeAlias = _typing.Literal["max_twist_degrees"]  # noqa: Y015
+    _WhichOneofArgType__max_twist_degrees: _TypeAlias = _typing.Literal["_max_twist_degrees", b"_max_twist_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__min_twist_degrees: _TypeAlias = _typing.Literal["min_twist_degrees"]  # noqa: Y015
+    _WhichOneofArgType__min_twist_degrees: _TypeAlias = _typing.Literal["_min_twist_degrees", b"_min_twist_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__order: _TypeAlias = _typing.Literal["order"]  # noqa: Y015
+    _WhichOneofArgType__order: _TypeAlias = _typing.Literal["_order", b"_order"]  # noqa: Y015
+    _WhichOneofReturnType__outer_radius_angstrom: _TypeAlias = _typing.Literal["outer_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__outer_radius_angstrom: _TypeAlias = _typing.Literal["_outer_radius_angstrom", b"_outer_radius_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__refine_axis: _TypeAlias = _typing.Literal["refine_axis"]  # noqa: Y015
+    _WhichOneofArgType__refine_axis: _TypeAlias = _typing.Literal["_refine_axis", b"_refine_axis"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__candidates) -> _WhichOneofReturnType__candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__central_fraction) -> _WhichOneofReturnType__central_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__find_axis) -> _WhichOneofReturnType__find_axis | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_radius_angstrom) -> _WhichOneofReturnType__inner_radius_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_twist_degrees) -> _WhichOneofReturnType__max_twist_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_twist_degrees) -> _WhichOneofReturnType__min_twist_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__order) -> _WhichOneofReturnType__order | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__outer_radius_angstrom) -> _WhichOneofReturnType__outer_radius_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refine_axis) -> _WhichOneofReturnType__refine_axis | None: ...
+
+Global___FindHelixRequest: _TypeAlias = FindHelixRequest  # noqa: Y015
+
+@_typing.final
+class FindHelixResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TWIST_DEGREES_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    REMARK_FIELD_NUMBER: _builtins.int
+    QX_FIELD_NUMBER: _builtins.int
+    QY_FIELD_NUMBER: _builtins.int
+    QZ_FIELD_NUMBER: _builtins.int
+    QW_FIELD_NUMBER: _builtins.int
+    CENTRE_X_VOXELS_FIELD_NUMBER: _builtins.int
+    CENTRE_Y_VOXELS_FIELD_NUMBER: _builtins.int
+    CENTRE_Z_VOXELS_FIELD_NUMBER: _builtins.int
+    SYMMETRISED_URI_FIELD_NUMBER: _builtins.int
+    COVERAGE_URI_FIELD_NUMBER: _builtins.int
+    UPRIGHT_URI_FIELD_NUMBER: _builtins.int
+    CANDIDATES_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    rise_angstrom: _builtins.float
+    twist_degrees: _builtins.float
+    score: _builtins.float
+    remark: _builtins.str
+    qx: _builtins.float
+    """The new frame Q, c: new(r) = average(Q r + c), r from the box's centre. A particle's pose (R, t) becomes (R Q, t + R c)."""
+    qy: _builtins.float
+    qz: _builtins.float
+    qw: _builtins.float
+    centre_x_voxels: _builtins.float
+    centre_y_voxels: _builtins.float
+    centre_z_voxels: _builtins.float
+    symmetrised_uri: _builtins.str
+    coverage_uri: _builtins.str
+    upright_uri: _builtins.str
+    candidates_uri: _builtins.str
+    particles_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        rise_angstrom: _builtins.float = ...,
+        twist_degrees: _builtins.float = ...,
+        score: _builtins.float = ...,
+        remark: _builtins.str = ...,
+        qx: _builtins.float = ...,
+        qy: _builtins.float = ...,
+        qz: _builtins.float = ...,
+        qw: _builtins.float = ...,
+        centre_x_voxels: _builtins.float = ...,
+        centre_y_voxels: _builtins.float = ...,
+        centre_z_voxels: _builtins.float = ...,
+        symmetrised_uri: _builtins.str = ...,
+        coverage_uri: _builtins.str = ...,
+        upright_uri: _builtins.str = ...,
+        candidates_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates_uri", b"candidates_uri", "centre_x_voxels", b"centre_x_voxels", "centre_y_voxels", b"centre_y_voxels", "centre_z_voxels", b"centre_z_voxels", "coverage_uri", b"coverage_uri", "particles_uri", b"particles_uri", "qw", b"qw", "qx", b"qx", "qy", b"qy", "qz", b"qz", "remark", b"remark", "rise_angstrom", b"rise_angstrom", "score", b"score", "symmetrised_uri", b"symmetrised_uri", "twist_degrees", b"twist_degrees", "upright_uri", b"upright_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindHelixResult: _TypeAlias = FindHelixResult  # noqa: Y015
+
+@_typing.final
+class FindHelixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FindHelixResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FindHelixResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindHelixResponse: _TypeAlias = FindHelixResponse  # noqa: Y015
+
+@_typing.final
+class SharpenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    HALF1_URI_FIELD_NUMBER: _builtins.int
+    HALF2_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    B_FACTOR_ANGSTROM2_FIELD_NUMBER: _builtins.int
+    FIT_FROM_ANGSTROM_FIELD_NUMBER: _builtins.int
+    RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    half1_uri: _builtins.str
+    half2_uri: _builtins.str
+    mask_uri: _builtins.str
+    b_factor_angstrom2: _builtins.float
+    fit_from_angstrom: _builtins.float
+    resolution_angstrom: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        half1_uri: _builtins.str = ...,
+        half2_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        b_factor_angstrom2: _builtins.float | None = ...,
+        fit_from_angstrom: _builtins.float | None = ...,
+        resolution_angstrom: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_fit_from_angstrom", b"_fit_from_angstrom", "_resolution_angstrom", b"_resolution_angstrom", "_seed", b"_seed", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "fit_from_angstrom", b"fit_from_angstrom", "resolution_angstrom", b"resolution_angstrom", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_fit_from_angstrom", b"_fit_from_angstrom", "_resolution_angstrom", b"_resolution_angstrom", "_seed", b"_seed", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "fit_from_angstrom", b"fit_from_angstrom", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "mask_uri", b"mask_uri", "resolution_angstrom", b"resolution_angstrom", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__b_factor_angstrom2: _TypeAlias = _typing.Literal["b_factor_angstrom2"]  # noqa: Y015
+    _WhichOneofArgType__b_factor_angstrom2: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2"]  # noqa: Y015
+    _WhichOneofReturnType__fit_from_angstrom: _TypeAlias = _typing.Literal["fit_from_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__fit_from_angstrom: _TypeAlias = _typing.Literal["_fit_from_angstrom", b"_fit_from_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__resolution_angstrom: _TypeAlias = _typing.Literal["resolution_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__resolution_angstrom: _TypeAlias = _typing.Literal["_resolution_angstrom", b"_resolution_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__b_factor_angstrom2) -> _WhichOneofReturnType__b_factor_angstrom2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fit_from_angstrom) -> _WhichOneofReturnType__fit_from_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resolution_angstrom) -> _WhichOneofReturnType__resolution_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___SharpenRequest: _TypeAlias = SharpenRequest  # noqa: Y015
+
+@_typing.final
+class SharpenResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARPENED_URI_FIELD_NUMBER: _builtins.int
+    B_FACTOR_ANGSTROM2_FIELD_NUMBER: _builtins.int
+    RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    GUINIER_URI_FIELD_NUMBER: _builtins.int
+    sharpened_uri: _builtins.str
+    b_factor_angstrom2: _builtins.float
+    resolution_angstrom: _builtins.float
+    guinier_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        sharpened_uri: _builtins.str = ...,
+        b_factor_angstrom2: _builtins.float = ...,
+        resolution_angstrom: _builtins.float = ...,
+        guinier_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["b_factor_angstrom2", b"b_factor_angstrom2", "guinier_uri", b"guinier_uri", "resolution_angstrom", b"resolution_angstrom", "sharpened_uri", b"sharpened_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharpenResult: _TypeAlias = SharpenResult  # noqa: Y015
+
+@_typing.final
+class SharpenResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SharpenResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SharpenResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SharpenResponse: _TypeAlias = SharpenResponse  # noqa: Y015
+
+@_typing.final
+class MakeMaskRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    RADII_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HEIGHT_ANGSTROM_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    THRESHOLD_SIGMA_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    DILATION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    EDGE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    shape: Global___MaskShape.ValueType
+    height_angstrom: _builtins.float
+    low_pass_angstrom: _builtins.float
+    threshold_sigma: _builtins.float
+    threshold: _builtins.float
+    dilation_angstrom: _builtins.float
+    edge_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def radii_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        shape: Global___MaskShape.ValueType = ...,
+        radii_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        height_angstrom: _builtins.float | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        threshold_sigma: _builtins.float | None = ...,
+        threshold: _builtins.float | None = ...,
+        dilation_angstrom: _builtins.float | None = ...,
+        edge_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dilation_angstrom", b"_dilation_angstrom", "_edge_angstrom", b"_edge_angstrom", "_height_angstrom", b"_height_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_threshold", b"_threshold", "_threshold_sigma", b"_threshold_sigma", "context", b"context", "dilation_angstrom", b"dilation_angstrom", "edge_angstrom", b"edge_angstrom", "height_angstrom", b"height_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "threshold", b"threshold", "threshold_sigma", b"threshold_sigma"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dilation_angstrom", b"_dilation_angstrom", "_edge_angstrom", b"_edge_angstrom", "_height_angstrom", b"_height_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_threshold", b"_threshold", "_threshold_sigma", b"_threshold_sigma", "context", b"context", "dilation_angstrom", b"dilation_angstrom", "edge_angstrom", b"edge_angstrom", "height_angstrom", b"height_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "radii_angstrom", b"radii_angstrom", "shape", b"shape", "threshold", b"threshold", "threshold_sigma", b"threshold_sigma", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dilation_angstrom: _TypeAlias = _typing.Literal["dilation_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__dilation_angstrom: _TypeAlias = _typing.Literal["_dilation_angstrom", b"_dilation_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__edge_angstrom: _TypeAlias = _typing.Literal["edge_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__edge_angstrom: _TypeAlias = _typing.Literal["_edge_angstrom", b"_edge_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__height_angstrom: _TypeAlias = _typing.Literal["height_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__height_angstrom: _TypeAlias = _typing.Literal["_height_angstrom", b"_height_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__threshold_sigma: _TypeAlias = _typing.Literal["threshold_sigma"]  # noqa: Y015
+    _WhichOneofArgType__threshold_sigma: _TypeAlias = _typing.Literal["_threshold_sigma", b"_threshold_sigma"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dilation_angstrom) -> _WhichOneofReturnType__dilation_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__edge_angstrom) -> _WhichOneofReturnType__edge_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__height_angstrom) -> _WhichOneofReturnType__height_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold_sigma) -> _WhichOneofReturnType__threshold_sigma | None: ...
+
+Global___MakeMaskRequest: _TypeAlias = MakeMaskRequest  # noqa: Y015
+
+@_typing.final
+class MakeMaskResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    mask_uri: _builtins.str
+    share: _builtins.float
+    def __init__(
+        self,
+        *,
+        mask_uri: _builtins.str = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask_uri", b"mask_uri", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MakeMaskResult: _TypeAlias = MakeMaskResult  # noqa: Y015
+
+@_typing.final
+class MakeMaskResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___MakeMaskResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___MakeMaskResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MakeMaskResponse: _TypeAlias = MakeMaskResponse  # noqa: Y015
+
+@_typing.final
+class ClassifyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    MAX_CLASSES_FIELD_NUMBER: _builtins.int
+    ITERATIONS_FIELD_NUMBER: _builtins.int
+    STABLE_AGREEMENT_FIELD_NUMBER: _builtins.int
+    MIN_PARTICLES_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    FEATURE_LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_ANGLE_DEGREES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    classes: _builtins.int
+    max_classes: _builtins.int
+    iterations: _builtins.int
+    stable_agreement: _builtins.float
+    min_particles: _builtins.int
+    components: _builtins.int
+    feature_low_pass_angstrom: _builtins.float
+    mask_uri: _builtins.str
+    low_pass_angstrom: _builtins.float
+    high_pass_angstrom: _builtins.float
+    max_candidates: _builtins.int
+    max_shift_voxels: _builtins.float
+    max_angle_degrees: _builtins.float
+    seed: _builtins.int
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        classes: _builtins.int | None = ...,
+        max_classes: _builtins.int | None = ...,
+        iterations: _builtins.int | None = ...,
+        stable_agreement: _builtins.float | None = ...,
+        min_particles: _builtins.int | None = ...,
+        components: _builtins.int | None = ...,
+        feature_low_pass_angstrom: _builtins.float | None = ...,
+        mask_uri: _builtins.str = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        high_pass_angstrom: _builtins.float | None = ...,
+        max_candidates: _builtins.int | None = ...,
+        max_shift_voxels: _builtins.float | None = ...,
+        max_angle_degrees: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_classes", b"_classes", "_components", b"_components", "_ctf_correction", b"_ctf_correction", "_feature_low_pass_angstrom", b"_feature_low_pass_angstrom", "_high_pass_angstrom", b"_high_pass_angstrom", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_classes", b"_max_classes", "_max_shift_voxels", b"_max_shift_voxels", "_min_particles", b"_min_particles", "_seed", b"_seed", "_stable_agreement", b"_stable_agreement", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "classes", b"classes", "components", b"components", "context", b"context", "ctf_correction", b"ctf_correction", "feature_low_pass_angstrom", b"feature_low_pass_angstrom", "high_pass_angstrom", b"high_pass_angstrom", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_classes", b"max_classes", "max_shift_voxels", b"max_shift_voxels", "min_particles", b"min_particles", "seed", b"seed", "stable_agreement", b"stable_agreement", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_classes", b"_classes", "_components", b"_components", "_ctf_correction", b"_ctf_correction", "_feature_low_pass_angstrom", b"_feature_low_pass_angstrom", "_high_pass_angstrom", b"_high_pass_angstrom", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_classes", b"_max_classes", "_max_shift_voxels", b"_max_shift_voxels", "_min_particles", b"_min_particles", "_seed", b"_seed", "_stable_agreement", b"_stable_agreement", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "classes", b"classes", "components", b"components", "context", b"context", "ctf_correction", b"ctf_correction", "feature_low_pass_angstrom", b"feature_low_pass_angstrom", "high_pass_angstrom", b"high_pass_angstrom", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_classes", b"max_classes", "max_shift_voxels", b"max_shift_voxels", "min_particles", b"min_particles", "particles_uri", b"particles_uri", "seed", b"seed", "stable_agreement", b"stable_agreement", "subtomograms_uri", b"subtomograms_uri", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__classes: _TypeAlias = _typing.Literal["classes"]  # noqa: Y015
+    _WhichOneofArgType__classes: _TypeAlias = _typing.Literal["_classes", b"_classes"]  # noqa: Y015
+    _WhichOneofReturnType__components: _TypeAlias = _typing.Literal["components"]  # noqa: Y015
+    _WhichOneofArgType__components: _TypeAlias = _typing.Literal["_components", b"_components"]  # noqa: Y015
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__feature_low_pass_angstrom: _TypeAlias = _typing.Literal["feature_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__feature_low_pass_angstrom: _TypeAlias = _typing.Literal["_feature_low_pass_angstrom", b"_feature_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__iterations: _TypeAlias = _typing.Literal["iterations"]  # noqa: Y015
+    _WhichOneofArgType__iterations: _TypeAlias = _typing.Literal["_iterations", b"_iterations"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_angle_degrees: _TypeAlias = _typing.Literal["max_angle_degrees"]  # noqa: Y015
+    _WhichOneofArgType__max_angle_degrees: _TypeAlias = _typing.Literal["_max_angle_degrees", b"_max_angle_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
+    _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__max_classes: _TypeAlias = _typing.Literal["max_classes"]  # noqa: Y015
+    _WhichOneofArgType__max_classes: _TypeAlias = _typing.Literal["_max_classes", b"_max_classes"]  # noqa: Y015
+    _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
+    _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__min_particles: _TypeAlias = _typing.Literal["min_particles"]  # noqa: Y015
+    _WhichOneofArgType__min_particles: _TypeAlias = _typing.Literal["_min_particles", b"_min_particles"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__stable_agreement: _TypeAlias = _typing.Literal["stable_agreement"]  # noqa: Y015
+    _WhichOneofArgType__stable_agreement: _TypeAlias = _typing.Literal["_stable_agreement", b"_stable_agreement"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__classes) -> _WhichOneofReturnType__classes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__components) -> _WhichOneofReturnType__components | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_low_pass_angstrom) -> _WhichOneofReturnType__feature_low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__iterations) -> _WhichOneofReturnType__iterations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_angle_degrees) -> _WhichOneofReturnType__max_angle_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_classes) -> _WhichOneofReturnType__max_classes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_particles) -> _WhichOneofReturnType__min_particles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stable_agreement) -> _WhichOneofReturnType__stable_agreement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
+
+@_typing.final
+class ClassifyResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASSES_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    HALF1_URIS_FIELD_NUMBER: _builtins.int
+    HALF2_URIS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    RESOLUTIONS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    UNASSIGNED_FIELD_NUMBER: _builtins.int
+    TABLE_URI_FIELD_NUMBER: _builtins.int
+    classes: _builtins.int
+    particles_uri: _builtins.str
+    unassigned: _builtins.int
+    table_uri: _builtins.str
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half1_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half2_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def resolutions_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        classes: _builtins.int = ...,
+        particles_uri: _builtins.str = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half1_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half2_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        resolutions_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        unassigned: _builtins.int = ...,
+        table_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "classes", b"classes", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "particles_uri", b"particles_uri", "resolutions_angstrom", b"resolutions_angstrom", "sizes", b"sizes", "table_uri", b"table_uri", "unassigned", b"unassigned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyResult: _TypeAlias = ClassifyResult  # noqa: Y015
+
+@_typing.final
+class ClassifyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___ClassifyResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___ClassifyResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ClassifyResponse: _TypeAlias = ClassifyResponse  # noqa: Y015
+
+@_typing.final
+class ReassignRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_ANGLE_DEGREES_FIELD_NUMBER: _builtins.int
+    MAKE_AVERAGES_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    low_pass_angstrom: _builtins.float
+    high_pass_angstrom: _builtins.float
+    max_candidates: _builtins.int
+    max_shift_voxels: _builtins.float
+    max_angle_degrees: _builtins.float
+    make_averages: _builtins.bool
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _common_pb2.RowRange | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        high_pass_angstrom: _builtins.float | None = ...,
+        max_candidates: _builtins.int | None = ...,
+        max_shift_voxels: _builtins.float | None = ...,
+        max_angle_degrees: _builtins.float | None = ...,
+        make_averages: _builtins.bool | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "average_uris", b"average_uris", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__make_averages: _TypeAlias = _typing.Literal["make_averages"]  # noqa: Y015
+    _WhichOneofArgType__make_averages: _TypeAlias = _typing.Literal["_make_averages", b"_make_averages"]  # noqa: Y015
+    _WhichOneofReturnType__max_angle_degrees: _TypeAlias = _typing.Literal["max_angle_degrees"]  # noqa: Y015
+    _WhichOneofArgType__max_angle_degrees: _TypeAlias = _typing.Literal["_max_angle_degrees", b"_max_angle_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
+    _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
+    _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__make_averages) -> _WhichOneofReturnType__make_averages | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_angle_degrees) -> _WhichOneofReturnType__max_angle_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___ReassignRequest: _TypeAlias = ReassignRequest  # noqa: Y015
+
+@_typing.final
+class ReassignResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    HALF1_URIS_FIELD_NUMBER: _builtins.int
+    HALF2_URIS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    RESOLUTIONS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    MEAN_SCORE_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    changed: _builtins.int
+    mean_score: _builtins.float
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half1_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half2_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def resolutions_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half1_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half2_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        resolutions_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        changed: _builtins.int = ...,
+        mean_score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "changed", b"changed", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "mean_score", b"mean_score", "particles_uri", b"particles_uri", "resolutions_angstrom", b"resolutions_angstrom", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReassignResult: _TypeAlias = ReassignResult  # noqa: Y015
+
+@_typing.final
+class ReassignResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___ReassignResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___ReassignResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ReassignResponse: _TypeAlias = ReassignResponse  # noqa: Y015
+
+@_typing.final
+class MergeAveragesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    HALF1_URIS_FIELD_NUMBER: _builtins.int
+    HALF2_URIS_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MIN_SIMILARITY_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    mask_uri: _builtins.str
+    min_similarity: _builtins.float
+    low_pass_angstrom: _builtins.float
+    max_candidates: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half1_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half2_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half1_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half2_uris: _abc.Iterable[_builtins.str] | None = ...,
+        particles_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        min_similarity: _builtins.float | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        max_candidates: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_min_similarity", b"_min_similarity", "context", b"context", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_min_similarity", b"_min_similarity", "average_uris", b"average_uris", "context", b"context", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_candidates", b"max_candidates", "min_similarity", b"min_similarity", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
+    _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
+    _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_similarity) -> _WhichOneofReturnType__min_similarity | None: ...
+
+Global___MergeAveragesRequest: _TypeAlias = MergeAveragesRequest  # noqa: Y015
+
+@_typing.final
+class MergeAveragesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    GROUP_OF_AVERAGE_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    TABLE_URI_FIELD_NUMBER: _builtins.int
+    groups: _builtins.int
+    particles_uri: _builtins.str
+    table_uri: _builtins.str
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def group_of_average(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        groups: _builtins.int = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        group_of_average: _abc.Iterable[_builtins.int] | None = ...,
+        particles_uri: _builtins.str = ...,
+        table_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "group_of_average", b"group_of_average", "groups", b"groups", "particles_uri", b"particles_uri", "table_uri", b"table_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeAveragesResult: _TypeAlias = MergeAveragesResult  # noqa: Y015
+
+@_typing.final
+class MergeAveragesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___MergeAveragesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___MergeAveragesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MergeAveragesResponse: _TypeAlias = MergeAveragesResponse  # noqa: Y015

@@ -44,6 +44,56 @@ class AlignmentServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.FromString,
                 _registered_method=True)
+        self.Resolution = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/Resolution',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.ResolutionRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ResolutionResponse.FromString,
+                _registered_method=True)
+        self.LocalResolution = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/LocalResolution',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionResponse.FromString,
+                _registered_method=True)
+        self.EstimateSnr = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/EstimateSnr',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrResponse.FromString,
+                _registered_method=True)
+        self.DetectSymmetry = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/DetectSymmetry',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryResponse.FromString,
+                _registered_method=True)
+        self.FindHelix = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/FindHelix',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.FindHelixRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FindHelixResponse.FromString,
+                _registered_method=True)
+        self.Sharpen = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/Sharpen',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.SharpenRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SharpenResponse.FromString,
+                _registered_method=True)
+        self.MakeMask = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/MakeMask',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.MakeMaskRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.MakeMaskResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/Classify',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Reassign = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/Reassign',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.FromString,
+                _registered_method=True)
+        self.MergeAverages = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/MergeAverages',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesResponse.FromString,
+                _registered_method=True)
 
 
 class AlignmentServiceServicer:
@@ -61,6 +111,66 @@ class AlignmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resolution(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LocalResolution(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateSnr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DetectSymmetry(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindHelix(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sharpen(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MakeMask(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reassign(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeAverages(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AlignmentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +183,56 @@ def add_AlignmentServiceServicer_to_server(servicer, server):
                     servicer.Average,
                     request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.SerializeToString,
+            ),
+            'Resolution': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resolution,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ResolutionRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.ResolutionResponse.SerializeToString,
+            ),
+            'LocalResolution': grpc.unary_stream_rpc_method_handler(
+                    servicer.LocalResolution,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionResponse.SerializeToString,
+            ),
+            'EstimateSnr': grpc.unary_stream_rpc_method_handler(
+                    servicer.EstimateSnr,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrResponse.SerializeToString,
+            ),
+            'DetectSymmetry': grpc.unary_stream_rpc_method_handler(
+                    servicer.DetectSymmetry,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryResponse.SerializeToString,
+            ),
+            'FindHelix': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindHelix,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FindHelixRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.FindHelixResponse.SerializeToString,
+            ),
+            'Sharpen': grpc.unary_stream_rpc_method_handler(
+                    servicer.Sharpen,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SharpenRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.SharpenResponse.SerializeToString,
+            ),
+            'MakeMask': grpc.unary_stream_rpc_method_handler(
+                    servicer.MakeMask,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.MakeMaskRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.MakeMaskResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_stream_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ClassifyRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Reassign': grpc.unary_stream_rpc_method_handler(
+                    servicer.Reassign,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.SerializeToString,
+            ),
+            'MergeAverages': grpc.unary_stream_rpc_method_handler(
+                    servicer.MergeAverages,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +289,276 @@ class AlignmentService:
             '/cryofleet.v1.AlignmentService/Average',
             cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.SerializeToString,
             cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resolution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/Resolution',
+            cryofleet_dot_v1_dot_alignment__pb2.ResolutionRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.ResolutionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocalResolution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/LocalResolution',
+            cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.LocalResolutionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateSnr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/EstimateSnr',
+            cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.EstimateSnrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DetectSymmetry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/DetectSymmetry',
+            cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.DetectSymmetryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindHelix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/FindHelix',
+            cryofleet_dot_v1_dot_alignment__pb2.FindHelixRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.FindHelixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sharpen(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/Sharpen',
+            cryofleet_dot_v1_dot_alignment__pb2.SharpenRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.SharpenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeMask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/MakeMask',
+            cryofleet_dot_v1_dot_alignment__pb2.MakeMaskRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.MakeMaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/Classify',
+            cryofleet_dot_v1_dot_alignment__pb2.ClassifyRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reassign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/Reassign',
+            cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAverages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/MergeAverages',
+            cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesResponse.FromString,
             options,
             channel_credentials,
             insecure,

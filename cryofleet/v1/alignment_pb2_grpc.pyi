@@ -33,12 +33,32 @@ class AlignmentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AlignmentServiceAsyncStub: ...
     Align: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AlignRequest, _alignment_pb2.AlignResponse]
     Average: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageRequest, _alignment_pb2.AverageResponse]
+    Resolution: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ResolutionRequest, _alignment_pb2.ResolutionResponse]
+    LocalResolution: _grpc.UnaryStreamMultiCallable[_alignment_pb2.LocalResolutionRequest, _alignment_pb2.LocalResolutionResponse]
+    EstimateSnr: _grpc.UnaryStreamMultiCallable[_alignment_pb2.EstimateSnrRequest, _alignment_pb2.EstimateSnrResponse]
+    DetectSymmetry: _grpc.UnaryStreamMultiCallable[_alignment_pb2.DetectSymmetryRequest, _alignment_pb2.DetectSymmetryResponse]
+    FindHelix: _grpc.UnaryStreamMultiCallable[_alignment_pb2.FindHelixRequest, _alignment_pb2.FindHelixResponse]
+    Sharpen: _grpc.UnaryStreamMultiCallable[_alignment_pb2.SharpenRequest, _alignment_pb2.SharpenResponse]
+    MakeMask: _grpc.UnaryStreamMultiCallable[_alignment_pb2.MakeMaskRequest, _alignment_pb2.MakeMaskResponse]
+    Classify: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ClassifyRequest, _alignment_pb2.ClassifyResponse]
+    Reassign: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ReassignRequest, _alignment_pb2.ReassignResponse]
+    MergeAverages: _grpc.UnaryStreamMultiCallable[_alignment_pb2.MergeAveragesRequest, _alignment_pb2.MergeAveragesResponse]
 
 @_typing.type_check_only
 class AlignmentServiceAsyncStub(AlignmentServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Align: _aio.UnaryStreamMultiCallable[_alignment_pb2.AlignRequest, _alignment_pb2.AlignResponse]  # type: ignore[assignment]
     Average: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageRequest, _alignment_pb2.AverageResponse]  # type: ignore[assignment]
+    Resolution: _aio.UnaryStreamMultiCallable[_alignment_pb2.ResolutionRequest, _alignment_pb2.ResolutionResponse]  # type: ignore[assignment]
+    LocalResolution: _aio.UnaryStreamMultiCallable[_alignment_pb2.LocalResolutionRequest, _alignment_pb2.LocalResolutionResponse]  # type: ignore[assignment]
+    EstimateSnr: _aio.UnaryStreamMultiCallable[_alignment_pb2.EstimateSnrRequest, _alignment_pb2.EstimateSnrResponse]  # type: ignore[assignment]
+    DetectSymmetry: _aio.UnaryStreamMultiCallable[_alignment_pb2.DetectSymmetryRequest, _alignment_pb2.DetectSymmetryResponse]  # type: ignore[assignment]
+    FindHelix: _aio.UnaryStreamMultiCallable[_alignment_pb2.FindHelixRequest, _alignment_pb2.FindHelixResponse]  # type: ignore[assignment]
+    Sharpen: _aio.UnaryStreamMultiCallable[_alignment_pb2.SharpenRequest, _alignment_pb2.SharpenResponse]  # type: ignore[assignment]
+    MakeMask: _aio.UnaryStreamMultiCallable[_alignment_pb2.MakeMaskRequest, _alignment_pb2.MakeMaskResponse]  # type: ignore[assignment]
+    Classify: _aio.UnaryStreamMultiCallable[_alignment_pb2.ClassifyRequest, _alignment_pb2.ClassifyResponse]  # type: ignore[assignment]
+    Reassign: _aio.UnaryStreamMultiCallable[_alignment_pb2.ReassignRequest, _alignment_pb2.ReassignResponse]  # type: ignore[assignment]
+    MergeAverages: _aio.UnaryStreamMultiCallable[_alignment_pb2.MergeAveragesRequest, _alignment_pb2.MergeAveragesResponse]  # type: ignore[assignment]
 
 class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -54,5 +74,75 @@ class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _alignment_pb2.AverageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageResponse], _abc.AsyncIterator[_alignment_pb2.AverageResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Resolution(
+        self,
+        request: _alignment_pb2.ResolutionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.ResolutionResponse], _abc.AsyncIterator[_alignment_pb2.ResolutionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def LocalResolution(
+        self,
+        request: _alignment_pb2.LocalResolutionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.LocalResolutionResponse], _abc.AsyncIterator[_alignment_pb2.LocalResolutionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def EstimateSnr(
+        self,
+        request: _alignment_pb2.EstimateSnrRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.EstimateSnrResponse], _abc.AsyncIterator[_alignment_pb2.EstimateSnrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DetectSymmetry(
+        self,
+        request: _alignment_pb2.DetectSymmetryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.DetectSymmetryResponse], _abc.AsyncIterator[_alignment_pb2.DetectSymmetryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FindHelix(
+        self,
+        request: _alignment_pb2.FindHelixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.FindHelixResponse], _abc.AsyncIterator[_alignment_pb2.FindHelixResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Sharpen(
+        self,
+        request: _alignment_pb2.SharpenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.SharpenResponse], _abc.AsyncIterator[_alignment_pb2.SharpenResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def MakeMask(
+        self,
+        request: _alignment_pb2.MakeMaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.MakeMaskResponse], _abc.AsyncIterator[_alignment_pb2.MakeMaskResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Classify(
+        self,
+        request: _alignment_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.ClassifyResponse], _abc.AsyncIterator[_alignment_pb2.ClassifyResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Reassign(
+        self,
+        request: _alignment_pb2.ReassignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.ReassignResponse], _abc.AsyncIterator[_alignment_pb2.ReassignResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def MergeAverages(
+        self,
+        request: _alignment_pb2.MergeAveragesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.MergeAveragesResponse], _abc.AsyncIterator[_alignment_pb2.MergeAveragesResponse]]: ...
 
 def add_AlignmentServiceServicer_to_server(servicer: AlignmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -76,6 +76,7 @@ class SymmetryDetection:
     """`chosen` is the group, C1 where none is claimed, with the reason in `remark`; `rotation` its frame. `fits` are
     all candidates, those that fit first, larger ones before smaller, then the others by their correlation; empty where
     nothing could be compared. `error` is one standard error of a correlation; `finest_angstrom` the band's limit.
+    `centre_voxels` is the point (x, y, z), from the box's centre, that all frames turn about: the centre of mass.
     """
 
     chosen: str
@@ -85,6 +86,7 @@ class SymmetryDetection:
     error: float
     threshold: float
     finest_angstrom: float
+    centre_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def remove_radial_mean(volume: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -234,7 +236,8 @@ def detect_symmetry(
 
     if k_max < 2:
         return nothing(f"the half maps agree to {low_pass_angstrom:g} Å only, less than two shells of the box")
-    whole = [_moved_to_centre(v, (first + second) * np.float32(0.5), mask, k_max) for v in (first, second)]
+    centre = _centre_below((first + second) * np.float32(0.5), mask, k_max)
+    whole = [_moved(v, centre, k_max) for v in (first, second)]
     maps = [remove_radial_mean(v) * mask for v in whole]
     share = _power_below(maps[0] + maps[1], k_max) / max(_power_below(whole[0] + whole[1], k_max), 1e-30)
     if share < LEAST_SHARE:
@@ -274,7 +277,14 @@ def detect_symmetry(
     best = fits[0] if fits and fits[0].fits else None
     if best is not None and all(f.order < best.order or _has_half_step(best.group, f.group) for f in round_about):
         return SymmetryDetection(
-            best.group, best.rotation, "the largest group that fits", tuple(fits), error, threshold, finest
+            best.group,
+            best.rotation,
+            "the largest group that fits",
+            tuple(fits),
+            error,
+            threshold,
+            finest,
+            (float(centre[0]), float(centre[1]), float(centre[2])),
         )
     remark = "no group fits"
     if round_about:
@@ -288,20 +298,29 @@ def _has_half_step(group: str, smaller: str) -> bool:
     return group[0] in "CD" and smaller[0] in "CD" and int(group[1:]) % (2 * int(smaller[1:])) == 0
 
 
-def _moved_to_centre(
-    volume: NDArray[np.float32], average: NDArray[np.float32], mask: NDArray[np.float32], k_max: float
-) -> NDArray[np.float32]:
-    """A half map with the average's centre of mass at the box's centre, cut to the band."""
+def _below(box_size: int, k_max: float) -> torch.Tensor:
+    """1 on the components up to `k_max` cycles per box, in the layout of `rfftn`."""
+    return torch.from_numpy((shell_index(box_size) <= k_max).astype(np.float32))
+
+
+def _centre_below(
+    average: NDArray[np.float32], mask: NDArray[np.float32], k_max: float
+) -> NDArray[np.float64]:
+    """The centre of mass of an average cut to the band."""
+    n = average.shape[0]
+    smooth = centred_irfft(centred_rfft(torch.from_numpy(average)) * _below(n, k_max), n).numpy()
+    return _centre_of_mass(smooth * mask)
+
+
+def _moved(volume: NDArray[np.float32], centre: NDArray[np.float64], k_max: float) -> NDArray[np.float32]:
+    """A half map with `centre` at the box's centre, cut to the band."""
     n = volume.shape[0]
-    inside = torch.from_numpy((shell_index(n) <= k_max).astype(np.float32))
-    smooth = centred_irfft(centred_rfft(torch.from_numpy(average)) * inside, n).numpy()
-    centre = _centre_of_mass(smooth * mask)
     k = np.fft.fftfreq(n)
     phase = (
         k[:, None, None] * centre[2] + k[None, :, None] * centre[1] + np.fft.rfftfreq(n)[None, None, :] * centre[0]
     ) * (2 * np.pi)
     shift = torch.from_numpy(np.exp(1j * phase).astype(np.complex64))
-    return centred_irfft(centred_rfft(torch.from_numpy(volume)) * shift * inside, n).numpy()
+    return centred_irfft(centred_rfft(torch.from_numpy(volume)) * shift * _below(n, k_max), n).numpy()
 
 
 def _power_below(volume: NDArray[np.float32], k_max: float) -> float:

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from cryofleet.numerics import transfer
 from cryofleet.numerics.fourier import apply_transfer, fourier_crop, gaussian
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.masks import radius_grid
 from cryofleet.numerics.rotations import point_group, rotation_grid
 from services.picking import template_matching as matching
-from services.picking import tiles, transfer
+from services.picking import tiles
 from services.picking.correlation import Best, FftwCorrelator, TorchCorrelator, fetch
 from services.picking.score_maps import MapPiece, ScoreMaps
 from services.picking.template import Template, Turner, ellipsoid, extent, sphere
