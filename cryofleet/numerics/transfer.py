@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cryofleet.errors import InvalidArgument
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.fourier import Profile, axis_frequencies, radial_frequency
 from cryofleet.numerics.radiation import remaining_amplitude
@@ -25,6 +26,10 @@ from cryofleet.numerics.wedge import check_tilt_range, wedge_mask
 
 Array = NDArray[np.float32]
 CtfCorrection = Literal["none", "phase_flip", "wiener"]
+
+LARGEST_ASYMMETRY = 2.0
+"""Of a transfer function, as a share of its sum, over the box's side: a wedge mask drawn on voxels has up to 0.6 at its
+edges, one whose centre is off by a voxel 5 or more."""
 
 
 def wedge_transfer(box: int, tilt_min_degrees: float, tilt_max_degrees: float) -> Array:
@@ -79,6 +84,32 @@ def tilt_series_transfer(
     # every image holds the mean
     result[0, 0, 0] = 1
     return result
+
+
+def centred_transfer(volume: Array, name: str = "the transfer function") -> Array:
+    """A wedge mask or transfer function as a cube `[z, y, x]` with zero frequency at voxel n // 2, as other programs
+    write it, on the half grid.
+
+    Each component is the mean of it and its Friedel mate, which must be equal but for the edges of a mask.
+
+    Raises InvalidArgument, which says `name`, where it is no cube, not finite, zero everywhere, or not symmetric about
+    zero frequency.
+    """
+    box = volume.shape[0]
+    if volume.shape != (box,) * 3:
+        raise InvalidArgument(f"{name} is {volume.shape}: it must be a cube, zero frequency at voxel n // 2")
+    if not np.isfinite(volume).all():
+        raise InvalidArgument(f"{name} holds values that are not finite (NaN or infinity)")
+    grid = np.fft.ifftshift(volume.astype(np.float32))
+    if not grid.ravel()[1:].any():
+        raise InvalidArgument(f"{name} is zero everywhere: nothing was imaged")
+    mate = np.roll(grid[::-1, ::-1, ::-1], 1, axis=(0, 1, 2))
+    if float(np.abs(grid - mate).sum()) > LARGEST_ASYMMETRY / box * float(np.abs(grid).sum()):
+        raise InvalidArgument(
+            f"{name} is not symmetric about voxel {box // 2} of each axis, where zero frequency must be"
+        )
+    half: Array = ((grid + mate) / 2)[..., : box // 2 + 1].astype(np.float32)
+    return half
 
 
 def filtered(transfer: Array, profile: Profile) -> Array:

@@ -20,6 +20,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _AverageMask:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AverageMaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AverageMask.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AVERAGE_MASK_UNSPECIFIED: _AverageMask.ValueType  # 0
+    AVERAGE_MASK_SPHERE: _AverageMask.ValueType  # 1
+    AVERAGE_MASK_CYLINDER: _AverageMask.ValueType  # 2
+    """Along z."""
+    AVERAGE_MASK_AUTO: _AverageMask.ValueType  # 3
+    """Made from each iteration's average; the sphere while no particle stands out of it."""
+
+class AverageMask(_AverageMask, metaclass=_AverageMaskEnumTypeWrapper):
+    """What counts of an average where no mask is given."""
+
+AVERAGE_MASK_UNSPECIFIED: AverageMask.ValueType  # 0
+AVERAGE_MASK_SPHERE: AverageMask.ValueType  # 1
+AVERAGE_MASK_CYLINDER: AverageMask.ValueType  # 2
+"""Along z."""
+AVERAGE_MASK_AUTO: AverageMask.ValueType  # 3
+"""Made from each iteration's average; the sphere while no particle stands out of it."""
+Global___AverageMask: _TypeAlias = AverageMask  # noqa: Y015
+
 class _MaskSource:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -70,6 +94,32 @@ MASK_SHAPE_AUTO: MaskShape.ValueType  # 4
 MASK_SHAPE_DILATE: MaskShape.ValueType  # 5
 """A given mask, grown."""
 Global___MaskShape: _TypeAlias = MaskShape  # noqa: Y015
+
+class _FamlCandidates:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FamlCandidatesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FamlCandidates.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAML_CANDIDATES_UNSPECIFIED: _FamlCandidates.ValueType  # 0
+    FAML_CANDIDATES_MATCHING: _FamlCandidates.ValueType  # 1
+    """Local maxima of the fast rotational matching, weighted by their Voronoi cells: the paper's."""
+    FAML_CANDIDATES_GRID: _FamlCandidates.ValueType  # 2
+    """All of a uniform grid of rotations and shifts: slower, and exact to the grid's step."""
+    FAML_CANDIDATES_AUTO: _FamlCandidates.ValueType  # 3
+    """The grid while the band is coarse, then the local maxima of the coarse grid."""
+
+class FamlCandidates(_FamlCandidates, metaclass=_FamlCandidatesEnumTypeWrapper):
+    """The poses that the integrals of FAML run over."""
+
+FAML_CANDIDATES_UNSPECIFIED: FamlCandidates.ValueType  # 0
+FAML_CANDIDATES_MATCHING: FamlCandidates.ValueType  # 1
+"""Local maxima of the fast rotational matching, weighted by their Voronoi cells: the paper's."""
+FAML_CANDIDATES_GRID: FamlCandidates.ValueType  # 2
+"""All of a uniform grid of rotations and shifts: slower, and exact to the grid's step."""
+FAML_CANDIDATES_AUTO: FamlCandidates.ValueType  # 3
+"""The grid while the band is coarse, then the local maxima of the coarse grid."""
+Global___FamlCandidates: _TypeAlias = FamlCandidates  # noqa: Y015
 
 @_typing.final
 class AlignRequest(_message.Message):
@@ -253,6 +303,21 @@ class AverageRequest(_message.Message):
     WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
     WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
     CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    START_LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    MASK_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_HEIGHT_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HELIX_RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HELIX_TWIST_DEGREES_FIELD_NUMBER: _builtins.int
+    HELIX_ORDER_FIELD_NUMBER: _builtins.int
+    REFINE_HELIX_FIELD_NUMBER: _builtins.int
+    HELIX_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    REJECT_SHARE_FIELD_NUMBER: _builtins.int
+    REJECT_SCORE_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    REJECT_SIGNAL_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    B_FACTOR_ANGSTROM2_FIELD_NUMBER: _builtins.int
+    SHARPEN_FROM_ANGSTROM_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     particles_uri: _builtins.str
     reference_uri: _builtins.str
@@ -267,6 +332,21 @@ class AverageRequest(_message.Message):
     weight_by_ctf: _builtins.bool
     weight_by_dose: _builtins.bool
     ctf_correction: _common_pb2.CtfCorrection.ValueType
+    start_low_pass_angstrom: _builtins.float
+    mask_uri: _builtins.str
+    mask: Global___AverageMask.ValueType
+    mask_radius_angstrom: _builtins.float
+    mask_height_angstrom: _builtins.float
+    helix_rise_angstrom: _builtins.float
+    helix_twist_degrees: _builtins.float
+    helix_order: _builtins.int
+    refine_helix: _builtins.bool
+    helix_radius_angstrom: _builtins.float
+    reject_share: _builtins.float
+    reject_score_deviations: _builtins.float
+    reject_signal_deviations: _builtins.float
+    b_factor_angstrom2: _builtins.float
+    sharpen_from_angstrom: _builtins.float
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -287,23 +367,66 @@ class AverageRequest(_message.Message):
         weight_by_ctf: _builtins.bool | None = ...,
         weight_by_dose: _builtins.bool | None = ...,
         ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        start_low_pass_angstrom: _builtins.float | None = ...,
+        mask_uri: _builtins.str = ...,
+        mask: Global___AverageMask.ValueType | None = ...,
+        mask_radius_angstrom: _builtins.float | None = ...,
+        mask_height_angstrom: _builtins.float | None = ...,
+        helix_rise_angstrom: _builtins.float | None = ...,
+        helix_twist_degrees: _builtins.float | None = ...,
+        helix_order: _builtins.int | None = ...,
+        refine_helix: _builtins.bool | None = ...,
+        helix_radius_angstrom: _builtins.float | None = ...,
+        reject_share: _builtins.float | None = ...,
+        reject_score_deviations: _builtins.float | None = ...,
+        reject_signal_deviations: _builtins.float | None = ...,
+        b_factor_angstrom2: _builtins.float | None = ...,
+        sharpen_from_angstrom: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "seed", b"seed", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_ctf_correction", b"_ctf_correction", "_helix_order", b"_helix_order", "_helix_radius_angstrom", b"_helix_radius_angstrom", "_helix_rise_angstrom", b"_helix_rise_angstrom", "_helix_twist_degrees", b"_helix_twist_degrees", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_mask", b"_mask", "_mask_height_angstrom", b"_mask_height_angstrom", "_mask_radius_angstrom", b"_mask_radius_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_refine_helix", b"_refine_helix", "_reject_score_deviations", b"_reject_score_deviations", "_reject_share", b"_reject_share", "_reject_signal_deviations", b"_reject_signal_deviations", "_seed", b"_seed", "_sharpen_from_angstrom", b"_sharpen_from_angstrom", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "ctf_correction", b"ctf_correction", "helix_order", b"helix_order", "helix_radius_angstrom", b"helix_radius_angstrom", "helix_rise_angstrom", b"helix_rise_angstrom", "helix_twist_degrees", b"helix_twist_degrees", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "mask", b"mask", "mask_height_angstrom", b"mask_height_angstrom", "mask_radius_angstrom", b"mask_radius_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "refine_helix", b"refine_helix", "reject_score_deviations", b"reject_score_deviations", "reject_share", b"reject_share", "reject_signal_deviations", b"reject_signal_deviations", "seed", b"seed", "sharpen_from_angstrom", b"sharpen_from_angstrom", "start_low_pass_angstrom", b"start_low_pass_angstrom", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_ctf_correction", b"_ctf_correction", "_helix_order", b"_helix_order", "_helix_radius_angstrom", b"_helix_radius_angstrom", "_helix_rise_angstrom", b"_helix_rise_angstrom", "_helix_twist_degrees", b"_helix_twist_degrees", "_iterations", b"_iterations", "_low_pass_angstrom", b"_low_pass_angstrom", "_mask", b"_mask", "_mask_height_angstrom", b"_mask_height_angstrom", "_mask_radius_angstrom", b"_mask_radius_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_refine_helix", b"_refine_helix", "_reject_score_deviations", b"_reject_score_deviations", "_reject_share", b"_reject_share", "_reject_signal_deviations", b"_reject_signal_deviations", "_seed", b"_seed", "_sharpen_from_angstrom", b"_sharpen_from_angstrom", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "ctf_correction", b"ctf_correction", "helix_order", b"helix_order", "helix_radius_angstrom", b"helix_radius_angstrom", "helix_rise_angstrom", b"helix_rise_angstrom", "helix_twist_degrees", b"helix_twist_degrees", "iterations", b"iterations", "low_pass_angstrom", b"low_pass_angstrom", "mask", b"mask", "mask_height_angstrom", b"mask_height_angstrom", "mask_radius_angstrom", b"mask_radius_angstrom", "mask_uri", b"mask_uri", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "refine_helix", b"refine_helix", "reject_score_deviations", b"reject_score_deviations", "reject_share", b"reject_share", "reject_signal_deviations", b"reject_signal_deviations", "seed", b"seed", "sharpen_from_angstrom", b"sharpen_from_angstrom", "start_low_pass_angstrom", b"start_low_pass_angstrom", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__b_factor_angstrom2: _TypeAlias = _typing.Literal["b_factor_angstrom2"]  # noqa: Y015
+    _WhichOneofArgType__b_factor_angstrom2: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2"]  # noqa: Y015
     _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
     _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__helix_order: _TypeAlias = _typing.Literal["helix_order"]  # noqa: Y015
+    _WhichOneofArgType__helix_order: _TypeAlias = _typing.Literal["_helix_order", b"_helix_order"]  # noqa: Y015
+    _WhichOneofReturnType__helix_radius_angstrom: _TypeAlias = _typing.Literal["helix_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__helix_radius_angstrom: _TypeAlias = _typing.Literal["_helix_radius_angstrom", b"_helix_radius_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__helix_rise_angstrom: _TypeAlias = _typing.Literal["helix_rise_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__helix_rise_angstrom: _TypeAlias = _typing.Literal["_helix_rise_angstrom", b"_helix_rise_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__helix_twist_degrees: _TypeAlias = _typing.Literal["helix_twist_degrees"]  # noqa: Y015
+    _WhichOneofArgType__helix_twist_degrees: _TypeAlias = _typing.Literal["_helix_twist_degrees", b"_helix_twist_degrees"]  # noqa: Y015
     _WhichOneofReturnType__iterations: _TypeAlias = _typing.Literal["iterations"]  # noqa: Y015
     _WhichOneofArgType__iterations: _TypeAlias = _typing.Literal["_iterations", b"_iterations"]  # noqa: Y015
     _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__mask: _TypeAlias = _typing.Literal["mask"]  # noqa: Y015
+    _WhichOneofArgType__mask: _TypeAlias = _typing.Literal["_mask", b"_mask"]  # noqa: Y015
+    _WhichOneofReturnType__mask_height_angstrom: _TypeAlias = _typing.Literal["mask_height_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__mask_height_angstrom: _TypeAlias = _typing.Literal["_mask_height_angstrom", b"_mask_height_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__mask_radius_angstrom: _TypeAlias = _typing.Literal["mask_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__mask_radius_angstrom: _TypeAlias = _typing.Literal["_mask_radius_angstrom", b"_mask_radius_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
     _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
     _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
     _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__refine_helix: _TypeAlias = _typing.Literal["refine_helix"]  # noqa: Y015
+    _WhichOneofArgType__refine_helix: _TypeAlias = _typing.Literal["_refine_helix", b"_refine_helix"]  # noqa: Y015
+    _WhichOneofReturnType__reject_score_deviations: _TypeAlias = _typing.Literal["reject_score_deviations"]  # noqa: Y015
+    _WhichOneofArgType__reject_score_deviations: _TypeAlias = _typing.Literal["_reject_score_deviations", b"_reject_score_deviations"]  # noqa: Y015
+    _WhichOneofReturnType__reject_share: _TypeAlias = _typing.Literal["reject_share"]  # noqa: Y015
+    _WhichOneofArgType__reject_share: _TypeAlias = _typing.Literal["_reject_share", b"_reject_share"]  # noqa: Y015
+    _WhichOneofReturnType__reject_signal_deviations: _TypeAlias = _typing.Literal["reject_signal_deviations"]  # noqa: Y015
+    _WhichOneofArgType__reject_signal_deviations: _TypeAlias = _typing.Literal["_reject_signal_deviations", b"_reject_signal_deviations"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__sharpen_from_angstrom: _TypeAlias = _typing.Literal["sharpen_from_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__sharpen_from_angstrom: _TypeAlias = _typing.Literal["_sharpen_from_angstrom", b"_sharpen_from_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["start_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["_start_low_pass_angstrom", b"_start_low_pass_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
     _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
     _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
@@ -311,17 +434,45 @@ class AverageRequest(_message.Message):
     _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
     _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__b_factor_angstrom2) -> _WhichOneofReturnType__b_factor_angstrom2 | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_order) -> _WhichOneofReturnType__helix_order | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_radius_angstrom) -> _WhichOneofReturnType__helix_radius_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_rise_angstrom) -> _WhichOneofReturnType__helix_rise_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_twist_degrees) -> _WhichOneofReturnType__helix_twist_degrees | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__iterations) -> _WhichOneofReturnType__iterations | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask) -> _WhichOneofReturnType__mask | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_height_angstrom) -> _WhichOneofReturnType__mask_height_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_radius_angstrom) -> _WhichOneofReturnType__mask_radius_angstrom | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refine_helix) -> _WhichOneofReturnType__refine_helix | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_score_deviations) -> _WhichOneofReturnType__reject_score_deviations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_share) -> _WhichOneofReturnType__reject_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_signal_deviations) -> _WhichOneofReturnType__reject_signal_deviations | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sharpen_from_angstrom) -> _WhichOneofReturnType__sharpen_from_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_low_pass_angstrom) -> _WhichOneofReturnType__start_low_pass_angstrom | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
     @_typing.overload
@@ -342,6 +493,12 @@ class AverageResult(_message.Message):
     FSC_URI_FIELD_NUMBER: _builtins.int
     RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    REJECTED_URI_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    ITERATIONS_FIELD_NUMBER: _builtins.int
+    CONVERGED_FIELD_NUMBER: _builtins.int
+    RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    TWIST_DEGREES_FIELD_NUMBER: _builtins.int
     average_uri: _builtins.str
     half1_uri: _builtins.str
     half2_uri: _builtins.str
@@ -349,6 +506,12 @@ class AverageResult(_message.Message):
     fsc_uri: _builtins.str
     resolution_angstrom: _builtins.float
     count: _builtins.int
+    rejected_uri: _builtins.str
+    rejected: _builtins.int
+    iterations: _builtins.int
+    converged: _builtins.bool
+    rise_angstrom: _builtins.float
+    twist_degrees: _builtins.float
     def __init__(
         self,
         *,
@@ -359,12 +522,25 @@ class AverageResult(_message.Message):
         fsc_uri: _builtins.str = ...,
         resolution_angstrom: _builtins.float = ...,
         count: _builtins.int = ...,
+        rejected_uri: _builtins.str = ...,
+        rejected: _builtins.int = ...,
+        iterations: _builtins.int = ...,
+        converged: _builtins.bool = ...,
+        rise_angstrom: _builtins.float | None = ...,
+        twist_degrees: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rise_angstrom", b"_rise_angstrom", "_twist_degrees", b"_twist_degrees", "rise_angstrom", b"rise_angstrom", "twist_degrees", b"twist_degrees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uri", b"average_uri", "count", b"count", "fsc_uri", b"fsc_uri", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "particles_uri", b"particles_uri", "resolution_angstrom", b"resolution_angstrom"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rise_angstrom", b"_rise_angstrom", "_twist_degrees", b"_twist_degrees", "average_uri", b"average_uri", "converged", b"converged", "count", b"count", "fsc_uri", b"fsc_uri", "half1_uri", b"half1_uri", "half2_uri", b"half2_uri", "iterations", b"iterations", "particles_uri", b"particles_uri", "rejected", b"rejected", "rejected_uri", b"rejected_uri", "resolution_angstrom", b"resolution_angstrom", "rise_angstrom", b"rise_angstrom", "twist_degrees", b"twist_degrees"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rise_angstrom: _TypeAlias = _typing.Literal["rise_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__rise_angstrom: _TypeAlias = _typing.Literal["_rise_angstrom", b"_rise_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__twist_degrees: _TypeAlias = _typing.Literal["twist_degrees"]  # noqa: Y015
+    _WhichOneofArgType__twist_degrees: _TypeAlias = _typing.Literal["_twist_degrees", b"_twist_degrees"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rise_angstrom) -> _WhichOneofReturnType__rise_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__twist_degrees) -> _WhichOneofReturnType__twist_degrees | None: ...
 
 Global___AverageResult: _TypeAlias = AverageResult  # noqa: Y015
 
@@ -401,6 +577,506 @@ class AverageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___AverageResponse: _TypeAlias = AverageResponse  # noqa: Y015
+
+@_typing.final
+class AverageStartRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    REFERENCE_URI_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    START_LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    MASK_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MASK_HEIGHT_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HELIX_RISE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    HELIX_TWIST_DEGREES_FIELD_NUMBER: _builtins.int
+    HELIX_ORDER_FIELD_NUMBER: _builtins.int
+    REFINE_HELIX_FIELD_NUMBER: _builtins.int
+    HELIX_RADIUS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    REJECT_SHARE_FIELD_NUMBER: _builtins.int
+    REJECT_SCORE_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    REJECT_SIGNAL_DEVIATIONS_FIELD_NUMBER: _builtins.int
+    B_FACTOR_ANGSTROM2_FIELD_NUMBER: _builtins.int
+    SHARPEN_FROM_ANGSTROM_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    reference_uri: _builtins.str
+    low_pass_angstrom: _builtins.float
+    symmetry: _builtins.str
+    max_candidates: _builtins.int
+    max_shift_voxels: _builtins.float
+    seed: _builtins.int
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    start_low_pass_angstrom: _builtins.float
+    mask_uri: _builtins.str
+    mask: Global___AverageMask.ValueType
+    mask_radius_angstrom: _builtins.float
+    mask_height_angstrom: _builtins.float
+    helix_rise_angstrom: _builtins.float
+    helix_twist_degrees: _builtins.float
+    helix_order: _builtins.int
+    refine_helix: _builtins.bool
+    helix_radius_angstrom: _builtins.float
+    reject_share: _builtins.float
+    reject_score_deviations: _builtins.float
+    reject_signal_deviations: _builtins.float
+    b_factor_angstrom2: _builtins.float
+    sharpen_from_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        reference_uri: _builtins.str = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        symmetry: _builtins.str | None = ...,
+        max_candidates: _builtins.int | None = ...,
+        max_shift_voxels: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        start_low_pass_angstrom: _builtins.float | None = ...,
+        mask_uri: _builtins.str = ...,
+        mask: Global___AverageMask.ValueType | None = ...,
+        mask_radius_angstrom: _builtins.float | None = ...,
+        mask_height_angstrom: _builtins.float | None = ...,
+        helix_rise_angstrom: _builtins.float | None = ...,
+        helix_twist_degrees: _builtins.float | None = ...,
+        helix_order: _builtins.int | None = ...,
+        refine_helix: _builtins.bool | None = ...,
+        helix_radius_angstrom: _builtins.float | None = ...,
+        reject_share: _builtins.float | None = ...,
+        reject_score_deviations: _builtins.float | None = ...,
+        reject_signal_deviations: _builtins.float | None = ...,
+        b_factor_angstrom2: _builtins.float | None = ...,
+        sharpen_from_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_ctf_correction", b"_ctf_correction", "_helix_order", b"_helix_order", "_helix_radius_angstrom", b"_helix_radius_angstrom", "_helix_rise_angstrom", b"_helix_rise_angstrom", "_helix_twist_degrees", b"_helix_twist_degrees", "_low_pass_angstrom", b"_low_pass_angstrom", "_mask", b"_mask", "_mask_height_angstrom", b"_mask_height_angstrom", "_mask_radius_angstrom", b"_mask_radius_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_refine_helix", b"_refine_helix", "_reject_score_deviations", b"_reject_score_deviations", "_reject_share", b"_reject_share", "_reject_signal_deviations", b"_reject_signal_deviations", "_seed", b"_seed", "_sharpen_from_angstrom", b"_sharpen_from_angstrom", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "ctf_correction", b"ctf_correction", "helix_order", b"helix_order", "helix_radius_angstrom", b"helix_radius_angstrom", "helix_rise_angstrom", b"helix_rise_angstrom", "helix_twist_degrees", b"helix_twist_degrees", "low_pass_angstrom", b"low_pass_angstrom", "mask", b"mask", "mask_height_angstrom", b"mask_height_angstrom", "mask_radius_angstrom", b"mask_radius_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "refine_helix", b"refine_helix", "reject_score_deviations", b"reject_score_deviations", "reject_share", b"reject_share", "reject_signal_deviations", b"reject_signal_deviations", "seed", b"seed", "sharpen_from_angstrom", b"sharpen_from_angstrom", "start_low_pass_angstrom", b"start_low_pass_angstrom", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2", "_ctf_correction", b"_ctf_correction", "_helix_order", b"_helix_order", "_helix_radius_angstrom", b"_helix_radius_angstrom", "_helix_rise_angstrom", b"_helix_rise_angstrom", "_helix_twist_degrees", b"_helix_twist_degrees", "_low_pass_angstrom", b"_low_pass_angstrom", "_mask", b"_mask", "_mask_height_angstrom", b"_mask_height_angstrom", "_mask_radius_angstrom", b"_mask_radius_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_refine_helix", b"_refine_helix", "_reject_score_deviations", b"_reject_score_deviations", "_reject_share", b"_reject_share", "_reject_signal_deviations", b"_reject_signal_deviations", "_seed", b"_seed", "_sharpen_from_angstrom", b"_sharpen_from_angstrom", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "b_factor_angstrom2", b"b_factor_angstrom2", "context", b"context", "ctf_correction", b"ctf_correction", "helix_order", b"helix_order", "helix_radius_angstrom", b"helix_radius_angstrom", "helix_rise_angstrom", b"helix_rise_angstrom", "helix_twist_degrees", b"helix_twist_degrees", "low_pass_angstrom", b"low_pass_angstrom", "mask", b"mask", "mask_height_angstrom", b"mask_height_angstrom", "mask_radius_angstrom", b"mask_radius_angstrom", "mask_uri", b"mask_uri", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "refine_helix", b"refine_helix", "reject_score_deviations", b"reject_score_deviations", "reject_share", b"reject_share", "reject_signal_deviations", b"reject_signal_deviations", "seed", b"seed", "sharpen_from_angstrom", b"sharpen_from_angstrom", "start_low_pass_angstrom", b"start_low_pass_angstrom", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__b_factor_angstrom2: _TypeAlias = _typing.Literal["b_factor_angstrom2"]  # noqa: Y015
+    _WhichOneofArgType__b_factor_angstrom2: _TypeAlias = _typing.Literal["_b_factor_angstrom2", b"_b_factor_angstrom2"]  # noqa: Y015
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__helix_order: _TypeAlias = _typing.Literal["helix_order"]  # noqa: Y015
+    _WhichOneofArgType__helix_order: _TypeAlias = _typing.Literal["_helix_order", b"_helix_order"]  # noqa: Y015
+    _WhichOneofReturnType__helix_radius_angstrom: _TypeAlias = _typing.Literal["helix_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__helix_radius_angstrom: _TypeAlias = _typing.Literal["_helix_radius_angstrom", b"_helix_radius_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__helix_rise_angstrom: _TypeAlias = _typing.Literal["helix_rise_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__helix_rise_angstrom: _TypeAlias = _typing.Literal["_helix_rise_angstrom", b"_helix_rise_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__helix_twist_degrees: _TypeAlias = _typing.Literal["helix_twist_degrees"]  # noqa: Y015
+    _WhichOneofArgType__helix_twist_degrees: _TypeAlias = _typing.Literal["_helix_twist_degrees", b"_helix_twist_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__mask: _TypeAlias = _typing.Literal["mask"]  # noqa: Y015
+    _WhichOneofArgType__mask: _TypeAlias = _typing.Literal["_mask", b"_mask"]  # noqa: Y015
+    _WhichOneofReturnType__mask_height_angstrom: _TypeAlias = _typing.Literal["mask_height_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__mask_height_angstrom: _TypeAlias = _typing.Literal["_mask_height_angstrom", b"_mask_height_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__mask_radius_angstrom: _TypeAlias = _typing.Literal["mask_radius_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__mask_radius_angstrom: _TypeAlias = _typing.Literal["_mask_radius_angstrom", b"_mask_radius_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
+    _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
+    _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__refine_helix: _TypeAlias = _typing.Literal["refine_helix"]  # noqa: Y015
+    _WhichOneofArgType__refine_helix: _TypeAlias = _typing.Literal["_refine_helix", b"_refine_helix"]  # noqa: Y015
+    _WhichOneofReturnType__reject_score_deviations: _TypeAlias = _typing.Literal["reject_score_deviations"]  # noqa: Y015
+    _WhichOneofArgType__reject_score_deviations: _TypeAlias = _typing.Literal["_reject_score_deviations", b"_reject_score_deviations"]  # noqa: Y015
+    _WhichOneofReturnType__reject_share: _TypeAlias = _typing.Literal["reject_share"]  # noqa: Y015
+    _WhichOneofArgType__reject_share: _TypeAlias = _typing.Literal["_reject_share", b"_reject_share"]  # noqa: Y015
+    _WhichOneofReturnType__reject_signal_deviations: _TypeAlias = _typing.Literal["reject_signal_deviations"]  # noqa: Y015
+    _WhichOneofArgType__reject_signal_deviations: _TypeAlias = _typing.Literal["_reject_signal_deviations", b"_reject_signal_deviations"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__sharpen_from_angstrom: _TypeAlias = _typing.Literal["sharpen_from_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__sharpen_from_angstrom: _TypeAlias = _typing.Literal["_sharpen_from_angstrom", b"_sharpen_from_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["start_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["_start_low_pass_angstrom", b"_start_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__b_factor_angstrom2) -> _WhichOneofReturnType__b_factor_angstrom2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_order) -> _WhichOneofReturnType__helix_order | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_radius_angstrom) -> _WhichOneofReturnType__helix_radius_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_rise_angstrom) -> _WhichOneofReturnType__helix_rise_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__helix_twist_degrees) -> _WhichOneofReturnType__helix_twist_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask) -> _WhichOneofReturnType__mask | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_height_angstrom) -> _WhichOneofReturnType__mask_height_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_radius_angstrom) -> _WhichOneofReturnType__mask_radius_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refine_helix) -> _WhichOneofReturnType__refine_helix | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_score_deviations) -> _WhichOneofReturnType__reject_score_deviations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_share) -> _WhichOneofReturnType__reject_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reject_signal_deviations) -> _WhichOneofReturnType__reject_signal_deviations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sharpen_from_angstrom) -> _WhichOneofReturnType__sharpen_from_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_low_pass_angstrom) -> _WhichOneofReturnType__start_low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___AverageStartRequest: _TypeAlias = AverageStartRequest  # noqa: Y015
+
+@_typing.final
+class AverageStartResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    particles_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "model_uri", b"model_uri", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageStartResult: _TypeAlias = AverageStartResult  # noqa: Y015
+
+@_typing.final
+class AverageStartResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AverageStartResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AverageStartResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AverageStartResponse: _TypeAlias = AverageStartResponse  # noqa: Y015
+
+@_typing.final
+class AverageExpectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+        rows: _common_pb2.RowRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageExpectRequest: _TypeAlias = AverageExpectRequest  # noqa: Y015
+
+@_typing.final
+class AverageExpectResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_SCORE_FIELD_NUMBER: _builtins.int
+    statistics_uri: _builtins.str
+    count: _builtins.int
+    mean_score: _builtins.float
+    def __init__(
+        self,
+        *,
+        statistics_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        mean_score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "mean_score", b"mean_score", "statistics_uri", b"statistics_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageExpectResult: _TypeAlias = AverageExpectResult  # noqa: Y015
+
+@_typing.final
+class AverageExpectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AverageExpectResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AverageExpectResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AverageExpectResponse: _TypeAlias = AverageExpectResponse  # noqa: Y015
+
+@_typing.final
+class AverageUpdateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    STATISTICS_URIS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def statistics_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        statistics_uris: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "statistics_uris", b"statistics_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageUpdateRequest: _TypeAlias = AverageUpdateRequest  # noqa: Y015
+
+@_typing.final
+class AverageUpdateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    CONVERGED_FIELD_NUMBER: _builtins.int
+    MEAN_SCORE_FIELD_NUMBER: _builtins.int
+    RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    converged: _builtins.bool
+    mean_score: _builtins.float
+    resolution_angstrom: _builtins.float
+    low_pass_angstrom: _builtins.float
+    rejected: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        converged: _builtins.bool = ...,
+        mean_score: _builtins.float = ...,
+        resolution_angstrom: _builtins.float = ...,
+        low_pass_angstrom: _builtins.float = ...,
+        rejected: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["converged", b"converged", "low_pass_angstrom", b"low_pass_angstrom", "mean_score", b"mean_score", "model_uri", b"model_uri", "rejected", b"rejected", "resolution_angstrom", b"resolution_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageUpdateResult: _TypeAlias = AverageUpdateResult  # noqa: Y015
+
+@_typing.final
+class AverageUpdateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AverageUpdateResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AverageUpdateResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AverageUpdateResponse: _TypeAlias = AverageUpdateResponse  # noqa: Y015
+
+@_typing.final
+class AverageFinishRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageFinishRequest: _TypeAlias = AverageFinishRequest  # noqa: Y015
+
+@_typing.final
+class AverageFinishResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AverageResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AverageResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AverageFinishResponse: _TypeAlias = AverageFinishResponse  # noqa: Y015
 
 @_typing.final
 class ResolutionRequest(_message.Message):
@@ -1909,3 +2585,488 @@ class MergeAveragesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___MergeAveragesResponse: _TypeAlias = MergeAveragesResponse  # noqa: Y015
+
+@_typing.final
+class FamlStartRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    MAX_SHIFT_VOXELS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    START_LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    JOINED_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    classes: _builtins.int
+    particle_diameter_angstrom: _builtins.float
+    low_pass_angstrom: _builtins.float
+    symmetry: _builtins.str
+    max_candidates: _builtins.int
+    max_shift_voxels: _builtins.float
+    seed: _builtins.int
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    start_low_pass_angstrom: _builtins.float
+    candidates: Global___FamlCandidates.ValueType
+    joined_angstrom: _builtins.float
+    similarity: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        classes: _builtins.int | None = ...,
+        particle_diameter_angstrom: _builtins.float = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        symmetry: _builtins.str | None = ...,
+        max_candidates: _builtins.int | None = ...,
+        max_shift_voxels: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        start_low_pass_angstrom: _builtins.float | None = ...,
+        candidates: Global___FamlCandidates.ValueType | None = ...,
+        joined_angstrom: _builtins.float | None = ...,
+        similarity: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_classes", b"_classes", "_ctf_correction", b"_ctf_correction", "_joined_angstrom", b"_joined_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_similarity", b"_similarity", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "candidates", b"candidates", "classes", b"classes", "context", b"context", "ctf_correction", b"ctf_correction", "joined_angstrom", b"joined_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "seed", b"seed", "similarity", b"similarity", "start_low_pass_angstrom", b"start_low_pass_angstrom", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_candidates", b"_candidates", "_classes", b"_classes", "_ctf_correction", b"_ctf_correction", "_joined_angstrom", b"_joined_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_seed", b"_seed", "_similarity", b"_similarity", "_start_low_pass_angstrom", b"_start_low_pass_angstrom", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "candidates", b"candidates", "classes", b"classes", "context", b"context", "ctf_correction", b"ctf_correction", "joined_angstrom", b"joined_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "seed", b"seed", "similarity", b"similarity", "start_low_pass_angstrom", b"start_low_pass_angstrom", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__candidates: _TypeAlias = _typing.Literal["candidates"]  # noqa: Y015
+    _WhichOneofArgType__candidates: _TypeAlias = _typing.Literal["_candidates", b"_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__classes: _TypeAlias = _typing.Literal["classes"]  # noqa: Y015
+    _WhichOneofArgType__classes: _TypeAlias = _typing.Literal["_classes", b"_classes"]  # noqa: Y015
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__joined_angstrom: _TypeAlias = _typing.Literal["joined_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__joined_angstrom: _TypeAlias = _typing.Literal["_joined_angstrom", b"_joined_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_candidates: _TypeAlias = _typing.Literal["max_candidates"]  # noqa: Y015
+    _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
+    _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
+    _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__similarity: _TypeAlias = _typing.Literal["similarity"]  # noqa: Y015
+    _WhichOneofArgType__similarity: _TypeAlias = _typing.Literal["_similarity", b"_similarity"]  # noqa: Y015
+    _WhichOneofReturnType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["start_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__start_low_pass_angstrom: _TypeAlias = _typing.Literal["_start_low_pass_angstrom", b"_start_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__candidates) -> _WhichOneofReturnType__candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__classes) -> _WhichOneofReturnType__classes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__joined_angstrom) -> _WhichOneofReturnType__joined_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity) -> _WhichOneofReturnType__similarity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_low_pass_angstrom) -> _WhichOneofReturnType__start_low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___FamlStartRequest: _TypeAlias = FamlStartRequest  # noqa: Y015
+
+@_typing.final
+class FamlStartResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    particles_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "model_uri", b"model_uri", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlStartResult: _TypeAlias = FamlStartResult  # noqa: Y015
+
+@_typing.final
+class FamlStartResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FamlStartResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FamlStartResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FamlStartResponse: _TypeAlias = FamlStartResponse  # noqa: Y015
+
+@_typing.final
+class FamlExpectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+        rows: _common_pb2.RowRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlExpectRequest: _TypeAlias = FamlExpectRequest  # noqa: Y015
+
+@_typing.final
+class FamlExpectResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    statistics_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        statistics_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "statistics_uri", b"statistics_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlExpectResult: _TypeAlias = FamlExpectResult  # noqa: Y015
+
+@_typing.final
+class FamlExpectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FamlExpectResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FamlExpectResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FamlExpectResponse: _TypeAlias = FamlExpectResponse  # noqa: Y015
+
+@_typing.final
+class FamlMaximiseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    STATISTICS_URIS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def statistics_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        statistics_uris: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "statistics_uris", b"statistics_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlMaximiseRequest: _TypeAlias = FamlMaximiseRequest  # noqa: Y015
+
+@_typing.final
+class FamlMaximiseResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    CONVERGED_FIELD_NUMBER: _builtins.int
+    RESOLUTION_ANGSTROM_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CLASS_SIZES_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    converged: _builtins.bool
+    resolution_angstrom: _builtins.float
+    low_pass_angstrom: _builtins.float
+    @_builtins.property
+    def class_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        converged: _builtins.bool = ...,
+        resolution_angstrom: _builtins.float = ...,
+        low_pass_angstrom: _builtins.float = ...,
+        class_sizes: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_sizes", b"class_sizes", "converged", b"converged", "low_pass_angstrom", b"low_pass_angstrom", "model_uri", b"model_uri", "resolution_angstrom", b"resolution_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlMaximiseResult: _TypeAlias = FamlMaximiseResult  # noqa: Y015
+
+@_typing.final
+class FamlMaximiseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FamlMaximiseResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FamlMaximiseResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FamlMaximiseResponse: _TypeAlias = FamlMaximiseResponse  # noqa: Y015
+
+@_typing.final
+class FamlFinishRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    model_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlFinishRequest: _TypeAlias = FamlFinishRequest  # noqa: Y015
+
+@_typing.final
+class FamlFinishResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    HALF1_URIS_FIELD_NUMBER: _builtins.int
+    HALF2_URIS_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    CLASS_PARTICLES_URIS_FIELD_NUMBER: _builtins.int
+    FSC_URIS_FIELD_NUMBER: _builtins.int
+    RESOLUTIONS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CLASS_SIZES_FIELD_NUMBER: _builtins.int
+    HISTORY_URI_FIELD_NUMBER: _builtins.int
+    CONVERGED_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    history_uri: _builtins.str
+    converged: _builtins.bool
+    count: _builtins.int
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half1_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half2_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def class_particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def fsc_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def resolutions_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def class_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half1_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half2_uris: _abc.Iterable[_builtins.str] | None = ...,
+        particles_uri: _builtins.str = ...,
+        class_particles_uris: _abc.Iterable[_builtins.str] | None = ...,
+        fsc_uris: _abc.Iterable[_builtins.str] | None = ...,
+        resolutions_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        class_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        history_uri: _builtins.str = ...,
+        converged: _builtins.bool = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "class_particles_uris", b"class_particles_uris", "class_sizes", b"class_sizes", "converged", b"converged", "count", b"count", "fsc_uris", b"fsc_uris", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "history_uri", b"history_uri", "particles_uri", b"particles_uri", "resolutions_angstrom", b"resolutions_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FamlFinishResult: _TypeAlias = FamlFinishResult  # noqa: Y015
+
+@_typing.final
+class FamlFinishResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FamlFinishResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FamlFinishResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FamlFinishResponse: _TypeAlias = FamlFinishResponse  # noqa: Y015

@@ -44,6 +44,46 @@ class AlignmentServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.FromString,
                 _registered_method=True)
+        self.AverageStart = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/AverageStart',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageStartRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageStartResponse.FromString,
+                _registered_method=True)
+        self.AverageExpect = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/AverageExpect',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageExpectRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageExpectResponse.FromString,
+                _registered_method=True)
+        self.AverageUpdate = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/AverageUpdate',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateResponse.FromString,
+                _registered_method=True)
+        self.AverageFinish = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/AverageFinish',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageFinishRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageFinishResponse.FromString,
+                _registered_method=True)
+        self.FamlStart = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/FamlStart',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlStartRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlStartResponse.FromString,
+                _registered_method=True)
+        self.FamlExpect = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/FamlExpect',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlExpectRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlExpectResponse.FromString,
+                _registered_method=True)
+        self.FamlMaximise = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/FamlMaximise',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseResponse.FromString,
+                _registered_method=True)
+        self.FamlFinish = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/FamlFinish',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlFinishRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlFinishResponse.FromString,
+                _registered_method=True)
         self.Resolution = channel.unary_stream(
                 '/cryofleet.v1.AlignmentService/Resolution',
                 request_serializer=cryofleet_dot_v1_dot_alignment__pb2.ResolutionRequest.SerializeToString,
@@ -106,6 +146,54 @@ class AlignmentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Average(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AverageStart(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AverageExpect(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AverageUpdate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AverageFinish(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FamlStart(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FamlExpect(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FamlMaximise(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FamlFinish(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +271,46 @@ def add_AlignmentServiceServicer_to_server(servicer, server):
                     servicer.Average,
                     request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.SerializeToString,
+            ),
+            'AverageStart': grpc.unary_stream_rpc_method_handler(
+                    servicer.AverageStart,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageStartRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageStartResponse.SerializeToString,
+            ),
+            'AverageExpect': grpc.unary_stream_rpc_method_handler(
+                    servicer.AverageExpect,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageExpectRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageExpectResponse.SerializeToString,
+            ),
+            'AverageUpdate': grpc.unary_stream_rpc_method_handler(
+                    servicer.AverageUpdate,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateResponse.SerializeToString,
+            ),
+            'AverageFinish': grpc.unary_stream_rpc_method_handler(
+                    servicer.AverageFinish,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageFinishRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageFinishResponse.SerializeToString,
+            ),
+            'FamlStart': grpc.unary_stream_rpc_method_handler(
+                    servicer.FamlStart,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlStartRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlStartResponse.SerializeToString,
+            ),
+            'FamlExpect': grpc.unary_stream_rpc_method_handler(
+                    servicer.FamlExpect,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlExpectRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlExpectResponse.SerializeToString,
+            ),
+            'FamlMaximise': grpc.unary_stream_rpc_method_handler(
+                    servicer.FamlMaximise,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseResponse.SerializeToString,
+            ),
+            'FamlFinish': grpc.unary_stream_rpc_method_handler(
+                    servicer.FamlFinish,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.FamlFinishRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.FamlFinishResponse.SerializeToString,
             ),
             'Resolution': grpc.unary_stream_rpc_method_handler(
                     servicer.Resolution,
@@ -289,6 +417,222 @@ class AlignmentService:
             '/cryofleet.v1.AlignmentService/Average',
             cryofleet_dot_v1_dot_alignment__pb2.AverageRequest.SerializeToString,
             cryofleet_dot_v1_dot_alignment__pb2.AverageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AverageStart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/AverageStart',
+            cryofleet_dot_v1_dot_alignment__pb2.AverageStartRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.AverageStartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AverageExpect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/AverageExpect',
+            cryofleet_dot_v1_dot_alignment__pb2.AverageExpectRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.AverageExpectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AverageUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/AverageUpdate',
+            cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.AverageUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AverageFinish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/AverageFinish',
+            cryofleet_dot_v1_dot_alignment__pb2.AverageFinishRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.AverageFinishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FamlStart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/FamlStart',
+            cryofleet_dot_v1_dot_alignment__pb2.FamlStartRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.FamlStartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FamlExpect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/FamlExpect',
+            cryofleet_dot_v1_dot_alignment__pb2.FamlExpectRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.FamlExpectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FamlMaximise(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/FamlMaximise',
+            cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.FamlMaximiseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FamlFinish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/FamlFinish',
+            cryofleet_dot_v1_dot_alignment__pb2.FamlFinishRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.FamlFinishResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,6 +33,14 @@ class AlignmentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AlignmentServiceAsyncStub: ...
     Align: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AlignRequest, _alignment_pb2.AlignResponse]
     Average: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageRequest, _alignment_pb2.AverageResponse]
+    AverageStart: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageStartRequest, _alignment_pb2.AverageStartResponse]
+    AverageExpect: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageExpectRequest, _alignment_pb2.AverageExpectResponse]
+    AverageUpdate: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageUpdateRequest, _alignment_pb2.AverageUpdateResponse]
+    AverageFinish: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageFinishRequest, _alignment_pb2.AverageFinishResponse]
+    FamlStart: _grpc.UnaryStreamMultiCallable[_alignment_pb2.FamlStartRequest, _alignment_pb2.FamlStartResponse]
+    FamlExpect: _grpc.UnaryStreamMultiCallable[_alignment_pb2.FamlExpectRequest, _alignment_pb2.FamlExpectResponse]
+    FamlMaximise: _grpc.UnaryStreamMultiCallable[_alignment_pb2.FamlMaximiseRequest, _alignment_pb2.FamlMaximiseResponse]
+    FamlFinish: _grpc.UnaryStreamMultiCallable[_alignment_pb2.FamlFinishRequest, _alignment_pb2.FamlFinishResponse]
     Resolution: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ResolutionRequest, _alignment_pb2.ResolutionResponse]
     LocalResolution: _grpc.UnaryStreamMultiCallable[_alignment_pb2.LocalResolutionRequest, _alignment_pb2.LocalResolutionResponse]
     EstimateSnr: _grpc.UnaryStreamMultiCallable[_alignment_pb2.EstimateSnrRequest, _alignment_pb2.EstimateSnrResponse]
@@ -49,6 +57,14 @@ class AlignmentServiceAsyncStub(AlignmentServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Align: _aio.UnaryStreamMultiCallable[_alignment_pb2.AlignRequest, _alignment_pb2.AlignResponse]  # type: ignore[assignment]
     Average: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageRequest, _alignment_pb2.AverageResponse]  # type: ignore[assignment]
+    AverageStart: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageStartRequest, _alignment_pb2.AverageStartResponse]  # type: ignore[assignment]
+    AverageExpect: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageExpectRequest, _alignment_pb2.AverageExpectResponse]  # type: ignore[assignment]
+    AverageUpdate: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageUpdateRequest, _alignment_pb2.AverageUpdateResponse]  # type: ignore[assignment]
+    AverageFinish: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageFinishRequest, _alignment_pb2.AverageFinishResponse]  # type: ignore[assignment]
+    FamlStart: _aio.UnaryStreamMultiCallable[_alignment_pb2.FamlStartRequest, _alignment_pb2.FamlStartResponse]  # type: ignore[assignment]
+    FamlExpect: _aio.UnaryStreamMultiCallable[_alignment_pb2.FamlExpectRequest, _alignment_pb2.FamlExpectResponse]  # type: ignore[assignment]
+    FamlMaximise: _aio.UnaryStreamMultiCallable[_alignment_pb2.FamlMaximiseRequest, _alignment_pb2.FamlMaximiseResponse]  # type: ignore[assignment]
+    FamlFinish: _aio.UnaryStreamMultiCallable[_alignment_pb2.FamlFinishRequest, _alignment_pb2.FamlFinishResponse]  # type: ignore[assignment]
     Resolution: _aio.UnaryStreamMultiCallable[_alignment_pb2.ResolutionRequest, _alignment_pb2.ResolutionResponse]  # type: ignore[assignment]
     LocalResolution: _aio.UnaryStreamMultiCallable[_alignment_pb2.LocalResolutionRequest, _alignment_pb2.LocalResolutionResponse]  # type: ignore[assignment]
     EstimateSnr: _aio.UnaryStreamMultiCallable[_alignment_pb2.EstimateSnrRequest, _alignment_pb2.EstimateSnrResponse]  # type: ignore[assignment]
@@ -74,6 +90,62 @@ class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _alignment_pb2.AverageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageResponse], _abc.AsyncIterator[_alignment_pb2.AverageResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AverageStart(
+        self,
+        request: _alignment_pb2.AverageStartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageStartResponse], _abc.AsyncIterator[_alignment_pb2.AverageStartResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AverageExpect(
+        self,
+        request: _alignment_pb2.AverageExpectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageExpectResponse], _abc.AsyncIterator[_alignment_pb2.AverageExpectResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AverageUpdate(
+        self,
+        request: _alignment_pb2.AverageUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageUpdateResponse], _abc.AsyncIterator[_alignment_pb2.AverageUpdateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AverageFinish(
+        self,
+        request: _alignment_pb2.AverageFinishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageFinishResponse], _abc.AsyncIterator[_alignment_pb2.AverageFinishResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FamlStart(
+        self,
+        request: _alignment_pb2.FamlStartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.FamlStartResponse], _abc.AsyncIterator[_alignment_pb2.FamlStartResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FamlExpect(
+        self,
+        request: _alignment_pb2.FamlExpectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.FamlExpectResponse], _abc.AsyncIterator[_alignment_pb2.FamlExpectResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FamlMaximise(
+        self,
+        request: _alignment_pb2.FamlMaximiseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.FamlMaximiseResponse], _abc.AsyncIterator[_alignment_pb2.FamlMaximiseResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FamlFinish(
+        self,
+        request: _alignment_pb2.FamlFinishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.FamlFinishResponse], _abc.AsyncIterator[_alignment_pb2.FamlFinishResponse]]: ...
 
     @_abc_1.abstractmethod
     def Resolution(

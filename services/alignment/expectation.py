@@ -35,6 +35,10 @@ GRID_CYCLES = 12.0
 GRID_DIAMETER = 0.5
 KEPT_POSES = 32
 """The likeliest poses of each particle that are averaged over; the rest of the posterior is left out."""
+LEAST_WEIGHT = 1e-3
+"""Of these, those so much less likely than the likeliest are left out too."""
+LEAST_CLASS = 1e-6
+"""A class of a smaller share is empty: nothing is compared with it."""
 REFINED = 8
 """Of the candidates so many are climbed in the full band."""
 
@@ -110,7 +114,12 @@ class Expectation:
         particles = torch.from_numpy(boxes).to(self.device)
         data = self.band.of(centred_rfft(particles))
         references = self._references(particles, torch.from_numpy(halves).to(self.device), before)
-        found = [self._candidates(particles, data, references[:, k]) for k in range(self.task.classes)]
+        found = [
+            self._candidates(particles, data, references[:, k])
+            if self.model.alpha[k] >= LEAST_CLASS and bool(references[:, k].any())
+            else self._none(len(boxes))
+            for k in range(self.task.classes)
+        ]
         posterior, evidence, residuals, scores = self._posterior(data, references, found)
         evidence -= float(data.abs().square().sum())
         statistics = self._add(particles, halves, posterior)
@@ -203,6 +212,13 @@ class Expectation:
             quaternions, shifts, torch.where(found, likelihoods, -torch.inf), weights.clamp(min=1e-12).log()
         )
 
+    def _none(self, batch: int) -> _Candidates:
+        """For a class that is empty, or whose average holds nothing beyond its noise: it is as likely as noise alone
+        while it has a share, and not at all once it is empty."""
+        identity = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device).expand(batch, 1, 4)
+        zeros = torch.zeros((batch, 1), device=self.device)
+        return _Candidates(identity, zeros[..., None].expand(batch, 1, 3), zeros, zeros)
+
     def _grid_poses(self, data: torch.Tensor, references: torch.Tensor) -> _Candidates:
         """The likeliest points of the whole grid; the weights carry what all others hold."""
         assert self._grid is not None
@@ -269,7 +285,7 @@ class Expectation:
         evidence = float(torch.logsumexp(logs, dim=1).double().sum())
         top = torch.topk(logs, min(KEPT_POSES, logs.shape[1]), dim=1)
         weights = torch.softmax(top.values, dim=1)
-        weights = torch.where(weights >= 1e-3, weights, 0.0)
+        weights = torch.where(weights >= LEAST_WEIGHT * weights[:, :1], weights, 0.0)
         weights = weights / weights.sum(dim=1, keepdim=True)
         kept = int((weights > 0).sum(dim=1).max())
         index, weights = top.indices[:, :kept], weights[:, :kept]

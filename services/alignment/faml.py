@@ -4,8 +4,10 @@ The whole of it is a `start` - sums at random poses and classes - and iterations
 over particles in any way, and a maximisation. `faml` runs them in one process; across a cluster the orchestrator does.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ from cryofleet.numerics.rotations import uniform_random
 from cryofleet.numerics.spectra import centred_rfft
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment import likelihood_model
-from services.alignment.align import Poses, Reader, batch_size
+from services.alignment.align import Poses, Reader, Search, batch_size
+from services.alignment.array_files import Arrays
 from services.alignment.band import Band
 from services.alignment.expectation import Expectation, add, batches, expect
 from services.alignment.likelihood_model import Model, Task
@@ -27,27 +30,21 @@ from services.alignment.sufficient_statistics import Posterior, Statistics
 
 @dataclass(frozen=True, eq=False)
 class Particles:
-    """Subtomograms to be averaged: `read(first, count)` gives boxes, `contrast` the sign of their protein (dark or
-    light), `names` their ids for messages; `halves` (n,) are 0 or 1 and stay for good.
+    """Subtomograms to be averaged: `read(first, count)` gives boxes, `names` their ids for messages; `halves` (n,) are
+    0 or 1 and stay for good; `sign` is -1 where protein is dark.
     """
 
     read: Reader
     names: NDArray[np.int64]
     halves: NDArray[np.int64]
-    contrast: str = "light"
+    sign: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.contrast not in ("dark", "light"):
-            raise InvalidArgument(f"contrast {self.contrast!r}: must be dark or light")
         if len(self) < 2:
             raise InvalidArgument(f"averaging needs at least 2 particles, one for each half set, and got {len(self)}")
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def sign(self) -> float:
-        return -1.0 if self.contrast == "dark" else 1.0
 
 
 def random_halves(count: int, seed: int) -> NDArray[np.int64]:
@@ -133,6 +130,166 @@ def _batch(task: Task, device: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class State:
+    """A run between two iterations, as it passes from process to process; `model` is None before the first sums."""
+
+    task: Task
+    halves: NDArray[np.int64]
+    posterior: Posterior
+    model: Model | None = None
+
+    def __len__(self) -> int:
+        return len(self.halves)
+
+    def to_arrays(self) -> Arrays:
+        """As plain arrays."""
+        search = replace(self.task.search, transfer=None)
+        values = asdict(replace(self.task, search=search))
+        arrays: Arrays = {
+            "task": np.frombuffer(json.dumps(values, sort_keys=True).encode(), np.uint8),
+            "halves": self.halves,
+        }
+        if self.task.search.transfer is not None:
+            arrays["transfer"] = self.task.search.transfer
+        arrays |= {f"posterior.{name}": array for name, array in self.posterior.to_arrays().items()}
+        if self.model is not None:
+            arrays |= {f"model.{name}": array for name, array in self.model.to_arrays().items()}
+        return arrays
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Any], source: str) -> "State":
+        """What `to_arrays` gave. Raises InvalidArgument, which names `source`, where it is something else."""
+        try:
+            arrays = {name: np.array(array) for name, array in arrays.items()}
+            values: dict[str, Any] = json.loads(arrays["task"].astype(np.uint8).tobytes())
+            search = Search(**{**values.pop("search"), "transfer": arrays.get("transfer")})
+            task = Task(search=search, **values)
+            posterior = Posterior.from_arrays(_within(arrays, "posterior."))
+            model = None if "model.sums" not in arrays else Model.from_arrays(_within(arrays, "model."))
+            state = State(task, arrays["halves"].astype(np.int64), posterior, model)
+            state._check()
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise InvalidArgument(f"{source} is no state of a likelihood averaging: {error}") from None
+        return state
+
+    def _check(self) -> None:
+        self.task.check()
+        count, classes, n = len(self.halves), self.task.classes, self.task.search.box_size
+        _check_posterior(self.posterior, count, classes)
+        if not np.isin(self.halves, (0, 1)).all():
+            raise ValueError("half sets that are none")
+        if self.model is not None:
+            model = self.model
+            size = len(Band(n, 1.0, model.k_reach, None, "cpu"))
+            shapes = {
+                "model.sums": (model.sums.shape, (2, classes, size)),
+                "model.weights": (model.weights.shape, (2, classes, size)),
+                "model.filling": (model.filling.shape, (classes, size)),
+                "model.responsibilities": (model.responsibilities.shape, (2, classes)),
+                "model.power": (model.power.shape, (classes, n // 2 + 1)),
+                "model.variance": (model.variance.shape, (n // 2 + 1,)),
+                "model.alpha": (model.alpha.shape, (classes,)),
+                "model.recentring": (model.recentring.shape, (classes, 3)),
+            }
+            for name, (shape, expected) in shapes.items():
+                if tuple(shape) != tuple(expected):
+                    raise ValueError(f"{name} is {shape}, not {expected}")
+            for name, array in model.to_arrays().items():
+                if name != "history" and not np.isfinite(array).all():
+                    raise ValueError(f"{name} holds values that are not finite")
+
+
+def _within(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def begin(task: Task, count: int, poses: Poses | None = None, halves: NDArray[np.int64] | None = None) -> State:
+    """The state before anything was read. Raises InvalidArgument for a task that can't work."""
+    task.check()
+    if count < 2:
+        raise InvalidArgument(f"averaging needs at least 2 particles, one for each half set, and got {count}")
+    if task.classes > count:
+        raise InvalidArgument(f"classes {task.classes}: there are only {count} particles")
+    return State(
+        task, random_halves(count, task.seed) if halves is None else halves, first_posterior(task, count, poses)
+    )
+
+
+def sums_of(
+    state: State,
+    particles: Particles,
+    rows: range | None = None,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Progress = no_progress,
+) -> tuple[Statistics, Posterior]:
+    """What `rows` of the particles add to the next state, and their posterior: the first sums, or an expectation."""
+    if state.model is not None:
+        return expectation(
+            state.task, state.model, particles, state.posterior, rows, device=device, threads=threads, progress=progress
+        )
+    rows = range(len(particles)) if rows is None else rows
+    sums = first_sums(state.task, particles, state.posterior, rows, device=device, threads=threads, progress=progress)
+    return sums, state.posterior.rows(slice(rows.start, rows.stop))
+
+
+def read_sums(state: State, arrays: Mapping[str, Any], source: str) -> tuple[Statistics, Posterior]:
+    """Sums and posterior that some process wrote for `state`. Raises InvalidArgument, which names `source`, where they
+    are something else, or of another state.
+    """
+    task = state.task
+    try:
+        arrays = {name: np.array(array) for name, array in arrays.items()}
+        statistics = Statistics.from_arrays(_within(arrays, "statistics."))
+        posterior = Posterior.from_arrays(_within(arrays, "posterior."))
+        k_max = task.k_start if state.model is None else state.model.k_max
+        size = len(Band(task.search.box_size, 1.0, likelihood_model.reach(task, k_max), None, "cpu"))
+        for name, array, shape in (
+            ("sums", statistics.sums, (2, task.classes, size)),
+            ("weights", statistics.weights, (2, task.classes, size)),
+            ("responsibilities", statistics.responsibilities, (2, task.classes)),
+            ("residuals", statistics.residuals, (task.search.box_size // 2 + 1,)),
+            ("observed", statistics.observed, (task.search.box_size // 2 + 1,)),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"{name} is {array.shape}, not {shape}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds values that are not finite")
+        _check_posterior(posterior, len(posterior), task.classes)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InvalidArgument(f"{source} holds no sums of this run: {error}") from None
+    return statistics, posterior
+
+
+def _check_posterior(posterior: Posterior, count: int, classes: int) -> None:
+    kept = posterior.weights.shape[-1]
+    for name, array, shape in (
+        ("classes", posterior.classes, (count, kept)),
+        ("quaternions", posterior.quaternions, (count, kept, 4)),
+        ("shifts", posterior.shifts, (count, kept, 3)),
+        ("weights", posterior.weights, (count, kept)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}, not {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    if not np.isin(posterior.classes, np.arange(classes)).all():
+        raise ValueError("classes that are none")
+
+
+def advance(state: State, statistics: Statistics, posterior: Posterior) -> State:
+    """The next state from the sums over all particles. Raises InvalidArgument where some are missing."""
+    if len(posterior) != len(state) or round(statistics.count) != len(state):
+        raise InvalidArgument(f"sums over {statistics.count:g} particles, and there are {len(state)}")
+    if state.model is None:
+        model = likelihood_model.start(state.task, statistics)
+    else:
+        model = likelihood_model.maximise(state.task, state.model, statistics)
+    return replace(state, posterior=posterior, model=model)
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """The last model and posterior; `volumes` (K, n, n, n) and `half_volumes` (K, 2, n, n, n) have the particles' sign.
 
@@ -141,6 +298,7 @@ class Result:
 
     model: Model
     posterior: Posterior
+    halves: NDArray[np.int64]
     volumes: NDArray[np.float32]
     half_volumes: NDArray[np.float32]
     poses: Poses
@@ -148,8 +306,8 @@ class Result:
     probabilities: NDArray[np.float64]
 
 
-def _ignore(model: Model, posterior: Posterior) -> None:
-    """For runs whose models nobody keeps."""
+def _ignore(state: State) -> None:
+    """For runs whose states nobody keeps."""
 
 
 def faml(
@@ -161,40 +319,30 @@ def faml(
     device: str = "cpu",
     threads: int = 1,
     progress: Progress = no_progress,
-    each: Callable[[Model, Posterior], None] = _ignore,
+    each: Callable[[State], None] = _ignore,
 ) -> Result:
     """Iterate from random poses, or from `start`, until nothing changes or `iterations` are over.
 
-    `each` is told of every model. Raises InvalidArgument for fewer than two particles, one that is constant, not finite
+    `each` is told of every state. Raises InvalidArgument for fewer than two particles, one that is constant, not finite
     or of another box, and for a task that can't work.
     """
-    task.check()
     if iterations < 1:
         raise InvalidArgument(f"iterations {iterations}: must be at least 1")
-    posterior = first_posterior(task, len(particles), start)
-    sums = first_sums(
-        task, particles, posterior, device=device, threads=threads, progress=part(progress, 0.0, 0.5 / (iterations + 1))
-    )
-    model = likelihood_model.start(task, sums, len(particles))
-    while model.iteration < iterations and not model.converged:
-        share = (model.iteration + 0.5) / (iterations + 1)
-        statistics, posterior = expectation(
-            task,
-            model,
-            particles,
-            posterior,
-            device=device,
-            threads=threads,
-            progress=part(progress, share, share + 1 / (iterations + 1)),
-        )
-        model = likelihood_model.maximise(task, model, statistics)
-        each(model, posterior)
-    return finish(task, particles, model, posterior)
+    state = begin(task, len(particles), start, particles.halves)
+    for iteration in range(iterations + 1):
+        report = part(progress, iteration / (iterations + 1), (iteration + 1) / (iterations + 1))
+        state = advance(state, *sums_of(state, particles, device=device, threads=threads, progress=report))
+        each(state)
+        if state.model is not None and state.model.converged:
+            break
+    return finish(state, particles.sign)
 
 
-def finish(task: Task, particles: Particles, model: Model, posterior: Posterior) -> Result:
-    """The averages of the last model as volumes, and each particle's likeliest pose."""
-    sign = np.float32(particles.sign)
+def finish(state: State, sign: float = 1.0) -> Result:
+    """The averages of a state as volumes, and each particle's likeliest pose."""
+    task, model, posterior = state.task, state.model, state.posterior
+    if model is None:
+        raise InvalidArgument("the averaging has not begun: there is nothing to finish")
     halves = likelihood_model.halves(task, model)
     half_volumes = [likelihood_model.volumes(task, model, half) for half in halves]
     classes = posterior.classes[:, 0].astype(np.int64)
@@ -205,8 +353,9 @@ def finish(task: Task, particles: Particles, model: Model, posterior: Posterior)
     return Result(
         model,
         posterior,
-        likelihood_model.volumes(task, model, likelihood_model.joint(task, model)) * sign,
-        np.stack(half_volumes, axis=1) * sign,
+        state.halves,
+        likelihood_model.volumes(task, model, likelihood_model.joint(task, model)) * np.float32(sign),
+        np.stack(half_volumes, axis=1) * np.float32(sign),
         Poses(rotations, shifts, probabilities),
         classes,
         probabilities,

@@ -11,7 +11,7 @@ Gaussian prior whose power on each shell is measured, so that they are not compa
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,14 +22,17 @@ from cryofleet.numerics.fsc import fsc, resolution
 from cryofleet.numerics.masks import centred_coordinates, soft_sphere
 from cryofleet.numerics.rotations import point_group
 from services.alignment.align import Search
+from services.alignment.array_files import Arrays
 from services.alignment.band import Band
-from services.alignment.reconstruction import volume_of
-from services.alignment.sufficient_statistics import Arrays, Statistics
+from services.alignment.reconstruction import components_of, volume_of
+from services.alignment.sufficient_statistics import Statistics
 
 JOINED_ANGSTROM = 50.0
 """Coarser than this both half sets are compared with the average of all; finer, each with its own."""
-LEAST_COVERAGE = 0.1
+LEAST_COVERAGE = 0.5
 """Where fewer than this share of a class was sampled, the rest is filled from the model."""
+LEAST_DIVISOR = 0.1
+"""Half maps, which nothing is filled into, are damped where fewer than this share was sampled."""
 LARGEST_RISE_CYCLES = 1.5
 """The band grows by at most this much in an iteration,"""
 SETTLED_SHARE = 0.3
@@ -39,6 +42,9 @@ LEAST_SHIFT_VOXELS = 0.5
 FSC_THRESHOLD = 0.143
 BEYOND_CYCLES = 4.0
 """Averages are made this much beyond the band that is compared, so that their FSC shows whether it may grow."""
+
+
+Candidates = Literal["matching", "grid", "auto"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Task:
     search: Search
     diameter_angstrom: float
     classes: int = 1
-    candidates: str = "auto"
+    candidates: Candidates = "matching"
     start_angstrom: float | None = None
     joined_angstrom: float = JOINED_ANGSTROM
     similarity: float = 0.0
@@ -154,7 +160,7 @@ class Model:
             "alpha": self.alpha,
             "recentring": self.recentring,
             "scalars": np.array([self.xi_voxels, self.k_max, self.k_reach, self.iteration, self.converged], np.float64),
-            "history": np.array(rows, dtype=np.float64).reshape(len(rows), -1),
+            "history": np.array(rows, dtype=np.float64).reshape(len(rows), 6 + len(self.alpha)),
         }
 
     @staticmethod
@@ -205,7 +211,7 @@ def averages(
     return result
 
 
-def start(task: Task, statistics: Statistics, count: int) -> Model:
+def start(task: Task, statistics: Statistics) -> Model:
     """The model before the first expectation, from sums at the starting poses (eq. of section 2.4: alpha = 1 / K)."""
     classes = task.classes
     variance = _noise(statistics, None)
@@ -233,10 +239,9 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
     n, count = task.search.box_size, statistics.count
     k_reach = reach(task, model.k_max)
     band = Band(n, 1.0, k_reach, None, "cpu")
-    before = joint(task, model)
-    filling = np.zeros((task.classes, len(band)), np.complex64)
-    known = min(len(before[0]), len(band))
-    filling[:, :known] = before[:, :known]
+    # Within the particle's sphere alone: what is missing then follows from what is known beside it.
+    before = volumes(task, model, joint(task, model)) * task.mask(n)
+    filling = np.concatenate([components_of(band, volume).numpy() for volume in before])
     next_model = replace(
         model,
         sums=statistics.sums,
@@ -285,7 +290,7 @@ def joint(task: Task, model: Model) -> NDArray[np.complex64]:
 
 def halves(task: Task, model: Model) -> NDArray[np.complex64]:
     """The averages of each half set, (2, K, components), without the prior, which would hide how far they agree."""
-    floor = LEAST_COVERAGE * np.maximum(model.responsibilities, 1e-3)[..., None]
+    floor = LEAST_DIVISOR * np.maximum(model.responsibilities, 1e-3)[..., None]
     return (model.sums / np.maximum(model.weights, floor)).astype(np.complex64)
 
 
@@ -358,7 +363,7 @@ def _power(task: Task, model: Model) -> NDArray[np.float64]:
     counts = model.responsibilities.sum(axis=0)
     result = np.zeros((task.classes, size))
     for k in range(task.classes):
-        known = weights[k] > max(LEAST_COVERAGE * counts[k], 1e-6)
+        known = weights[k] > max(LEAST_DIVISOR * counts[k], 1e-6)
         if not known.any():
             continue
         noise = model.variance[place[known]] / weights[k][known]

@@ -27,9 +27,9 @@ STEPS_PER_CYCLE = 2.7
 """Shifts per period of the band's finest component."""
 COARSE_SHARE = 0.6
 """The coarse pass compares up to this share of the band's frequencies."""
-KEPT_ROTATIONS = 0.12
+KEPT_ROTATIONS = 0.25
 """Of the coarse rotations at most this share is looked at finely,"""
-KEPT_NATS = 18.0
+KEPT_NATS = 25.0
 """and none whose likelihood is so far (in log) below the best."""
 _CHUNK = 1 << 20
 """Components of rotated references that are held at a time."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Arrays = dict[str, NDArray[np.generic]]
+from services.alignment.array_files import Arrays
 
 
 @dataclass(frozen=True, eq=False)

@@ -303,9 +303,7 @@ def _below(box_size: int, k_max: float) -> torch.Tensor:
     return torch.from_numpy((shell_index(box_size) <= k_max).astype(np.float32))
 
 
-def _centre_below(
-    average: NDArray[np.float32], mask: NDArray[np.float32], k_max: float
-) -> NDArray[np.float64]:
+def _centre_below(average: NDArray[np.float32], mask: NDArray[np.float32], k_max: float) -> NDArray[np.float64]:
     """The centre of mass of an average cut to the band."""
     n = average.shape[0]
     smooth = centred_irfft(centred_rfft(torch.from_numpy(average)) * _below(n, k_max), n).numpy()

@@ -39,6 +39,8 @@ class VoronoiWeights:
         samples = len(self._places)
         for i in range(batch):
             real = torch.nonzero(found[i])[:, 0]
+            if not len(real):
+                continue
             own = shifts[i, real]
             low, high = own.amin(dim=0), own.amax(dim=0)
             places = low + self._places * (high - low)

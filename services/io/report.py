@@ -134,7 +134,7 @@ def central_slices(
 
 def build(
     title: str,
-    tomogram: TomogramView,
+    tomogram: TomogramView | None = None,
     picks: Picks | None = None,
     centres: Sequence[Centre] = (),
     averages: Sequence[Average] = (),
@@ -147,7 +147,7 @@ def build(
     """
     sections = [
         _facts(tomogram, picks, centres, averages),
-        _tomogram(tomogram, picks),
+        "" if tomogram is None else _tomogram(tomogram, picks),
         _centres(centres),
         _averages(averages),
         _tables(tables),
@@ -156,13 +156,17 @@ def build(
     return page.substitute(title=escape(title), body="\n".join(section for section in sections if section))
 
 
-def _facts(tomogram: TomogramView, picks: Picks | None, centres: Sequence[Centre], averages: Sequence[Average]) -> str:
-    z, y, x = tomogram.shape
-    nm = tomogram.voxel_size_angstrom / 10
-    facts = [
-        (f"{x} × {y} × {z}", f"voxels of {tomogram.voxel_size_angstrom:.4g} Å"),
-        (f"{x * nm:.0f} × {y * nm:.0f} × {z * nm:.0f} nm", "tomogram, x × y × z"),
-    ]
+def _facts(
+    tomogram: TomogramView | None, picks: Picks | None, centres: Sequence[Centre], averages: Sequence[Average]
+) -> str:
+    facts = []
+    if tomogram is not None:
+        z, y, x = tomogram.shape
+        nm = tomogram.voxel_size_angstrom / 10
+        facts = [
+            (f"{x} × {y} × {z}", f"voxels of {tomogram.voxel_size_angstrom:.4g} Å"),
+            (f"{x * nm:.0f} × {y * nm:.0f} × {z * nm:.0f} nm", "tomogram, x × y × z"),
+        ]
     if picks is not None:
         facts.append((f"{len(picks.positions):,}", "picks"))
     if centres:

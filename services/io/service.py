@@ -239,7 +239,9 @@ def _check_same_frame(particles: Particles, info: VolumeInfo, request: io_pb2.Ex
 
 
 def _report_needs(request: io_pb2.ReportRequest, reader: Reader) -> Needs:
-    needed = BASE_BYTES + _slab_bytes(_single(reader, request.tomogram_uri).info.shape)
+    needed = BASE_BYTES
+    if request.tomogram_uri:
+        needed += _slab_bytes(_single(reader, request.tomogram_uri).info.shape)
     for uri in (request.centres_uri, *request.average_uris):
         needed += 3 * reader.open_volume(uri).info.data_bytes if uri else 0
     if request.particles_uri:
@@ -252,11 +254,13 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
     """Draw what a run found on one page."""
     if len(request.fsc_uris) > len(request.average_uris):
         raise InvalidArgument(f"{len(request.fsc_uris)} fsc_uris for {len(request.average_uris)} average_uris")
-    tomogram = _single(task, request.tomogram_uri)
-    size = tomogram.info.voxel_size_angstrom
-    view = reporting.central_slices(
-        tomogram.slab, tomogram.info.shape, size, request.particle_diameter_angstrom / 4, part(task.progress, 0, 0.7)
-    )
+    view, size = None, 1.0
+    if request.tomogram_uri:
+        tomogram = _single(task, request.tomogram_uri)
+        size, thickness = tomogram.info.voxel_size_angstrom, request.particle_diameter_angstrom / 4
+        view = reporting.central_slices(
+            tomogram.slab, tomogram.info.shape, size, thickness, part(task.progress, 0, 0.7)
+        )
     sizes = [int(count) for count in request.cluster_sizes]
     averages = []
     for i, uri in enumerate(request.average_uris):

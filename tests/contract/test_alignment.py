@@ -10,25 +10,36 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.message import Message
+import scipy.fft
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
-from cryofleet.artifacts import ResultWriter
+from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.rotations import angular_distance_degrees, frame_between
+from cryofleet.numerics.transfer import tilt_series_transfer
+from cryofleet.numerics.wedge import wedge_mask
 from cryofleet.particles import Particles
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from cryofleet.testing import call_operation, file_store, run_operation, running_server, settings_for
 from cryofleet.v1 import alignment_pb2, common_pb2
-from cryofleet.volumes import VolumeInfo, encode_volume, open_volume, write_subtomograms
+from cryofleet.volumes import VolumeInfo, open_volume
 from services.alignment.service import service
-from tests.unit.alignment.samples import Sample, asymmetric, sample
-
-VOXEL = 12.0
-BOX = 24
-WEDGE = (-60.0, 60.0)
-#: Boxes of tomograms of 6 Å that were binned by two.
-BINNING = 2
+from tests.contract.alignment_inputs import (
+    BINNING,
+    BOX,
+    VOXEL,
+    WEDGE,
+    particles_at,
+    posed,
+    put_file,
+    put_particles,
+    put_subtomograms,
+    put_unsound,
+    put_volume,
+    refused,
+)
+from tests.unit.alignment.samples import Sample, asymmetric, sample, symmetric
 
 STATUS = grpc.StatusCode
 
@@ -52,43 +63,6 @@ async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture(scope="module")
 def data() -> Sample:
     return sample(asymmetric(1), BOX, 6, 1.0, wedge=WEDGE)
-
-
-def put_subtomograms(store: Store, name: str, boxes: NDArray[np.float32]) -> str:
-    """Dark boxes, particles numbered from 100."""
-    writer = ResultWriter(store, "default", name)
-    info = VolumeInfo(boxes.shape[1:], VOXEL, "dark", *WEDGE)
-    count = len(boxes)
-    particles = Particles.from_positions(
-        np.full((count, 3), 40.0), VOXEL / BINNING, "t", id=np.arange(100, 100 + count)
-    )
-    uri = write_subtomograms(writer, store, "boxes", -boxes, info, particles)
-    writer.commit(operation="test.Make", version=1, parameters={}, inputs={}, result={"uri": uri}, seconds=0.0)
-    return uri
-
-
-def put_volume(store: Store, name: str, volume: NDArray[np.float32], voxel_size_angstrom: float = VOXEL) -> str:
-    uri = f"{store.root}/default/inputs/{name}.mrc"
-    store.put(uri, encode_volume(volume, VolumeInfo(volume.shape, voxel_size_angstrom, "light")))
-    return uri
-
-
-def put_particles(store: Store, name: str, particles: Particles) -> str:
-    uri = f"{store.root}/default/inputs/{name}.parquet"
-    store.put(uri, particles.to_parquet())
-    return uri
-
-
-def particles_at(store: Store, uri: str) -> Particles:
-    return Particles.from_parquet(store.get(uri))
-
-
-async def refused(channel: grpc.aio.Channel, request: Message, status: grpc.StatusCode, *words: str) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call_operation(channel, request)
-    assert caught.value.code() == status, caught.value.details()
-    for word in words:
-        assert word in str(caught.value.details())
 
 
 async def test_align_finds_poses_in_the_tomograms_voxels(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
@@ -164,11 +138,7 @@ async def test_average_takes_chosen_particles_and_their_poses(
 ) -> None:
     subtomograms = put_subtomograms(store, "a" * 64, data.particles)
     order = [5, 0, 3, 2]
-    chosen = (
-        Particles.from_positions(np.full((4, 3), 40.0), VOXEL / BINNING, "t", id=100 + np.array(order))
-        .with_rotations(data.rotations[order])
-        .with_columns(**{f"shift_{axis}": data.shifts[order, i] * BINNING for i, axis in enumerate("xyz")})
-    )
+    chosen = posed(data.rotations[order], data.shifts[order], 100 + np.array(order))
     request = alignment_pb2.AverageRequest(
         subtomograms_uri=subtomograms,
         particles_uri=put_particles(store, "chosen", chosen),
@@ -223,7 +193,7 @@ async def test_inputs_that_do_not_fit_are_named(channel: grpc.aio.Channel, store
     coarse = put_volume(store, "coarse", volume, voxel_size_angstrom=12.2)
     await refused(channel, request(coarse), invalid, "coarse.mrc", "12.2 Å")
     flat = put_volume(store, "flat", np.ones_like(volume))
-    await refused(channel, request(flat), invalid, "reference is constant")
+    await refused(channel, request(flat), invalid, "flat.mrc is constant")
     good = put_volume(store, "good", volume)
     await refused(channel, request(good, low_pass_angstrom=-1), invalid, "low_pass_angstrom")
     await refused(channel, request(good, low_pass_angstrom=250), invalid, "low_pass_angstrom 250")
@@ -248,3 +218,112 @@ async def test_particles_that_can_not_be_averaged_are_named(
     request.particles_uri = ""
     request.symmetry = "Z3"
     await refused(channel, request, invalid, "symmetry")
+
+
+def centred_wedge() -> NDArray[np.float32]:
+    """The wedge mask of the boxes as other programs have it, zero frequency in the middle."""
+    return np.fft.fftshift(wedge_mask((BOX, BOX, BOX), *WEDGE))
+
+
+async def test_a_wedge_mask_stands_for_the_tilt_range(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    request = alignment_pb2.AlignRequest(
+        subtomograms_uri=put_subtomograms(store, "a" * 64, data.particles),
+        reference_uri=put_volume(store, "reference", asymmetric(1).volume(BOX)),
+        max_candidates=8,
+    )
+    expected = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    # These boxes do not say what they miss.
+    request.subtomograms_uri = put_subtomograms(store, "d" * 64, data.particles, (-90, 90))
+    unaware = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    request.wedge_uri = put_volume(store, "wedge", centred_wedge())
+    masked = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    np.testing.assert_allclose(masked.table["score"], expected.table["score"], atol=1e-5)
+    assert masked.table["score"].min() > unaware.table["score"].max()
+
+
+async def test_components_are_weighted_tilt_by_tilt(channel: grpc.aio.Channel, store: Store) -> None:
+    angles = np.arange(-60.0, 61.0, 3.0)
+    # At this underfocus the first zero of the CTF lies at 36 Å, and finer detail is upside down.
+    series = TiltSeries(
+        angles, defocus_um=np.full(len(angles), 6.5), voltage_kv=300, cs_mm=2.7, amplitude_contrast=0.07
+    )
+    transfer = tilt_series_transfer(series, BOX, VOXEL)
+    assert transfer.min() < -0.5
+    data = sample(asymmetric(1), BOX, 3, None, wedge=(-90, 90))
+    seen = scipy.fft.irfftn(scipy.fft.rfftn(data.particles, axes=(1, 2, 3)) * transfer, axes=(1, 2, 3))
+    request = alignment_pb2.AlignRequest(
+        subtomograms_uri=put_subtomograms(store, "a" * 64, seen.astype(np.float32)),
+        reference_uri=put_volume(store, "reference", asymmetric(1).volume(BOX)),
+        low_pass_angstrom=24.5,
+        max_candidates=8,
+        tilts_uri=put_file(store, "a.json", series.to_json()),
+    )
+    weighted = (await call_operation(channel, request)).result
+    request.weight_by_ctf = False
+    unweighted = (await call_operation(channel, request)).result
+    assert weighted.mean_score > 0.98
+    assert unweighted.mean_score < 0.95
+    rotations = particles_at(store, weighted.particles_uri).rotations()
+    assert rotations is not None
+    assert angular_distance_degrees(data.rotations, rotations).max() < 1
+    # What a series does not say can't be weighted by.
+    request.tilts_uri = put_file(store, "a.tlt", b"-60\n0\n60\n")
+    request.weight_by_ctf = True
+    await refused(channel, request, STATUS.FAILED_PRECONDITION, "defocus")
+
+
+async def test_alignment_stays_around_its_start_and_modulo_symmetry(channel: grpc.aio.Channel, store: Store) -> None:
+    data = sample(symmetric("C4"), BOX, 3, 1.0, wedge=WEDGE)
+    # A quarter turn about the reference's axis looks the same; this start is 6 degrees off that.
+    quarter = data.rotations * Rotation.from_rotvec([0, 0, 90], degrees=True)
+    start = Rotation.from_rotvec([0, 6, 0], degrees=True) * quarter
+    order = [2, 0]
+    request = alignment_pb2.AlignRequest(
+        subtomograms_uri=put_subtomograms(store, "a" * 64, data.particles),
+        reference_uri=put_volume(store, "reference", symmetric("C4").volume(BOX)),
+        particles_uri=put_particles(store, "start", posed(start[order], data.shifts[order], 100 + np.array(order))),
+        mask_uri=put_volume(store, "mask", np.ones((BOX,) * 3)),
+        max_angle_degrees=12,
+        max_shift_voxels=1,
+        symmetry="C4",
+        max_candidates=10,
+    )
+    found = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    assert found.table["id"].tolist() == [102, 100]
+    rotations = found.rotations()
+    assert rotations is not None
+    assert angular_distance_degrees(quarter[order], rotations).max() < 3
+    np.testing.assert_allclose(found.shifts(), data.shifts[order] * BINNING, atol=0.5 * BINNING)
+    request.rows.CopyFrom(common_pb2.RowRange(first=1, count=1))
+    one = particles_at(store, (await call_operation(channel, request)).result.particles_uri)
+    assert one.table["id"].tolist() == [100]
+    request.particles_uri = ""
+    await refused(channel, request, STATUS.FAILED_PRECONDITION, "max_angle_degrees", "particles_uri")
+
+
+async def test_what_imaging_left_must_fit_the_boxes(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    subtomograms = put_subtomograms(store, "a" * 64, data.particles)
+    invalid = STATUS.INVALID_ARGUMENT
+    wedge = centred_wedge()
+
+    def request(uri: str, **options: Any) -> alignment_pb2.AverageRequest:
+        return alignment_pb2.AverageRequest(subtomograms_uri=subtomograms, wedge_uri=uri, **options)
+
+    small = put_volume(store, "small-wedge", wedge[4:-4, 4:-4, 4:-4])
+    await refused(channel, request(small), invalid, "small-wedge.mrc", "(16, 16, 16)", "(24, 24, 24)")
+    nothing = put_volume(store, "nothing", np.zeros_like(wedge))
+    await refused(channel, request(nothing), invalid, "nothing.mrc is zero everywhere")
+    unsound = put_unsound(store, "unsound", wedge)
+    await refused(channel, request(unsound), invalid, "unsound.mrc", "not finite")
+    shifted = put_volume(store, "half", np.where(np.arange(BOX) < BOX // 2, wedge, np.float32(0)))
+    await refused(channel, request(shifted), invalid, "half.mrc", "not symmetric")
+    await refused(channel, request(nothing, tilts_uri=nothing), invalid, "wedge_uri or tilts_uri")
+    bad = alignment_pb2.AlignRequest(
+        subtomograms_uri=subtomograms,
+        reference_uri=put_volume(store, "reference", asymmetric(1).volume(BOX)),
+        mask_uri=put_volume(store, "twos", np.full((BOX,) * 3, 2.0)),
+    )
+    await refused(channel, bad, invalid, "twos.mrc", "0 to 1")
+    bad.mask_uri = ""
+    bad.reference_uri = put_unsound(store, "broken", asymmetric(1).volume(BOX))
+    await refused(channel, bad, invalid, "broken.mrc", "not finite")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cryofleet.errors import FailedPrecondition
+from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.tilt_series import TiltSeries
 from cryofleet.numerics.fourier import radial_frequency
 from cryofleet.numerics.radiation import remaining_amplitude
-from cryofleet.numerics.transfer import tilt_series_transfer, wedge_transfer
+from cryofleet.numerics.transfer import centred_transfer, tilt_series_transfer, wedge_transfer
+from cryofleet.numerics.wedge import wedge_mask
 
 BOX, VOXEL = 24, 8.0
 ANGLES = np.arange(-50.0, 61.0, 2.0)
@@ -61,3 +62,29 @@ def test_dose_fades_fine_detail() -> None:
     assert faded[3, 4] == pytest.approx(float(remaining_amplitude(radius[3, 4], 60.0, 3.0)), rel=1e-5)
     assert faded[0, 10] < faded[0, 2]
     assert (tilt_series_transfer(series, BOX, VOXEL, use_ctf=False, use_dose=False)[0] == 1).all()
+
+
+@pytest.mark.parametrize("box", [24, 25])
+def test_a_centred_mask_is_the_half_grid_of_its_box(box: int) -> None:
+    whole = wedge_mask((box, box, box), -50, 65)
+    assert np.array_equal(centred_transfer(np.fft.fftshift(whole)), wedge_transfer(box, -50, 65))
+    # As drawn from the angles of voxels, whose Nyquist planes have no mates: the rest is the same but for the edges.
+    r = np.arange(box) - box // 2
+    angle = np.degrees(np.arctan2(r[:, None], r[None, :]))
+    folded = (angle + 90) % 180 - 90
+    drawn = ((folded >= -50) & (folded <= 65))[:, None, :].repeat(box, 1).astype(np.float32)
+    assert np.abs(centred_transfer(drawn) - wedge_transfer(box, -50, 65)).mean() < 0.02
+
+
+def test_a_mask_that_is_none_is_named() -> None:
+    mask = np.fft.fftshift(wedge_mask((16, 16, 16), -60, 60))
+    with pytest.raises(InvalidArgument, match=r"mine is \(16, 16, 9\): it must be a cube"):
+        centred_transfer(mask[..., :9], "mine")
+    with pytest.raises(InvalidArgument, match="mine is zero everywhere"):
+        centred_transfer(np.zeros_like(mask), "mine")
+    with pytest.raises(InvalidArgument, match="not finite"):
+        centred_transfer(np.where(mask > 0, np.float32(np.nan), mask))
+    # Half of Fourier space only, or centred elsewhere.
+    for wrong in (np.where(np.arange(16) < 8, mask, np.float32(0)), np.roll(mask, -1, axis=2)):
+        with pytest.raises(InvalidArgument, match="not symmetric about voxel 8"):
+            centred_transfer(wrong)
