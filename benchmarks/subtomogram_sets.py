@@ -64,7 +64,9 @@ class Set:
 def structure(name: str, voxel_size_angstrom: float) -> tuple[Density, Rotation]:
     """A structure's density, and the rotation that lays its symmetry axes along the frame's: x' = Q x."""
     file, group = STRUCTURES[name]
-    density = build(name, (DATA / file).read_bytes(), file.rsplit("/", 1)[-1], voxel_size_angstrom, 2 * voxel_size_angstrom)
+    density = build(
+        name, (DATA / file).read_bytes(), file.rsplit("/", 1)[-1], voxel_size_angstrom, 2 * voxel_size_angstrom
+    )
     return density, _upright(density, group)
 
 
@@ -137,7 +139,8 @@ def without_radial_mean(volume: NDArray[np.float32]) -> NDArray[np.float32]:
     r = np.arange(volume.shape[0]) - volume.shape[0] // 2
     shell = np.rint(np.sqrt(r[:, None, None] ** 2 + r[None, :, None] ** 2 + r[None, None, :] ** 2)).astype(int)
     mean = np.bincount(shell.ravel(), volume.ravel()) / np.maximum(np.bincount(shell.ravel()), 1)
-    return (volume - mean[shell]).astype(np.float32)
+    result: NDArray[np.float32] = (volume - mean[shell]).astype(np.float32)
+    return result
 
 
 def correlation(

@@ -181,8 +181,8 @@ class Aligner:
     def shifts(
         self, spectra: torch.Tensor, references: References, quaternions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best shift (batch, candidates, 3) for each rotation (batch, candidates, 4) within the coarse band, and the
-        correlation there."""
+        """The best shift (batch, candidates, 3) for each rotation (batch, candidates, 4) within the coarse band, and
+        the correlation there."""
         return self._best_shifts(self.coarse.of(spectra), references, quaternions)
 
     def _best_shifts(

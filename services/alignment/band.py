@@ -25,8 +25,8 @@ class Band:
     in a flattened `rfftn` of the box; `k_min` and `k_max` are in cycles per box; the band's `transfer` (components,)
     is None where it is 1 for all.
 
-    With `deviation`, the noise's standard deviation on each shell of the nearest integer radius, components are whitened:
-    `of` and `imaged` divide by it, so that sums of squares are chi-squared.
+    With `deviation`, the noise's standard deviation on each shell of the nearest integer radius, components are
+    whitened: `of` and `imaged` divide by it, so that sums of squares are chi-squared.
 
     Raises InvalidArgument where nothing is left to compare.
     """

@@ -37,6 +37,8 @@ KEPT_POSES = 32
 """The likeliest poses of each particle that are averaged over; the rest of the posterior is left out."""
 LEAST_WEIGHT = 1e-3
 """Of these, those so much less likely than the likeliest are left out too."""
+SPLIT_ITERATIONS = 3
+"""So long particles stay in the class where the random split put them."""
 LEAST_CLASS = 1e-6
 """A class of a smaller share is empty: nothing is compared with it."""
 REFINED = 8
@@ -86,6 +88,7 @@ class Expectation:
         mask = task.mask(self._side) * (n / self._side) ** 3
         self._mask = torch.from_numpy(mask.astype(np.float32)).to(device)
         self._log_alpha = torch.from_numpy(np.log(np.maximum(model.alpha, 1e-300))).float().to(device)
+        self._handicap = torch.from_numpy(model.handicap).float().to(device)
         # Grids of the same number of rotations for particles of any size.
         limit = GRID_CYCLES * GRID_DIAMETER / (2 * task.radius)
         self._whole = task.candidates != "matching" and (model.k_max <= limit or task.candidates == "grid")
@@ -120,7 +123,7 @@ class Expectation:
             else self._none(len(boxes))
             for k in range(self.task.classes)
         ]
-        posterior, evidence, residuals, scores = self._posterior(data, references, found)
+        posterior, evidence, residuals, scores, class_evidence = self._posterior(data, references, found, before)
         evidence -= float(data.abs().square().sum())
         statistics = self._add(particles, halves, posterior)
         changed = self._changed(before, posterior)
@@ -131,6 +134,7 @@ class Expectation:
             residuals=residuals,
             observed=len(boxes) * np.bincount(self._band_shells.cpu().numpy(), minlength=self._shells).astype(float),
             log_evidence=evidence,
+            class_evidence=class_evidence,
             score=scores,
             changed=float(changed.sum()),
         ), posterior
@@ -273,22 +277,31 @@ class Expectation:
         return 2 * overlap - models.abs().square().sum(-1), models
 
     def _posterior(
-        self, data: torch.Tensor, references: torch.Tensor, found: list[_Candidates]
-    ) -> tuple[Posterior, float, NDArray[np.float64], float]:
-        """Eqs. 14 and 15 over all classes: the posterior, its log evidence, residuals by shell, and the best
-        correlations' sum."""
+        self, data: torch.Tensor, references: torch.Tensor, found: list[_Candidates], before: Posterior
+    ) -> tuple[Posterior, float, NDArray[np.float64], float, NDArray[np.float64]]:
+        """Eqs. 14 and 15 over all classes: the posterior, its log evidence, residuals by shell, the best correlations'
+        sum, and the evidence of each class."""
         classes = torch.cat([torch.full_like(c.likelihoods, k, dtype=torch.int64) for k, c in enumerate(found)], dim=1)
         quaternions = torch.cat([c.quaternions for c in found], dim=1)
         shifts = torch.cat([c.shifts for c in found], dim=1)
-        logs = torch.cat([c.likelihoods + c.weights + self._log_alpha[k] for k, c in enumerate(found)], dim=1)
-        logs = logs - shifts.square().sum(-1) / (2 * self.model.xi_voxels**2)
+        prior = -shifts.square().sum(-1) / (2 * self.model.xi_voxels**2)
+        logs = torch.cat([c.likelihoods + c.weights for c in found], dim=1) + prior
+        of_class = torch.stack(
+            [torch.logsumexp(torch.where(classes == k, logs, -torch.inf), dim=1) for k in range(len(found))], dim=1
+        )
+        class_evidence = of_class.double().clamp(min=-1e6).sum(dim=0).cpu().numpy()
+        logs = logs + (self._log_alpha - self._handicap)[classes]
+        if len(found) > 1 and self.model.iteration < SPLIT_ITERATIONS:
+            # The classes' means change too fast to compare with: particles stay where the random split put them.
+            kept = torch.from_numpy(before.classes[:, :1].astype(np.int64)).to(self.device)
+            logs = torch.where(classes == kept, logs, -torch.inf)
         evidence = float(torch.logsumexp(logs, dim=1).double().sum())
         top = torch.topk(logs, min(KEPT_POSES, logs.shape[1]), dim=1)
         weights = torch.softmax(top.values, dim=1)
         weights = torch.where(weights >= LEAST_WEIGHT * weights[:, :1], weights, 0.0)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        kept = int((weights > 0).sum(dim=1).max())
-        index, weights = top.indices[:, :kept], weights[:, :kept]
+        most = int((weights > 0).sum(dim=1).max())
+        index, weights = top.indices[:, :most], weights[:, :most]
         classes = torch.take_along_dim(classes, index, dim=1)
         quaternions = torch.take_along_dim(quaternions, index[..., None], dim=1)
         shifts = torch.take_along_dim(shifts, index[..., None], dim=1)
@@ -318,6 +331,7 @@ class Expectation:
             evidence,
             (residuals * variance).cpu().numpy(),
             score,
+            class_evidence,
         )
 
     def _add(self, particles: torch.Tensor, halves: NDArray[np.int64], posterior: Posterior) -> Statistics:
@@ -375,10 +389,14 @@ def add(
         terms, coverage = contributions.expected(particles[rows], quaternions[rows], shifts[rows], mine[rows])
         for half in (0, 1):
             of_half = torch.from_numpy(halves == half).to(device)[rows]
-            sums[half, k] += terms[of_half].sum(dim=0)
-            weights[half, k] += coverage[of_half].sum(dim=0)
+            # In double precision, so that the split into batches and shards leaves no trace.
+            sums[half, k] += terms[of_half].to(torch.complex128).sum(dim=0)
+            weights[half, k] += coverage[of_half].double().sum(dim=0)
     shares = posterior.responsibilities(classes)
     responsibilities = np.stack([shares[halves == half].sum(axis=0) for half in (0, 1)])
+    turns = Rotation.from_quat(posterior.quaternions.reshape(-1, 4).astype(np.float64))
+    back = turns.apply(posterior.shifts.reshape(-1, 3), inverse=True) * posterior.weights.reshape(-1, 1)
+    displacements = np.stack([back[posterior.classes.ravel() == k].sum(axis=0) for k in range(classes)])
     squared = (posterior.weights * np.square(posterior.shifts).sum(axis=-1)).sum()
     return Statistics(
         sums.cpu().numpy(),
@@ -386,6 +404,8 @@ def add(
         responsibilities,
         np.zeros(shell_count),
         np.zeros(shell_count),
+        displacements,
+        np.zeros(classes),
         float(squared),
         0.0,
         0.0,

@@ -190,6 +190,7 @@ class State:
                 "model.variance": (model.variance.shape, (n // 2 + 1,)),
                 "model.alpha": (model.alpha.shape, (classes,)),
                 "model.recentring": (model.recentring.shape, (classes, 3)),
+                "model.handicap": (model.handicap.shape, (classes,)),
             }
             for name, (shape, expected) in shapes.items():
                 if tuple(shape) != tuple(expected):
@@ -251,6 +252,8 @@ def read_sums(state: State, arrays: Mapping[str, Any], source: str) -> tuple[Sta
             ("responsibilities", statistics.responsibilities, (2, task.classes)),
             ("residuals", statistics.residuals, (task.search.box_size // 2 + 1,)),
             ("observed", statistics.observed, (task.search.box_size // 2 + 1,)),
+            ("class_evidence", statistics.class_evidence, (task.classes,)),
+            ("displacements", statistics.displacements, (task.classes, 3)),
         ):
             if array.shape != shape:
                 raise ValueError(f"{name} is {array.shape}, not {shape}")
@@ -329,8 +332,10 @@ def faml(
     if iterations < 1:
         raise InvalidArgument(f"iterations {iterations}: must be at least 1")
     state = begin(task, len(particles), start, particles.halves)
-    for iteration in range(iterations + 1):
-        report = part(progress, iteration / (iterations + 1), (iteration + 1) / (iterations + 1))
+    steps = iterations + 1
+    while state.model is None or state.model.iteration < iterations:
+        done = 0 if state.model is None else state.model.iteration + 1
+        report = part(progress, done / steps, (done + 1) / steps)
         state = advance(state, *sums_of(state, particles, device=device, threads=threads, progress=report))
         each(state)
         if state.model is not None and state.model.converged:

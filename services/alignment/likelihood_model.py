@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution
-from cryofleet.numerics.masks import centred_coordinates, soft_sphere
+from cryofleet.numerics.masks import soft_sphere
 from cryofleet.numerics.rotations import point_group
 from services.alignment.align import Search
 from services.alignment.array_files import Arrays
@@ -31,6 +31,9 @@ JOINED_ANGSTROM = 50.0
 """Coarser than this both half sets are compared with the average of all; finer, each with its own."""
 LEAST_COVERAGE = 0.5
 """Where fewer than this share of a class was sampled, the rest is filled from the model."""
+BALANCED_ITERATIONS = 9
+"""So long classes are compared by how much better than the mean particle each particle fits them. The first averages
+differ by chance, and the better one would draw all particles before the others say anything."""
 LEAST_DIVISOR = 0.1
 """Half maps, which nothing is filled into, are damped where fewer than this share was sampled."""
 LARGEST_RISE_CYCLES = 1.5
@@ -128,8 +131,9 @@ class Model:
     `sums` complex128, `weights` float64 (2, K, components) and `responsibilities` (2, K) are those of the last
     expectation, on the band up to `k_reach`; `filling` complex64 (K, components) is the average before; `power` (K,
     shells) is the averages' own, `variance` (shells,) the noise's; `alpha` (K,); `xi_voxels`; `k_max` is the band of
-    the next expectation in cycles per box. `recentring` (K, 3) is how far (x, y, z, voxels) each average was moved to
-    the box's centre after the last expectation, which its poses have to follow.
+    the next expectation in cycles per box. `recentring` (K, 3) is how far (x, y, z, voxels) each average was moved
+    after the last expectation, which its poses have to follow; `handicap` (K,) is taken from the log likelihoods of a
+    class.
     """
 
     sums: NDArray[np.complex128]
@@ -140,6 +144,7 @@ class Model:
     variance: NDArray[np.float64]
     alpha: NDArray[np.float64]
     recentring: NDArray[np.float64]
+    handicap: NDArray[np.float64]
     xi_voxels: float
     k_max: float
     k_reach: float
@@ -159,6 +164,7 @@ class Model:
             "variance": self.variance,
             "alpha": self.alpha,
             "recentring": self.recentring,
+            "handicap": self.handicap,
             "scalars": np.array([self.xi_voxels, self.k_max, self.k_reach, self.iteration, self.converged], np.float64),
             "history": np.array(rows, dtype=np.float64).reshape(len(rows), 6 + len(self.alpha)),
         }
@@ -166,7 +172,9 @@ class Model:
     @staticmethod
     def from_arrays(arrays: Mapping[str, Any]) -> "Model":
         """What `to_arrays` gave."""
-        names = ("sums", "weights", "responsibilities", "filling", "power", "variance", "alpha", "recentring")
+        names = (
+            "sums", "weights", "responsibilities", "filling", "power", "variance", "alpha", "recentring", "handicap"
+        )  # fmt: skip
         xi, k_max, k_reach, iteration, converged = (float(v) for v in arrays["scalars"])
         classes = arrays["alpha"].size
         history = tuple(
@@ -224,6 +232,7 @@ def start(task: Task, statistics: Statistics) -> Model:
         variance,
         np.full(classes, 1.0 / classes),
         np.zeros((classes, 3)),
+        np.zeros(classes),
         max(task.search.shift_limit, LEAST_SHIFT_VOXELS),
         task.k_start,
         reach(task, task.k_start),
@@ -250,11 +259,12 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
         filling=filling,
         variance=_noise(statistics, model.variance),
         alpha=statistics.responsibilities.sum(axis=0) / count,
+        handicap=statistics.class_evidence / count * (model.iteration + 1 < BALANCED_ITERATIONS),
         xi_voxels=max(math.sqrt(statistics.squared_shift / (3 * count)), LEAST_SHIFT_VOXELS),
         k_reach=k_reach,
         iteration=model.iteration + 1,
     )
-    next_model = _centred(task, band, next_model)
+    next_model = _centred(task, band, next_model, statistics)
     next_model = replace(next_model, power=_power(task, next_model))
     masked = curve(task, next_model)[1]
     reached = resolution(np.arange(len(masked)) / n, masked, task.search.voxel_size_angstrom, FSC_THRESHOLD)
@@ -272,7 +282,9 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
     if changed <= SETTLED_SHARE:
         wanted = min(max(task.box_angstrom / reached, model.k_max), task.search.k_max)
         k_next = min(wanted, model.k_max + LARGEST_RISE_CYCLES)
-    converged = changed <= CONVERGED_SHARE and k_next <= model.k_max + 0.25 and model.iteration >= 2
+    # Nor while classes are held in balance.
+    least = 2 if task.classes == 1 else BALANCED_ITERATIONS + 1
+    converged = changed <= CONVERGED_SHARE and k_next <= model.k_max + 0.25 and model.iteration >= least
     return replace(next_model, k_max=k_next, converged=converged, history=(*model.history, done))
 
 
@@ -373,21 +385,21 @@ def _power(task: Task, model: Model) -> NDArray[np.float64]:
     return result
 
 
-def _centred(task: Task, band: Band, model: Model) -> Model:
-    """Each average moved so that its mass lies in the box's centre: particles can't drift out of it."""
+def _centred(task: Task, band: Band, model: Model, statistics: Statistics) -> Model:
+    """Each average moved so that its particles' shifts are, in its own frame, zero on average.
+
+    Where an average lies in its box is free, as shifts can make up for it; without this it would drift until they can
+    no longer.
+    """
     n = task.search.box_size
-    below = torch.from_numpy(band.radius <= task.k_start)
-    components = torch.from_numpy(joint(task, model)) * below
-    density = volume_of(band, components).numpy() * task.mask(n)
-    r = centred_coordinates(n).astype(np.float64)
     group = point_group(task.search.symmetry)
-    sums, moves = model.sums.copy(), np.zeros((task.classes, 3))
-    for k, volume in enumerate(density):
-        mass = np.maximum(volume - 0.25 * volume.max(), 0.0).astype(np.float64)
-        centre = np.array([(mass.sum(axis=axes) * r).sum() for axes in ((0, 1), (0, 2), (1, 2))])
+    points = band.points.numpy().astype(np.float64)
+    sums, filling, moves = model.sums.copy(), model.filling.copy(), np.zeros((task.classes, 3))
+    counts = statistics.responsibilities.sum(axis=0)
+    for k in np.flatnonzero(counts > 1e-3):
         # What the symmetry maps elsewhere can't move; rounding apart, it has not.
-        moves[k] = group.apply(centre / max(mass.sum(), 1e-30)).mean(axis=0)
-        turn = np.exp(2j * np.pi / n * (band.points.numpy().astype(np.float64) @ moves[k]))
+        moves[k] = -group.apply(statistics.displacements[k] / counts[k]).mean(axis=0)
+        turn = np.exp(2j * np.pi / n * (points @ moves[k]))
         sums[:, k] *= turn
-    filling = model.filling * np.exp(2j * np.pi / n * (moves @ band.points.numpy().T.astype(np.float64)))
-    return replace(model, sums=sums, filling=filling.astype(np.complex64), recentring=moves)
+        filling[k] *= turn.astype(np.complex64)
+    return replace(model, sums=sums, filling=filling, recentring=moves)

@@ -4,10 +4,10 @@ For a reference A (centred transform) and a particle X with transfer function w,
 
     log P(X | R, t) + const = sum_j 2 Re(X_j conj(M_j)) - |M_j|^2,    M = w (R A) exp(-2 pi i k t / n),
 
-one of each Friedel pair counted. The shifts share the rotated reference, so the first term for all of them is one matrix
-product of (rotations, components) with (components, shifts), and the second does not depend on the shift. Fine grids
-are searched in two passes: a coarse one, of wider steps and fewer components, says which rotations are worth the fine
-one.
+one of each Friedel pair counted. The shifts share the rotated reference, so the first term for all of them is one
+matrix product of (rotations, components) with (components, shifts), and the second does not depend on the shift. Fine
+grids are searched in two passes: a coarse one, of wider steps and fewer components, says which rotations are worth the
+fine one.
 """
 
 import math
@@ -44,8 +44,8 @@ class Likelihoods:
 
 
 def angular_step_degrees(k_max: float, radius: float) -> float:
-    """The step by which the rim of a particle, of a radius given in box sides, moves half a period of `k_max` cycles per
-    box: no rotation is further than a quarter from the grid. Between 3 and 30 degrees.
+    """The step by which the rim of a particle, its radius in box sides, moves half a period of `k_max` cycles per box:
+    no rotation is further than a quarter from the grid. Between 3 and 30 degrees.
     """
     return float(np.clip(math.degrees(0.5 / (k_max * radius)), 3.0, 30.0))
 

@@ -111,7 +111,8 @@ class RotationalMatcher:
         magnitudes = values.abs().view(table.batch, len(self._shells), -1)
         norm = self.grid.correlate(self._imaged, self._complex((magnitudes * magnitudes) @ self._reference_basis))
         # The expansion of a squared magnitude is cut off, so it can dip below what a sum of squares may be.
-        floor = 0.05 * norm.mean(dim=(1, 2, 3), keepdim=True)
+        # A reference of nothing matches nothing.
+        floor = (0.05 * norm.mean(dim=(1, 2, 3), keepdim=True)).clamp(min=1e-12)
         return MagnitudeModel(self._complex(magnitudes @ self._reference_basis), torch.maximum(norm, floor).rsqrt())
 
     def correlation(self, magnitudes: torch.Tensor, model: MagnitudeModel) -> torch.Tensor:

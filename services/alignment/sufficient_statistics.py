@@ -16,7 +16,8 @@ class Statistics:
 
     `sums` complex128 and `weights` float64 (2, K, components): of P w X and P w^2 in the reference's frame;
     `responsibilities` (2, K): of P; `residuals` (shells,): of P |X - w R A|^2, and `observed` (shells,) of how many
-    components; `squared_shift`: of P |t|^2 in voxels^2; `log_evidence`: of log P(X); `score`: of the best constrained
+    components; `displacements` (K, 3): of P R^-1 t in voxels; `class_evidence` (K,): of log P(X | class), but for a
+    constant; `squared_shift`: of P |t|^2 in voxels^2; `log_evidence`: of log P(X); `score`: of the best constrained
     correlation; `changed`: particles whose best pose or class is another; `count`: particles.
     """
 
@@ -25,6 +26,8 @@ class Statistics:
     responsibilities: NDArray[np.float64]
     residuals: NDArray[np.float64]
     observed: NDArray[np.float64]
+    displacements: NDArray[np.float64]
+    class_evidence: NDArray[np.float64]
     squared_shift: float
     log_evidence: float
     score: float

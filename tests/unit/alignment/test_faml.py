@@ -20,7 +20,7 @@ from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.numerics.transfer import wedge_transfer
 from services.alignment import expectation as expectations
 from services.alignment import faml, likelihood_model
-from services.alignment.align import Poses, Search, align, standardise
+from services.alignment.align import Poses, Search, align, prepare_reference, standardise
 from services.alignment.array_files import pack, unpack
 from services.alignment.band import Band
 from services.alignment.expectation import Expectation
@@ -106,13 +106,14 @@ def test_two_passes_over_a_grid_keep_its_maximum() -> None:
     blobs = asymmetric(3)
     data = sample(blobs, BOX, 6, 0.2, wedge=WEDGE)
     band = Band(BOX, 1.0, 8.0, SEEN, "cpu", np.full(BOX // 2 + 1, 100.0))
-    table = SpectrumTable(torch.from_numpy(blobs.volume(BOX) * 4)[None], band.k_max, 4)
-    whole, twice = (PoseGrid(band, 15.0, 2.0, coarser=coarser) for coarser in (False, True))
+    table = SpectrumTable(torch.from_numpy(prepare_reference(blobs.volume(BOX)) * 2)[None], band.k_max, 4)
+    whole, twice = (PoseGrid(band, 10.0, 2.0, coarser=coarser) for coarser in (False, True))
     for particle in band.of(centred_rfft(torch.from_numpy(standardise(data.particles)))):
         every, some = whole.likelihoods(table, particle), twice.likelihoods(table, particle)
         assert len(some.rotations) < 0.5 * len(every.rotations)
         torch.testing.assert_close(some.values, every.values[some.rotations], rtol=1e-4, atol=1e-2)
-        assert float(some.values.max()) == pytest.approx(float(every.values.max()), abs=1e-2)
+        # Or one beside it that is as good to a fiftieth: particles are noisy, and the grid is coarse.
+        assert float(some.values.max()) > 0.98 * float(every.values.max())
 
 
 # One iteration, against the integrals summed up pose by pose
@@ -135,12 +136,15 @@ def test_an_iteration_is_the_sum_over_all_poses(monkeypatch: pytest.MonkeyPatch)
     """8^3 boxes, two classes, every rotation of a grid and every shift: posteriors (eqs. 14, 15) and the updates of
     A, alpha, sigma and xi (10 to 13) against loops over poses with exact transforms."""
     monkeypatch.setattr(expectations, "KEPT_POSES", 100_000)
-    monkeypatch.setattr(expectations, "angular_step_degrees", lambda k_max, radius: 30.0)
+    monkeypatch.setattr(expectations, "angular_step_degrees", lambda k_max, radius: 45.0)
     task, state, boxes = tiny()
+    transfer = task.search.transfer
+    assert transfer is not None
     particles = faml.Particles(lambda i, count: boxes[i : i + count], np.arange(6), state.halves)
     state = faml.advance(state, *faml.sums_of(state, particles))
-    model = state.model
-    assert model is not None
+    assert state.model is not None
+    # Late enough for particles to change their classes.
+    model = replace(state.model, iteration=expectations.SPLIT_ITERATIONS)
     step = Expectation(task, model)
     grid = step._grid
     assert grid is not None
@@ -158,9 +162,9 @@ def test_an_iteration_is_the_sum_over_all_poses(monkeypatch: pytest.MonkeyPatch)
     rotations = Rotation.from_quat(grid.quaternions.double().numpy())
     shifts = grid.shifts.double().numpy()
     mask = soft_sphere(8, 8 / 2 - 2, 2.0).astype(np.float64)
-    seen = np.fft.rfftn(np.fft.ifftshift(standard, axes=(1, 2, 3)), axes=(1, 2, 3)) * task.search.transfer
+    seen = np.fft.rfftn(np.fft.ifftshift(standard, axes=(1, 2, 3)), axes=(1, 2, 3)) * transfer
     masked = np.fft.fftshift(np.fft.irfftn(seen, (8, 8, 8), axes=(1, 2, 3)), axes=(1, 2, 3))
-    observed = np.fft.fftshift(np.fft.irfftn(task.search.transfer, (8, 8, 8))) * mask
+    observed = np.fft.fftshift(np.fft.irfftn(transfer, (8, 8, 8), axes=(0, 1, 2))) * mask
 
     sums = np.zeros((2, len(wide)), np.complex128)
     weights = np.zeros((2, len(wide)))
@@ -194,7 +198,7 @@ def test_an_iteration_is_the_sum_over_all_poses(monkeypatch: pytest.MonkeyPatch)
             moved = np.fft.rfftn(np.fft.ifftshift(masked[i]))
             kz, ky, kx = np.meshgrid(*[np.fft.fftfreq(8)] * 2, np.fft.rfftfreq(8), indexing="ij")
             moved = moved * np.exp(2j * np.pi * (kx * centre[0] + ky * centre[1] + kz * centre[2]))
-            back = np.fft.fftshift(np.fft.irfftn(moved, (8, 8, 8))) * mask
+            back = np.fft.fftshift(np.fft.irfftn(moved, (8, 8, 8), axes=(0, 1, 2))) * mask
             for r in range(len(rotations)):
                 there = rotations[r].apply(wide)
                 value, cover = direct_transform(back, there), direct_transform(observed, there).real.clip(0)
@@ -259,13 +263,16 @@ def errors_of(data: Sample, poses: Poses, symmetry: str = "C1") -> NDArray[np.fl
 
 @pytest.mark.parametrize("candidates", ["matching", "grid", "auto"])
 def test_noisy_particles_find_one_another(candidates: Any) -> None:
-    data = sample(asymmetric(1), BOX, 24, 0.3, wedge=WEDGE)
-    result = faml.faml(replace(TASK, candidates=candidates), particles_of(data), iterations=7, threads=2)
+    data = sample(asymmetric(1), BOX, 24, 0.1, wedge=WEDGE)
+    result = faml.faml(replace(TASK, candidates=candidates), particles_of(data), iterations=10, threads=2)
     errors = errors_of(data, result.poses)
-    assert np.median(errors) < 8
-    assert (errors < 15).mean() > 0.85
-    assert result.model.history[-1].log_evidence > result.model.history[0].log_evidence
-    assert (result.probabilities == 1).all()
+    # The grid alone is no finer than its step.
+    assert np.median(errors) < (5 if candidates == "matching" else 12)
+    assert errors.max() < 30
+    history = result.model.history
+    assert history[1].log_evidence > history[0].log_evidence
+    assert result.model.converged
+    np.testing.assert_allclose(result.probabilities, 1, atol=1e-6)
 
 
 def test_particles_leave_the_pose_they_began_in() -> None:
@@ -277,12 +284,13 @@ def test_particles_leave_the_pose_they_began_in() -> None:
     first = faml.faml(task, particles_of(data), iterations=1, start=start, threads=2)
     assert (np.degrees(first.poses.rotations.magnitude()) > 10).sum() >= 18
     last = faml.faml(task, particles_of(data), iterations=8, start=start, threads=2)
-    assert np.median(errors_of(data, last.poses)) < before / 3
+    assert before > 30
+    assert np.median(errors_of(data, last.poses)) < 5
 
 
 def test_two_structures_are_told_apart_and_counted() -> None:
     data, truth = mixed(asymmetric(1), asymmetric(9), (30, 14), 0.2)
-    result = faml.faml(replace(TASK, classes=2), particles_of(data), iterations=8, threads=2)
+    result = faml.faml(replace(TASK, classes=2), particles_of(data), iterations=9, threads=2)
     agreement = (result.classes == truth).mean()
     assert max(agreement, 1 - agreement) == 1.0
     np.testing.assert_allclose(sorted(result.model.alpha), [14 / 44, 30 / 44], atol=0.02)
@@ -339,7 +347,7 @@ def test_shards_give_what_the_whole_gives() -> None:
     parts = whole
     for _ in range(3):
         whole = faml.advance(whole, *faml.sums_of(whole, particles, threads=2))
-        found = [faml.sums_of(parts, particles, range(a, b)) for a, b in ((0, 1), (1, 6), (6, 11))]
+        found = [faml.sums_of(parts, particles, range(a, b)) for a, b in ((0, 4), (4, 8), (8, 11))]
         # As the tasks of a cluster pass them on.
         written = [
             unpack(
@@ -357,11 +365,11 @@ def test_shards_give_what_the_whole_gives() -> None:
         parts = faml.State.from_arrays(unpack(pack(parts.to_arrays()), "state"), "state")
     assert whole.model is not None
     assert parts.model is not None
-    np.testing.assert_allclose(parts.model.sums, whole.model.sums, atol=1e-4 * np.abs(whole.model.sums).max())
-    np.testing.assert_allclose(parts.model.variance, whole.model.variance, rtol=1e-4)
-    assert parts.model.history[-1].sizes == pytest.approx(whole.model.history[-1].sizes, rel=1e-4)
+    np.testing.assert_allclose(parts.model.sums, whole.model.sums, atol=1e-9 * np.abs(whole.model.sums).max())
+    np.testing.assert_allclose(parts.model.variance, whole.model.variance, rtol=1e-9)
+    assert parts.model.history[-1].sizes == pytest.approx(whole.model.history[-1].sizes, rel=1e-9)
     np.testing.assert_array_equal(parts.posterior.classes[:, 0], whole.posterior.classes[:, 0])
-    np.testing.assert_allclose(parts.posterior.quaternions[:, 0], whole.posterior.quaternions[:, 0], atol=1e-3)
+    np.testing.assert_allclose(parts.posterior.quaternions[:, 0], whole.posterior.quaternions[:, 0], atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_result() -> None:
