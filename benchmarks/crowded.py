@@ -39,13 +39,14 @@ class Kind:
 KINDS = (
     Kind("ribosome-70s", "structures/7p6z.cif.gz", "two-subunit-globule", "C1", "C1", 260),
     Kind("groel", "structures/1oel.pdb.gz", "double-ring", "D7", "D7", 170),
-    Kind("proteasome-20s", "structures/3j9i.pdb.gz", "barrel", "D7", "D7", 160),
+    # D7, D4 and C2, but about axes of their own, and not the frame's.
+    Kind("proteasome-20s", "structures/3j9i.pdb.gz", "barrel", "C1", "D7", 160),
     Kind("apoferritin", "structures/4v1w.cif.gz", "octahedral-shell", "O", "O", 125),
-    Kind("rubisco", "structures/1bxn.pdb.gz", "single-ring", "D4", "C7", 125),
+    Kind("rubisco", "structures/1bxn.pdb.gz", "single-ring", "C1", "C7", 125),
     Kind("proteasome-26s", "maps/4cr2_10A.mrc.gz", "barrel-with-lids", "C1", "C2", 420),
     Kind("clpb", "structures/1qvr.pdb.gz", "hexameric-ring", "C1", "C6", 170),
     Kind("cand1-cul1-roc1", "structures/1u6g.pdb.gz", "tetrahedral-shell", "C1", "T", 170),
-    Kind("hsp90-sba1", "structures/2cg9.pdb.gz", "", "C2", "C1", 120),
+    Kind("hsp90-sba1", "structures/2cg9.pdb.gz", "", "C1", "C1", 120),
     Kind("sse1-hsp70", "structures/3d2f.pdb.gz", "", "C1", "C1", 120),
 )
 

@@ -904,6 +904,7 @@ def template_match(request: picking_pb2.TemplateMatchRequest, task: Task) -> pic
             )
         tomogram = replace(tomogram, read_mask=mask.slab)
     template = _template(request, info, binning, tomogram.profile, task)
+    templates.check_symmetry(template.density, request.symmetry)
     searched = [template]
     searched += [template.with_random_phases(request.seed)] if request.subtract_background else []
     searched += [template.mirrored()] if request.test_handedness else []

@@ -16,7 +16,9 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import fourier_crop
+from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.rotations import point_group
 
 Array = NDArray[np.float32]
 
@@ -97,6 +99,23 @@ def _reflected(volume: Array) -> Array:
     """Reflected in x about voxel n // 2."""
     flipped = volume[:, :, ::-1]
     return np.ascontiguousarray(np.roll(flipped, 1 - volume.shape[2] % 2, axis=2))
+
+
+LEAST_SYMMETRY = 0.85
+"""A template's correlation with itself under each rotation of the point group that it is said to have."""
+
+
+def check_symmetry(density: Array, symmetry: str) -> None:
+    """Raise InvalidArgument where a density `[z, y, x]` does not look alike under a point group whose main axis lies
+    along z: a search by the fewer rotations of that group would miss most of its orientations.
+    """
+    group = point_group(symmetry)[1:]
+    alike = [float(np.corrcoef(transform_volume(density, turn).ravel(), density.ravel())[0, 1]) for turn in group]
+    if min(alike, default=1.0) < LEAST_SYMMETRY:
+        raise InvalidArgument(
+            f"symmetry {symmetry}: the template correlates only {min(alike):.2f} with itself turned by that group; "
+            "turn it so that its main axis lies along z (and a twofold of Dn along x), or leave symmetry out"
+        )
 
 
 def binned(volume: Array, factor: int) -> Array:

@@ -360,6 +360,8 @@ async def test_what_cannot_work_is_said(channel: grpc.aio.Channel, store: Store,
     small = put(store, "small", np.ones((8, 8, 8)), "light")
     await refused(channel, search(tomogram, template, mask_uri=small), STATUS.INVALID_ARGUMENT, "must be the same")
     await refused(channel, search(tomogram, template, symmetry="Q7"), STATUS.INVALID_ARGUMENT, "symmetry")
+    lying = search(tomogram, template, symmetry="C2")
+    await refused(channel, lying, STATUS.INVALID_ARGUMENT, "symmetry C2: the template correlates only")
     await refused(channel, search(tomogram, template, mask_radii_angstrom=[1, 2]), STATUS.INVALID_ARGUMENT, "mask")
     flat = put(store, "flat", np.ones(SHAPE), "dark")
     await refused(channel, search(flat, template), STATUS.FAILED_PRECONDITION, "constant")
