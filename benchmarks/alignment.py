@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from benchmarks import crowded
 from benchmarks.harness import Row, main
-from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, rotation_grid
+from benchmarks.subtomogram_sets import Set, make
+from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, point_group, rotation_grid
 from cryofleet.numerics.transfer import wedge_transfer
 from services.alignment.align import Search, align, search_exhaustively
 from services.alignment.average import average
@@ -40,14 +44,18 @@ def _pairs(box: int, snr: float | None, group: str, count: int) -> Iterator[Row]
     seconds = (time.perf_counter() - begun) / count
     errors = angular_distance_degrees(data.rotations, poses.rotations, group)
     case = _named(box, snr, group)
+    yield from _errors(case, errors, seconds, box, snr)
+    offsets = np.linalg.norm(poses.shifts - data.shifts, axis=1)
+    yield Row(case, "median_shift_error_voxels", float(np.median(offsets)), "voxels", "lower")
+
+
+def _errors(case: str, errors: NDArray[np.float64], seconds: float, box: int, snr: float | None) -> Iterator[Row]:
     yield Row(case, "seconds_per_pair", seconds, "s", "lower", SECONDS[box])
     yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower", MEDIANS[snr])
     if snr is None:
         yield Row(case, "largest_error_degrees", float(errors.max()), "degrees", "lower", 3.0)
     else:
         yield Row(case, "share_within_10_degrees", float((errors <= 10).mean()), "", "higher", 0.97)
-    offsets = np.linalg.norm(poses.shifts - data.shifts, axis=1)
-    yield Row(case, "median_shift_error_voxels", float(np.median(offsets)), "voxels", "lower")
 
 
 def _exhaustive(count: int) -> Iterator[Row]:
@@ -63,6 +71,55 @@ def _exhaustive(count: int) -> Iterator[Row]:
     case = "32^3 SNR 0.1 exhaustive, 12 degrees"
     yield Row(case, "seconds_per_pair", seconds, "s", "lower")
     yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower")
+
+
+def _structures(quick: bool) -> Iterator[Row]:
+    """Simulated subtomograms of real structures against their noise-free densities, and against one another."""
+    if not crowded.real_data():
+        print(f"the structures are looked for in {crowded.DATA}, which is not there")
+        return
+    count = 6 if quick else 40
+    for box, voxel in ((32, 12.0), (64, 6.0)):
+        for name in ("groel",) if quick else ("groel", "ribosome-70s", "rubisco"):
+            for snr in (None, 0.1):
+                data = make((name,), (count,), box, voxel, snr, box, max_shift_voxels=2.0)
+                search = Search(box, voxel, data.transfer, max_shift_voxels=4.0)
+                align(data.read, min(count, 4), data.truths[0], search)
+                begun = time.perf_counter()
+                poses = align(data.read, count, data.truths[0], search)
+                seconds = (time.perf_counter() - begun) / count
+                errors = angular_distance_degrees(data.poses.rotations, poses.rotations, data.symmetries[0])
+                yield from _errors(_named(box, snr, name), errors, seconds, box, snr)
+            yield from _mutual(name, data)
+
+
+def _one(box: NDArray[np.float32], first: int, count: int) -> NDArray[np.float32]:
+    return box[None]
+
+
+def _mutual(name: str, data: Set) -> Iterator[Row]:
+    """Each particle against the next, both noisy and wedged; the search's own band, and a few others beside it."""
+    count, box = len(data), data.boxes.shape[1]
+    true = data.poses.rotations
+    for low_pass in (None, 40.0, 60.0):
+        search = Search(box, data.voxel_size_angstrom, data.transfer, low_pass, max_shift_voxels=6.0)
+        found = [
+            align(partial(_one, data.boxes[k]), 1, data.boxes[(k + 1) % count], search).rotations for k in range(count)
+        ]
+        group = point_group(data.symmetries[0])
+        errors = np.array(
+            [
+                min(
+                    float(angular_distance_degrees(true[k] * g * true[(k + 1) % count].inv(), found[k])[0])
+                    for g in group
+                )
+                for k in range(count)
+            ]
+        )
+        band = "its own band" if low_pass is None else f"{low_pass:g} Å"
+        case = f"{box}^3 SNR 0.1 {name}, two particles, {band}"
+        yield Row(case, "median_error_degrees", float(np.median(errors)), "degrees", "lower")
+        yield Row(case, "share_within_10_degrees", float((errors <= 10).mean()), "", "higher")
 
 
 def _averages(count: int, iterations: int) -> Iterator[Row]:
@@ -87,6 +144,7 @@ def measure(quick: bool) -> Iterator[Row]:
         for snr in (None, 0.1):
             for group in ("C1", "D7"):
                 yield from _pairs(box, snr, group, 8 if quick else 40)
+    yield from _structures(quick)
     yield from _exhaustive(1 if quick else 8)
     yield from _averages(20 if quick else 60, 3 if quick else 6)
 
