@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -30,6 +31,7 @@ from services.simulation.subtomograms import Setup, calibrate, specimen, subtomo
 from services.simulation.tilt_scheme import tilt_scheme
 
 DEFOCUS_UM = 6.0
+AXES_VOXEL_ANGSTROM = 5.0
 STRUCTURES = {
     "groel": ("structures/1oel.pdb.gz", "D7"),
     "groel-groes": ("structures/1gru_assembly_derived.pdb.gz", "C7"),
@@ -64,10 +66,10 @@ class Set:
 def structure(name: str, voxel_size_angstrom: float) -> tuple[Density, Rotation]:
     """A structure's density, and the rotation that lays its symmetry axes along the frame's: x' = Q x."""
     file, group = STRUCTURES[name]
-    density = build(
-        name, (DATA / file).read_bytes(), file.rsplit("/", 1)[-1], voxel_size_angstrom, 2 * voxel_size_angstrom
-    )
-    return density, _upright(density, group)
+    data, called = (DATA / file).read_bytes(), file.rsplit("/", 1)[-1]
+    density = build(name, data, called, voxel_size_angstrom, 2 * voxel_size_angstrom)
+    # Axes are found where the structure shows its subunits, whatever voxels it is imaged with.
+    return density, _upright(build(name, data, called, AXES_VOXEL_ANGSTROM, 2 * AXES_VOXEL_ANGSTROM), group)
 
 
 def _upright(density: Density, group: str) -> Rotation:
@@ -76,7 +78,19 @@ def _upright(density: Density, group: str) -> Rotation:
         return Rotation.identity()
     side = 2 * (max(density.rotated(Rotation.identity(), np.zeros(3)).shape) // 2) + 8
     volume = specimen(density, Rotation.identity(), np.zeros(3), side)
-    return find_axes(volume, 0.18 * side, point_group(group)).inv()
+    members = point_group(group)
+    found = find_axes(volume, 0.3 * side, members)
+
+    def unlike(turn: NDArray[np.float64]) -> float:
+        frame = found * Rotation.from_rotvec(np.radians(turn))
+        turned = [transform_volume(volume, frame * members[k] * frame.inv()) for k in (1, len(members) - 1)]
+        return -float(sum(np.corrcoef(v.ravel(), volume.ravel())[0, 1] for v in turned))
+
+    start = np.concatenate([np.zeros((1, 3)), np.eye(3)])
+    best = scipy.optimize.minimize(
+        unlike, np.zeros(3), method="Nelder-Mead", options={"initial_simplex": start, "xatol": 0.02, "maxfev": 80}
+    )
+    return (found * Rotation.from_rotvec(np.radians(best.x))).inv()
 
 
 def make(
