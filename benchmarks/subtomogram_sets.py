@@ -22,6 +22,7 @@ from cryofleet.numerics.rotations import angular_distance_degrees, frame_between
 from cryofleet.numerics.transfer import tilt_series_transfer, wedge_transfer
 from services.alignment.align import Poses, Search, align
 from services.alignment.symmetry_axes import find_axes
+from services.alignment.symmetry_detection import remove_radial_mean
 from services.simulation.density import Density, build
 from services.simulation.detector import sinc_mtf
 from services.simulation.imaging import ImagingParameters, draw_tilt_series
@@ -148,20 +149,11 @@ def _transfer(
     return tilt_series_transfer(series, box, voxel_size_angstrom, use_dose=False)
 
 
-def without_radial_mean(volume: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The volume less its mean over each spherical shell about voxel n//2."""
-    r = np.arange(volume.shape[0]) - volume.shape[0] // 2
-    shell = np.rint(np.sqrt(r[:, None, None] ** 2 + r[None, :, None] ** 2 + r[None, None, :] ** 2)).astype(int)
-    mean = np.bincount(shell.ravel(), volume.ravel()) / np.maximum(np.bincount(shell.ravel()), 1)
-    result: NDArray[np.float32] = (volume - mean[shell]).astype(np.float32)
-    return result
-
-
 def correlation(
     average: NDArray[np.float32], truth: NDArray[np.float32], voxel_size_angstrom: float, band_angstrom: float = 35.0
 ) -> float:
     """Correlation at a resolution, without the radial means, both volumes in one frame."""
-    a, b = (without_radial_mean(low_pass(v, band_angstrom, voxel_size_angstrom)) for v in (average, truth))
+    a, b = (remove_radial_mean(low_pass(v, band_angstrom, voxel_size_angstrom)) for v in (average, truth))
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 

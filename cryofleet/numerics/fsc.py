@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 
+HALF_MAP_THRESHOLD = 0.143
+"""Of the FSC of half maps (Rosenthal & Henderson, J. Mol. Biol. 333 (2003) 721)."""
+
 
 def shell_index(box_size: int) -> NDArray[np.int64]:
     """Shell of every component of `rfftn` of a cubic box: the nearest integer to n |k|, k in cycles per voxel."""
@@ -78,7 +81,10 @@ def fsc(
 
 
 def resolution(
-    frequency: NDArray[np.float64], values: NDArray[np.float64], voxel_size_angstrom: float, threshold: float = 0.143
+    frequency: NDArray[np.float64],
+    values: NDArray[np.float64],
+    voxel_size_angstrom: float,
+    threshold: float = HALF_MAP_THRESHOLD,
 ) -> float:
     """Resolution in Å where the FSC first falls below `threshold`, interpolated between shells.
 
@@ -119,7 +125,7 @@ class CorrectedFsc:
     corrected: NDArray[np.float64]
     randomised_from_angstrom: float
 
-    def resolution_angstrom(self, threshold: float = 0.143) -> float:
+    def resolution_angstrom(self, threshold: float = HALF_MAP_THRESHOLD) -> float:
         """Where the corrected FSC first falls below `threshold`, in Å."""
         return resolution(self.frequency, self.corrected, self.voxel_size_angstrom, threshold)
 

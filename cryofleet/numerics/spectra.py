@@ -4,6 +4,7 @@ Frequencies are (kx, ky, kz) in cycles per box. Transforms are about the box's c
 F(k) = sum_r f(r) exp(-2 pi i k . (r - c) / n), so that a rotation of the volume about its centre is one of F.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -108,6 +109,12 @@ class SpectrumTable:
         """Memory that making one such table takes, intermediate products included."""
         reach = math.ceil(k_max * oversampling) + 2
         return 16 * (2 * reach + 1) ** 2 * (reach + 1)
+
+    def only(self, volume: int) -> "SpectrumTable":
+        """The table of one volume of the batch."""
+        one = copy.copy(self)
+        one.values, one.batch = self.values[volume : volume + 1], 1
+        return one
 
     def _locate(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First corner's row, position within the cell (.., 3), and the sign that folded k onto kx >= 0."""

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import low_pass
-from cryofleet.numerics.fsc import CorrectedFsc, corrected_fsc
+from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD, CorrectedFsc, corrected_fsc
 from cryofleet.numerics.rotations import point_group
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment.align import Poses, Reader, Search, check_mask, check_particles, prepare_reference, standardise
 from services.alignment.average_expectation import expect
 from services.alignment.average_model import Iteration, Job, Model, Options
-from services.alignment.average_update import FSC_THRESHOLD, fsc_mask, half_maps, joint_map, update
+from services.alignment.average_update import fsc_mask, half_maps, joint_map, update
 from services.alignment.helical import HelicalSymmetry, symmetrise
 from services.alignment.sharpening import Sharpened, sharpen
 from services.alignment.symmetry_axes import find_axes
@@ -78,7 +78,7 @@ class Averaged:
             "fsc_randomised": self.curves.randomised.tolist(),
             "fsc_unmasked": self.curves.unmasked.tolist(),
             "mask": self.mask,
-            "threshold": FSC_THRESHOLD,
+            "threshold": HALF_MAP_THRESHOLD,
             "halves_joined_below_angstrom": self.joined_angstrom,
             "randomised_from_angstrom": self.curves.randomised_from_angstrom,
             "resolution_angstrom": self.resolution_angstrom,
@@ -236,7 +236,7 @@ def finish(model: Model) -> Averaged:
     sign = np.float32(job.sign)
     first, second = half_maps(model)
     curves = corrected_fsc(first, second, fsc_mask(model), voxel, seed=job.seed)
-    reached = curves.resolution_angstrom(FSC_THRESHOLD)
+    reached = curves.resolution_angstrom()
     average = joint_map(model)
     if helix is not None and job.options.helix is not None:
         average = symmetrise(average, helix, voxel, job.options.helix.cylinder(n, voxel)).volume

@@ -16,11 +16,9 @@ from services.alignment.align import Poses, Search, check_mask, check_transfer
 from services.alignment.array_files import Arrays
 from services.alignment.band import Band
 from services.alignment.helical import LONGEST_LAG, Cylinder, HelicalSymmetry
+from services.alignment.reconstruction import JOINED_ANGSTROM, JOINED_CYCLES
 from services.alignment.rejection import Rejection
 
-JOINED_ANGSTROM = 50.0
-JOINED_CYCLES = 4.0
-"""Coarser than this (Å), or than so many cycles per box, both halves are aligned to the average of all."""
 START_CYCLES = 5.0
 """The first low-pass in cycles per box: about a third of a particle that fills two thirds of its box."""
 

@@ -29,7 +29,6 @@ from services.alignment.helical import (
 from services.alignment.reconstruction import divide, volume_of
 from services.alignment.rejection import rejected
 
-FSC_THRESHOLD = 0.143
 LARGEST_RISE_CYCLES = 2.5
 """The low-pass rises by at most this much per iteration."""
 SETTLED_CYCLES = 0.25
@@ -49,7 +48,7 @@ def update(model: Model, statistics: Iterable[Statistics]) -> Model:
         after = replace(after, mask=_own_mask(after))
     _, masked, _ = curves(after)
     n, voxel = after.job.search.box_size, after.job.search.voxel_size_angstrom
-    reached = resolution(np.arange(n // 2 + 1) / n, masked, voxel, FSC_THRESHOLD)
+    reached = resolution(np.arange(n // 2 + 1) / n, masked, voxel)
     after = _refined(after, reached)
     rules = after.job.options.rejection
     if rules.active and after.iteration >= 1:

@@ -44,17 +44,13 @@ from services.alignment.align import (
 from services.alignment.band import Band, cycles_per_box
 from services.alignment.clustering import Clusters, adjusted_rand_index, cluster
 from services.alignment.dimension_reduction import features, neighbourhoods, significant, weighted_pca
-from services.alignment.reconstruction import Contributions, divide, volume_of
+from services.alignment.reconstruction import JOINED_ANGSTROM, JOINED_CYCLES, Contributions, divide, volume_of
 from services.alignment.refinement import Refined
 
 UNASSIGNED = -1
 """The label of particles in no class."""
-JOINED_ANGSTROM = 50.0
-JOINED_CYCLES = 4.0
-"""Coarser than this (Å), or than so many cycles per box, both halves of a class are compared to its whole average."""
 LEAST_CYCLES = 5.0
 """Alignment never uses less than so many cycles per box."""
-FSC_THRESHOLD = 0.143
 
 _Batch = tuple[NDArray[np.int64], NDArray[np.float32]]
 
@@ -93,10 +89,7 @@ class ClassSums:
         n = self.band.box_size
         mask = soft_sphere(n, 0.4 * n, max(2.0, n / 16))
         return np.array(
-            [
-                resolution(*fsc(first, second, mask), voxel_size_angstrom, FSC_THRESHOLD)
-                for first, second in self.half_maps()
-            ]
+            [resolution(*fsc(first, second, mask), voxel_size_angstrom) for first, second in self.half_maps()]
         )
 
     def without(

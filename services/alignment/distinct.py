@@ -31,7 +31,6 @@ from services.alignment.align import Poses, Search, align, in_parallel
 
 SAME = 0.85
 """Averages that reach this share of what noise lets them reach are one structure."""
-FSC_THRESHOLD = 0.143
 LEAST_SHELLS = 4
 """So many shells above zero frequency are always compared."""
 
@@ -103,7 +102,7 @@ def distinct(
     resolutions = np.full(count, np.nan)
     if half_maps is not None:
         curves = [fsc(_prepared(a, within), _prepared(b, within)) for a, b in half_maps]
-        resolutions = np.array([resolution(*curve, voxel_size_angstrom, FSC_THRESHOLD) for curve in curves])
+        resolutions = np.array([resolution(*curve, voxel_size_angstrom) for curve in curves])
     particles = np.zeros(count) if sizes is None else sizes
     order = np.lexsort((np.arange(count), -particles, np.nan_to_num(resolutions)))
 

@@ -21,7 +21,7 @@ from cryofleet.numerics.rotations import point_group
 from cryofleet.numerics.so3 import suppress
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
-from services.alignment.align import Aligner, Reader, References, check_particles, in_parallel, standardise
+from services.alignment.align import Aligner, Reader, check_particles, in_parallel, standardise
 from services.alignment.band import Band, rotation_matrices
 from services.alignment.likelihood_model import Model, Task, averages, prior_ratio, reach, shells
 from services.alignment.pose_grid import PoseGrid, angular_step_degrees
@@ -48,12 +48,15 @@ REFINED = 8
 @dataclass(frozen=True)
 class _Candidates:
     """Poses of a batch for one class: quaternions (batch, poses, 4), shifts (batch, poses, 3), log likelihoods and log
-    weights of the integral (batch, poses)."""
+    weights of the integral (batch, poses).
+    """
 
     quaternions: torch.Tensor
     shifts: torch.Tensor
     likelihoods: torch.Tensor
     weights: torch.Tensor
+    table: SpectrumTable | None
+    """Of the references; None where there are none."""
 
 
 class Expectation:
@@ -66,8 +69,7 @@ class Expectation:
         self.deviation = np.sqrt(model.variance)
         self.band = Band(n, search.k_min, model.k_max, search.transfer, device, self.deviation)
         self._inner = Band(n, 1.0, min(model.k_max + 1.5, model.k_reach), None, device)
-        self.reach = reach(task, model.k_max)
-        self.wide = Band(n, 1.0, self.reach, None, device)
+        self.wide = Band(n, 1.0, reach(task, model.k_max), None, device)
         group = point_group(search.symmetry)
         self._wide = Contributions(self.wide, search.transfer, group, device)
         self._own = Contributions(self._inner, search.transfer, group, device)
@@ -123,7 +125,7 @@ class Expectation:
             else self._none(len(boxes))
             for k in range(self.task.classes)
         ]
-        posterior, evidence, residuals, scores, class_evidence = self._posterior(data, references, found, before)
+        posterior, evidence, residuals, scores, class_evidence = self._posterior(data, found, before)
         evidence -= float(data.abs().square().sum())
         statistics = self._add(particles, halves, posterior)
         changed = self._changed(before, posterior)
@@ -181,9 +183,6 @@ class Expectation:
             torch.from_numpy(posterior.weights).to(self.device),
         )
 
-    def _table(self, volumes: torch.Tensor) -> SpectrumTable:
-        return SpectrumTable(volumes, self.band.k_max, 3)
-
     def _candidates(self, particles: torch.Tensor, data: torch.Tensor, references: torch.Tensor) -> _Candidates:
         """Poses for one class of references (batch, side, side, side)."""
         if self._whole:
@@ -193,9 +192,9 @@ class Expectation:
         limit = self.task.search.shift_limit
         if self._grid is None:
             quaternions, found = self._aligner.candidates(particles, prepared)
-            shifts = self._best_shifts(particles, prepared, quaternions)
+            shifts, _ = self._aligner.shifts(centred_rfft(particles), prepared, quaternions)
         else:
-            quaternions, shifts, found = self._grid_maxima(data, references)
+            quaternions, shifts, found = self._grid_maxima(data, prepared.fine)
         coarse, _ = self._likelihoods(data, prepared.fine, quaternions, shifts)
         coarse = torch.where(found, coarse, -torch.inf)
         top = torch.topk(coarse, min(REFINED, coarse.shape[1]), dim=1).indices[..., None]
@@ -213,7 +212,11 @@ class Expectation:
         likelihoods, _ = self._likelihoods(data, prepared.fine, quaternions, shifts)
         weights = self._voronoi.of(quaternions, shifts, found)
         return _Candidates(
-            quaternions, shifts, torch.where(found, likelihoods, -torch.inf), weights.clamp(min=1e-12).log()
+            quaternions,
+            shifts,
+            torch.where(found, likelihoods, -torch.inf),
+            weights.clamp(min=1e-12).log(),
+            prepared.fine,
         )
 
     def _none(self, batch: int) -> _Candidates:
@@ -221,17 +224,17 @@ class Expectation:
         while it has a share, and not at all once it is empty."""
         identity = torch.tensor([0.0, 0.0, 0.0, 1.0], device=self.device).expand(batch, 1, 4)
         zeros = torch.zeros((batch, 1), device=self.device)
-        return _Candidates(identity, zeros[..., None].expand(batch, 1, 3), zeros, zeros)
+        return _Candidates(identity, zeros[..., None].expand(batch, 1, 3), zeros, zeros, None)
 
     def _grid_poses(self, data: torch.Tensor, references: torch.Tensor) -> _Candidates:
         """The likeliest points of the whole grid; the weights carry what all others hold."""
         assert self._grid is not None
         grid, xi = self._grid, self.model.xi_voxels
         prior = -grid.shifts.square().sum(-1) / (2 * xi**2)
+        table = SpectrumTable(references, self.band.k_max, 3)
         parts = []
         for i in range(len(data)):
-            table = self._table(references[i : i + 1])
-            found = grid.likelihoods(table, data[i])
+            found = grid.likelihoods(table.only(i), data[i])
             flat = (found.values + prior).flatten()
             top = torch.topk(flat, min(KEPT_POSES, len(flat)))
             rotation = found.rotations[top.indices // len(grid.shifts)]
@@ -241,18 +244,17 @@ class Expectation:
             count = math.log(len(grid.quaternions) * len(grid.shifts))
             values = top.values - prior[shift]
             parts.append((grid.quaternions[rotation], grid.shifts[shift], values, (spread - count).expand_as(values)))
-        return _Candidates(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+        quaternions, shifts, likelihoods, weights = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        return _Candidates(quaternions, shifts, likelihoods, weights, table)
 
-    def _grid_maxima(
-        self, data: torch.Tensor, references: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _grid_maxima(self, data: torch.Tensor, table: SpectrumTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Separate local maxima over the grid of a coarser band: quaternions, shifts, and which are real."""
         assert self._grid is not None
         grid, count = self._grid, self.task.search.max_candidates
         prior = -grid.shifts.square().sum(-1) / (2 * self.model.xi_voxels**2)
         parts = []
         for i in range(len(data)):
-            found = grid.likelihoods(self._table(references[i : i + 1]), data[i, : len(grid.band)])
+            found = grid.likelihoods(table.only(i), data[i, : len(grid.band)])
             values, shift = (found.values + prior).max(dim=1)
             top = torch.topk(values, min(len(values), 8 * count))
             quaternions, shifts = grid.quaternions[found.rotations[top.indices]], grid.shifts[shift[top.indices]]
@@ -261,10 +263,6 @@ class Expectation:
             parts.append((quaternions[chosen.clamp(min=0)], shifts[chosen.clamp(min=0)], real))
         quaternions, shifts, real = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
         return quaternions, shifts, real
-
-    def _best_shifts(self, particles: torch.Tensor, references: References, quaternions: torch.Tensor) -> torch.Tensor:
-        assert self._aligner is not None
-        return self._aligner.shifts(centred_rfft(particles), references, quaternions)[0]
 
     def _likelihoods(
         self, data: torch.Tensor, table: SpectrumTable, quaternions: torch.Tensor, shifts: torch.Tensor
@@ -277,7 +275,7 @@ class Expectation:
         return 2 * overlap - models.abs().square().sum(-1), models
 
     def _posterior(
-        self, data: torch.Tensor, references: torch.Tensor, found: list[_Candidates], before: Posterior
+        self, data: torch.Tensor, found: list[_Candidates], before: Posterior
     ) -> tuple[Posterior, float, NDArray[np.float64], float, NDArray[np.float64]]:
         """Eqs. 14 and 15 over all classes: the posterior, its log evidence, residuals by shell, the best correlations'
         sum, and the evidence of each class."""
@@ -305,22 +303,23 @@ class Expectation:
         classes = torch.take_along_dim(classes, index, dim=1)
         quaternions = torch.take_along_dim(quaternions, index[..., None], dim=1)
         shifts = torch.take_along_dim(shifts, index[..., None], dim=1)
-        residuals = torch.zeros(self._shells, dtype=torch.float64, device=self.device)
+        residuals = torch.zeros(len(self.band), dtype=torch.float64, device=self.device)
         score = 0.0
-        variance = torch.from_numpy(self.model.variance).to(self.device)
-        for i in range(len(data)):
-            for k in torch.unique(classes[i]).tolist():
-                mine = torch.nonzero((classes[i] == k) & (weights[i] > 0))[:, 0]
-                if not len(mine):
-                    continue
-                table = self._table(references[i, k][None])
-                _, models = self._likelihoods(data[i : i + 1], table, quaternions[i, mine][None], shifts[i, mine][None])
-                expected = (weights[i, mine][:, None] * (data[i] - models[0]).abs().square()).sum(0)
-                residuals += torch.bincount(self._band_shells, expected.double(), minlength=self._shells)
-                if k == int(classes[i, 0]):
-                    best = models[0, 0]
-                    norm = best.abs().square().sum() * data[i].abs().square().sum()
-                    score += float((data[i] * best.conj()).real.sum() / norm.clamp(min=1e-30).sqrt())
+        for k, candidates in enumerate(found):
+            mine = torch.where(classes == k, weights, 0.0)
+            if not bool(mine.any()):
+                continue
+            if candidates.table is None:
+                models = data[:, None].new_zeros((*mine.shape, data.shape[1]))
+            else:
+                _, models = self._likelihoods(data, candidates.table, quaternions, shifts)
+            apart = (data[:, None] - models).abs().square()
+            residuals += (mine[..., None] * apart).sum(dim=(0, 1)).double()
+            best, own = models[:, 0], classes[:, 0] == k
+            norm = best.abs().square().sum(-1) * data.abs().square().sum(-1)
+            overlap = (data * best.conj()).real.sum(-1) * norm.clamp(min=1e-30).rsqrt()
+            score += float(overlap[own].sum())
+        by_shell = torch.bincount(self._band_shells, residuals, minlength=self._shells).cpu().numpy()
         return (
             Posterior(
                 classes.cpu().numpy().astype(np.int16),
@@ -329,7 +328,7 @@ class Expectation:
                 weights.cpu().numpy(),
             ),
             evidence,
-            (residuals * variance).cpu().numpy(),
+            by_shell * self.model.variance,
             score,
             class_evidence,
         )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.numerics.rotations import uniform_random
+from cryofleet.numerics.rotations import point_group, uniform_random
 from cryofleet.numerics.spectra import centred_rfft
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment import likelihood_model
@@ -87,7 +87,7 @@ def first_sums(
     whole = Band(n, 1.0, n / 2 - 0.5, task.search.transfer, device)
     shell = torch.from_numpy(likelihood_model.shells(whole)).to(device)
     size = n // 2 + 1
-    contributions = Contributions(band, task.search.transfer, Rotation.identity(1), device)
+    contributions = Contributions(band, task.search.transfer, point_group(task.search.symmetry), device)
 
     def step(chosen: NDArray[np.int64], boxes: NDArray[np.float32]) -> tuple[Statistics, Posterior]:
         tensor = torch.from_numpy(boxes).to(device)

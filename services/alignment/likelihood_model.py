@@ -24,11 +24,9 @@ from cryofleet.numerics.rotations import point_group
 from services.alignment.align import Search
 from services.alignment.array_files import Arrays
 from services.alignment.band import Band
-from services.alignment.reconstruction import components_of, volume_of
+from services.alignment.reconstruction import JOINED_ANGSTROM, components_of, volume_of
 from services.alignment.sufficient_statistics import Statistics
 
-JOINED_ANGSTROM = 50.0
-"""Coarser than this both half sets are compared with the average of all; finer, each with its own."""
 LEAST_COVERAGE = 0.5
 """Where fewer than this share of a class was sampled, the rest is filled from the model."""
 BALANCED_ITERATIONS = 9
@@ -42,7 +40,6 @@ SETTLED_SHARE = 0.3
 """and only when no larger share of the particles still changes its pose by more than a step."""
 CONVERGED_SHARE = 0.02
 LEAST_SHIFT_VOXELS = 0.5
-FSC_THRESHOLD = 0.143
 BEYOND_CYCLES = 4.0
 """Averages are made this much beyond the band that is compared, so that their FSC shows whether it may grow."""
 
@@ -266,8 +263,8 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
     )
     next_model = _centred(task, band, next_model, statistics)
     next_model = replace(next_model, power=_power(task, next_model))
-    masked = curve(task, next_model)[1]
-    reached = resolution(np.arange(len(masked)) / n, masked, task.search.voxel_size_angstrom, FSC_THRESHOLD)
+    masked = half_map_fsc(task, next_model)
+    reached = resolution(np.arange(len(masked)) / n, masked, task.search.voxel_size_angstrom)
     changed = statistics.changed / count
     done = Iteration(
         statistics.log_evidence,
@@ -312,22 +309,15 @@ def volumes(task: Task, model: Model, components: NDArray[np.complex64]) -> NDAr
     return volume_of(band, torch.from_numpy(components)).numpy()
 
 
-def curve(task: Task, model: Model) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Frequencies in 1/Å, and the FSC of the halves within the particle's sphere and without a mask, the mean over
-    classes weighted by their sizes."""
+def half_map_fsc(task: Task, model: Model) -> NDArray[np.float64]:
+    """The FSC of the halves within the particle's sphere, by shell; the mean over classes weighted by their sizes."""
     components = halves(task, model)
     mask = task.mask(task.search.box_size)
     sizes = model.responsibilities.sum(axis=0)
-    masked, unmasked = [], []
-    for k in range(len(sizes)):
-        first, second = volumes(task, model, components[:, k])
-        frequency, inside = fsc(first, second, mask)
-        masked.append(inside)
-        unmasked.append(fsc(first, second)[1])
-    share = sizes / sizes.sum()
+    pairs = [volumes(task, model, components[:, k]) for k in range(task.classes)]
+    curves = np.array([fsc(pair[0], pair[1], mask)[1] for pair in pairs])
     # Beyond what was reconstructed there is nothing, whatever a mask's convolution spills over.
-    there = np.arange(len(frequency)) <= model.k_reach
-    return frequency / task.search.voxel_size_angstrom, share @ np.array(masked) * there, share @ np.array(unmasked)
+    return np.where(np.arange(curves.shape[1]) <= model.k_reach, sizes / sizes.sum() @ curves, 0.0)
 
 
 def _averages(

@@ -1,7 +1,6 @@
 """Averages as sums in Fourier space: what each particle adds, and the average without it."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +14,10 @@ from services.alignment.band import Band, rotation_matrices
 _OVERSAMPLING = 2
 _CHUNK = 1 << 22
 """Components of turned particles that are held at a time."""
+JOINED_ANGSTROM = 50.0
+JOINED_CYCLES = 4.0
+"""Coarser than this (Å), or than so many cycles per box, particles of both half sets are compared with the average of
+all; finer, each with its own."""
 _COVERAGE_FLOOR = 0.1
 """Where fewer than this share of the particles was sampled, the average is damped rather than its noise blown up."""
 
@@ -106,20 +109,6 @@ class Contributions:
                 sampled = self._sampled.rotated(k, flat)[0].real.clamp(min=0.0).view(values.shape)
                 coverage += (sampled * part).sum(dim=1)
         return terms, coverage if self._sampled is not None else coverage + total
-
-
-@dataclass
-class HalfSums:
-    """Sums (2, components) and weights (2, components) of the two half sets, on the device, and how many each holds."""
-
-    sums: torch.Tensor
-    weights: torch.Tensor
-    counts: tuple[int, int]
-
-    def moved(self, band: Band, shift_voxels: NDArray[np.float64]) -> "HalfSums":
-        """The sums after every reference point c moved to the centre: a(r + c)."""
-        angle = band.points @ torch.from_numpy(shift_voxels).float().to(band.device) * (2 * math.pi / band.box_size)
-        return HalfSums(self.sums * torch.complex(torch.cos(angle), torch.sin(angle)), self.weights, self.counts)
 
 
 def divide(sums: torch.Tensor, weights: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

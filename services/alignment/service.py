@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.tilt_series import read_tilt_series
 from cryofleet.numerics import transfer
-from cryofleet.numerics.fsc import CorrectedFsc, corrected_fsc, fsc
+from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD, CorrectedFsc, corrected_fsc, fsc
 from cryofleet.numerics.fsc import resolution as resolution_of
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.masks import soft_cylinder, soft_dilation, soft_ellipsoid, soft_sphere
@@ -605,7 +605,7 @@ def _curves(curves: CorrectedFsc) -> dict[str, object]:
         "corrected": curves.corrected.tolist(),
         "randomised_from_angstrom": curves.randomised_from_angstrom,
         "spectral_snr": _numbers(signal_to_noise.spectral_snr_of_average(curves.corrected)),
-        "threshold": 0.143,
+        "threshold": HALF_MAP_THRESHOLD,
     }
 
 
@@ -1266,7 +1266,7 @@ def faml_start(request: pb.FamlStartRequest, task: Task) -> pb.FamlStartResult:
     search = replace(_search(request, info, _transfer(request, task, info)), symmetry=request.symmetry)
     job = likelihood_model.Task(
         search,
-        request.particle_diameter_angstrom or info.shape[0] * info.voxel_size_angstrom,
+        request.particle_diameter_angstrom,
         request.classes,
         _FAML_CANDIDATES[request.candidates],
         _optional(request, "start_low_pass_angstrom"),

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD
 from cryofleet.progress import Progress, no_progress
 from services.io import figures
 from services.io.figures import Circle, Line
@@ -21,7 +22,6 @@ from services.io.figures import Circle, Line
 Contrast = Literal["dark", "light"]
 Volume = NDArray[np.float32]
 
-FSC_THRESHOLD = 0.143
 _SLAB_BYTES = 16 << 20
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURED_CLASSES = 7
@@ -296,7 +296,7 @@ def _fsc_chart(fsc: FscCurve) -> str:
         "FSC",
         x_ticks=figures.resolution_ticks(highest),
         y_range=(min(-0.05, max(-0.2, min(fsc.correlation))), 1.02),
-        levels=[(FSC_THRESHOLD, "0.143")],
+        levels=[(HALF_MAP_THRESHOLD, "0.143")],
         markers=[(1 / resolution, f"{resolution:.1f} Å")] if resolution else [],
     )
 
@@ -330,8 +330,8 @@ def _first_crossing(frequency: Sequence[float], correlation: Sequence[float]) ->
     """Resolution in Å where the curve first falls below 0.143, interpolated; None where it does not."""
     for i in range(1, len(correlation)):
         before, after = correlation[i - 1], correlation[i]
-        if before >= FSC_THRESHOLD > after:
-            share = (before - FSC_THRESHOLD) / (before - after)
+        if before >= HALF_MAP_THRESHOLD > after:
+            share = (before - HALF_MAP_THRESHOLD) / (before - after)
             crossing = frequency[i - 1] + share * (frequency[i] - frequency[i - 1])
             return 1 / crossing if crossing > 0 else None
     return None
