@@ -31,8 +31,9 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     # Instances restart within seconds; the default back-off of up to two minutes would outlast them.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
 )
+# A socket that nobody listens on refuses at once and disturbs nobody, so it may be tried often.
+_LONGEST_BACKOFF_MS = {"unix": 500, "tcp": 5_000}
 
 
 def is_unix(address: str) -> bool:
@@ -55,12 +56,14 @@ def _target(
     if is_unix(address):
         # Otherwise the socket's path would be the HTTP/2 authority, which some peers refuse.
         options.append(("grpc.default_authority", "localhost"))
+        options.append(("grpc.max_reconnect_backoff_ms", _LONGEST_BACKOFF_MS["unix"]))
         return address, options, None
     if tls is None:
         raise FailedPrecondition(
             f"{address} is reached over TCP, which needs mutual TLS: set CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY "
             "and CRYOFLEET_TLS_AUTHORITY, or use a Unix socket (unix:/path)"
         )
+    options.append(("grpc.max_reconnect_backoff_ms", _LONGEST_BACKOFF_MS["tcp"]))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
     return address, options, _credentials(tls)

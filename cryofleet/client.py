@@ -213,6 +213,10 @@ class RunHandle:
         self.record = self._client.orchestrate("RetryRun", orchestrator_pb2.RetryRunRequest(run_id=self.id)).run
         return self
 
+    def forget(self) -> None:
+        """Delete the record of the run, which must have ended."""
+        self._client.forget(self.id)
+
 
 class Client:
     """Talks to a platform: the one that CRYOFLEET_ORCHESTRATOR names, else this machine's own.
@@ -307,6 +311,10 @@ class Client:
     def get(self, run_id: str) -> RunHandle:
         response = self.orchestrate("GetRun", orchestrator_pb2.GetRunRequest(run_id=run_id))
         return RunHandle(self, response.run)
+
+    def forget(self, run_id: str) -> None:
+        """Delete the record of a run that has ended. What only it needed is collected as garbage later."""
+        self.orchestrate("ForgetRun", orchestrator_pb2.ForgetRunRequest(run_id=run_id))
 
     def watch(self, run_id: str) -> Iterator[orchestrator_pb2.Run]:
         """The run whenever it changes, until it has ended."""

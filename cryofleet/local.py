@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cryofleet.channels import open_blocking_channel
 from cryofleet.errors import FailedPrecondition, Internal, Unavailable
 from cryofleet.settings import SERVICES, Settings, available_cores
+from cryofleet.v1 import orchestrator_pb2, orchestrator_pb2_grpc
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its final NUL
 _RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0)
@@ -126,7 +127,7 @@ def process_ids(settings: Settings) -> dict[str, int]:
 
 
 def start(settings: Settings, wait_seconds: float = 180.0) -> None:
-    """Start the platform in the background and wait until every process answers.
+    """Start the platform in the background and wait until every process answers, and the orchestrator knows it.
 
     A platform that runs other code than this, an older checkout's, is started anew; its runs go on.
 
@@ -149,12 +150,17 @@ def start(settings: Settings, wait_seconds: float = 180.0) -> None:
     deadline = time.monotonic() + wait_seconds
     launched = -_LAUNCH_SECONDS
     waiting = members(settings)
+    has_waited = False
     while waiting:
         # Also where one is just stopping: it is started when that has ended.
         if not is_up(settings) and time.monotonic() - launched > _LAUNCH_SECONDS:
             _launch_supervisor(settings)
             launched = time.monotonic()
         waiting = [member for member in waiting if not is_serving(member.address, settings)]
+        has_waited |= bool(waiting)
+        if not waiting and has_waited:
+            # Otherwise the first tasks, and `cryofleet status`, would find services missing that are there.
+            waiting = _unknown_to_orchestrator(settings)
         if waiting and time.monotonic() > deadline:
             names = ", ".join(member.name for member in waiting)
             raise Internal(f"{names} did not come up within {wait_seconds:.0f} s; see {settings.log_folder}")
@@ -183,6 +189,20 @@ def is_serving(address: str, settings: Settings) -> bool:
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _unknown_to_orchestrator(settings: Settings) -> list[Member]:
+    """Members among the orchestrator's instances that have not answered it yet."""
+    by_address = {member.address: member for member in members(settings)}
+    orchestrator = next(member for member in by_address.values() if member.name == "orchestrator")
+    with open_blocking_channel(orchestrator.address, settings.tls) as channel:
+        try:
+            stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
+            pools = stub.GetPools(orchestrator_pb2.GetPoolsRequest(), timeout=15).pools
+        except grpc.RpcError:
+            return [orchestrator]
+    instances = [instance for pool in pools for instance in pool.instances if not instance.ready]
+    return [by_address[instance.address] for instance in instances if instance.address in by_address]
 
 
 def stop(settings: Settings) -> bool:

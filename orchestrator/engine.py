@@ -27,7 +27,7 @@ from orchestrator.cache import ResultCache
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunStore, Unit, is_away
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunRow, RunStore, Unit, is_away, still_going
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
 from orchestrator.tracker import Tracker
 
@@ -49,6 +49,12 @@ _RETRY_SECONDS = 0.5
 _CONNECT_SECONDS = 5
 _DATABASE_THREADS = 12
 _LOST_SECONDS = 15.0
+_GOING = ["PENDING", "ENQUEUED", "DELAYED"]
+"""States of workflows that have not ended."""
+_ENDING_SECONDS = 0.5
+_CANCELLING_SECONDS = 3.0
+"""Calls end within this time after the workflow that made them was cancelled; were it deleted before, they'd go on."""
+_DELETED_TOGETHER = 500
 
 ResultT = TypeVar("ResultT")
 
@@ -128,7 +134,7 @@ class Engine:
         self.tasks = TaskRunner(settings, self.cache, self.placement)
         self._database: sa.Engine | None = None
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[RunRow, Plan]] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._background: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
@@ -227,14 +233,16 @@ class Engine:
 
     async def plan(self, run_id: str, seconds: float = _PATIENCE_SECONDS) -> Plan:
         """The run's pipeline and arguments. Raises Unavailable where the database is away for so many seconds."""
-        plan = self._plans.get(run_id)
-        if plan is None:
-            row = await self.with_record(self.runs.run, run_id, seconds=seconds)
-            pipeline = load(row.definition, row.source)
-            plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments))
-            if len(self._plans) >= 256:
-                self._plans.clear()
-            self._plans[run_id] = plan
+        row = await self.with_record(self.runs.run, run_id, seconds=seconds)
+        known = self._plans.get(run_id)
+        # A run that was forgotten, here or elsewhere, may have left its id to another one.
+        if known is not None and known[0] == row:
+            return known[1]
+        pipeline = load(row.definition, row.source)
+        plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments))
+        if len(self._plans) >= 256:
+            self._plans.clear()
+        self._plans[run_id] = (row, plan)
         return plan
 
     def unit(self, run_id: str, attempt: int, name: str, path: str, state: str) -> Unit:
@@ -342,20 +350,53 @@ class Engine:
         return changed
 
     async def _cancel_workflows(self, run_id: str, attempt: int) -> None:
-        whole = workflows.workflow_id(run_id, attempt)
         # A part that was being started escapes the first look.
         for _ in range(5):
-            found = await DBOS.list_workflows_async(
-                workflow_id_prefix=whole,
-                status=["PENDING", "ENQUEUED", "DELAYED"],
-                load_input=False,
-                load_output=False,
-            )
-            active = [w.workflow_id for w in found if w.workflow_id == whole or w.workflow_id.startswith(whole + "/")]
+            active = await self._workflow_ids(run_id, attempt, _GOING)
             if not active:
                 return
             await DBOS.cancel_workflows_async(active)
             await asyncio.sleep(0.1)
+
+    async def _workflow_ids(self, run_id: str, attempt: int, status: list[str] | None = None) -> list[str]:
+        """An attempt's workflow and its parts: those in one of the states, or all."""
+        whole = workflows.workflow_id(run_id, attempt)
+        found = await DBOS.list_workflows_async(
+            workflow_id_prefix=whole, status=status, load_input=False, load_output=False
+        )
+        return [w.workflow_id for w in found if w.workflow_id == whole or w.workflow_id.startswith(whole + "/")]
+
+    async def forget(self, run_id: str) -> None:
+        """Deletes the record of a run that has ended, and its workflows.
+
+        The workflows go first: where this is cut off in the middle, the run is still there, and is forgotten when it is
+        asked for once more.
+
+        Raises NotFound, FailedPrecondition where the run goes on, Unavailable.
+        """
+        last = await self.answer(self.runs.attempt, run_id)
+        if last.state in ACTIVE:
+            raise still_going(run_id, last.state)
+        attempts = range(1, last.attempt + 1)
+        if any([await self._workflow_ids(run_id, attempt, _GOING) for attempt in attempts]):
+            # A run says that it has ended just before its workflow does.
+            await asyncio.sleep(_ENDING_SECONDS)
+        for attempt in attempts:
+            if await self._workflow_ids(run_id, attempt, _GOING):
+                await self._cancel_workflows(run_id, attempt)
+                await asyncio.sleep(_CANCELLING_SECONDS)
+        if last.state == CANCELLED and last.finished_at is not None:
+            await asyncio.sleep(min(_CANCELLING_SECONDS, last.finished_at + _CANCELLING_SECONDS - time.time()))
+        # Of these attempts only: somebody may resume the run meanwhile, which then isn't forgotten.
+        for attempt in attempts:
+            ids = await self._workflow_ids(run_id, attempt)
+            for first in range(0, len(ids), _DELETED_TOGETHER):
+                await DBOS.delete_workflows_async(ids[first : first + _DELETED_TOGETHER])
+        await self.answer(self.runs.forget, run_id)
+        self.tracker.forget(run_id)
+        self._plans.pop(run_id, None)
+        logger.info("the run was forgotten", extra={"run_id": run_id})
+        self._announce(run_id)
 
     # Looking after runs
 

@@ -1,21 +1,44 @@
-"""Results that nothing needs any more: not a run, not a pin, and no result that they keep."""
+"""Results that nothing needs any more: not a run, not a pin, and no result that they keep.
+
+Work goes on while they are looked for and deleted. What keeps it whole:
+
+- What the store has had for less than `GRACE_SECONDS` stays, as does all that was written since the oldest run that
+  goes on was submitted: it was perhaps committed just now, and no record names it yet.
+- A run may find an old result just then. So each result is marked as leaving first, which no look-up finds any more;
+  those who found it before have `RECORD_SECONDS` to say so in the record, which is then asked once more, as the pins
+  are.
+- Each folder is listed again just before it is deleted, and left alone where anything in it has changed. A writer that
+  comes in even later finds objects missing when it commits, and starts again; or the manifest that it has put is seen
+  here, and taken back.
+
+What remains: an orchestrator that has found an old result and can't write so for longer than `RECORD_SECONDS`, since
+the database is away or the machine is stuck, may lose it. A step that needs it then fails with NOT_FOUND, and the run,
+resumed, makes it again. And whoever uploads a file that the store has had for long holds it only once the run is
+submitted, which is refused where the file has just gone. The marks that a killed collection leaves cost no more than
+that such a result is made anew when it is next asked for.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from cryofleet.artifacts import MANIFEST, Manifest, manifest_for, open_blob, remove
+from cryofleet.artifacts import LEAVING, MANIFEST, Manifest, complete, manifest_for, open_blob, remove
 from cryofleet.errors import DataLoss, NotFound
-from cryofleet.storage import Store
+from cryofleet.storage import Stat, Store
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(rb"store:/([a-z0-9][a-z0-9_-]{0,62}/[0-9a-f]{64})")
 _ABANDONED_SECONDS = 86400.0
 """Files that a killed writer left are older than any write takes."""
+GRACE_SECONDS = 60.0
+"""What is younger stays, whatever age is asked for."""
+RECORD_SECONDS = 3.0
+"""Within this time the record of runs says what a task has found; orchestrators write it once a second."""
 _CLOCK_SECONDS = 60.0
 """By how much the clocks of the store and of the orchestrators may differ."""
 PINS = "_pins"
@@ -47,8 +70,16 @@ class Garbage:
 class _Folder:
     size_bytes: int = 0
     modified: float = 0.0
-    objects: list[str] = field(default_factory=list)
+    """By the store's clock."""
+    objects: dict[str, Stat] = field(default_factory=dict)
+    """By URI."""
     finished: bool = False
+
+    def add(self, found: Stat, finishes: bool) -> None:
+        self.size_bytes += found.size_bytes
+        self.modified = max(self.modified, found.modified)
+        self.objects[found.uri] = found
+        self.finished |= finishes
 
 
 def result_id(store: Store, uri: str) -> ResultId | None:
@@ -75,51 +106,76 @@ def collect(
 ) -> list[Garbage]:
     """Finds, and deletes where asked to, what neither a run nor a pin leads to and is older than said. Blocks.
 
-    `held` is asked again just before anything is deleted: a run may have found an old result meanwhile. However short
-    `older_than_seconds` is, what may be the work of a run that goes on stays.
+    `held` is asked again before anything is deleted. However short `older_than_seconds` is, what is younger than
+    `GRACE_SECONDS` stays, and what may be the work of a run that goes on.
     """
-    root = f"{store.root}/{project}" if project else store.root
-    folders: dict[str, _Folder] = {}
-    pins: set[ResultId] = set()
-    for found in store.list(root):
-        names = found.uri.removeprefix(store.root + "/").split("/")
-        if len(names) < 3:
-            continue
-        if names[1] == PINS:
-            pins.add(f"{names[0]}/{names[2]}")
-            continue
-        if names[1] == WORK and len(names) >= 4:
-            name = "/".join(names[:3])
-        elif _KEY.fullmatch(names[1]):
-            name = "/".join(names[:2])
-        else:
-            continue
-        folder = folders.setdefault(name, _Folder())
-        folder.size_bytes += found.size_bytes
-        folder.modified = max(folder.modified, found.modified)
-        folder.objects.append(found.uri)
-        folder.finished |= names[2:] == [MANIFEST]
+    clock = _clock(store)
+    folders, pins = _listed(store, f"{store.root}/{project}" if project else store.root)
     if delete:
         store.remove_abandoned(max(older_than_seconds, _ABANDONED_SECONDS))
     needed = held()
-    limit = min(time.time() - older_than_seconds, needed.since - _CLOCK_SECONDS)
+    limit = min(clock - max(older_than_seconds, GRACE_SECONDS), needed.since - _CLOCK_SECONDS)
     old = {name: folder for name, folder in folders.items() if folder.modified <= limit}
     if not old:
         return []
     reached = _reach(store, _roots(store, needed.uris, pins))
     garbage = {name: folder for name, folder in old.items() if name not in reached}
-    listed = [
-        Garbage(f"{store.root}/{name}", _operation(store, name, folder), folder.size_bytes)
+    found = {
+        name: Garbage(f"{store.root}/{name}", _operation(store, name, folder), folder.size_bytes)
         for name, folder in sorted(garbage.items())
-    ]
-    if delete and garbage:
+    }
+    deleted = _delete_all(store, garbage, held, pins) if delete and garbage else set(found)
+    return [each for name, each in found.items() if name in deleted]
+
+
+def _clock(store: Store) -> float:
+    """Unix time by the store's clock, which also says when its objects were written."""
+    place = f"{store.root}/_clock-{secrets.token_hex(8)}"
+    store.put(place, b"")
+    now = store.stat(place).modified
+    store.delete(place)
+    return now
+
+
+def _listed(store: Store, uri: str) -> tuple[dict[ResultId, _Folder], set[ResultId]]:
+    """Below a URI: the folders of results and, as PROJECT/_work/KEY, of checkpoints; and what is pinned."""
+    folders: dict[ResultId, _Folder] = {}
+    pins: set[ResultId] = set()
+    for found in store.list(uri):
+        names = found.uri.removeprefix(store.root + "/").split("/")
+        if len(names) < 3:
+            continue
+        if names[1] == PINS:
+            pins.add(f"{names[0]}/{names[2]}")
+        elif names[1] == WORK and len(names) >= 4:
+            folders.setdefault("/".join(names[:3]), _Folder()).add(found, finishes=False)
+        elif _KEY.fullmatch(names[1]) and names[2:] != [LEAVING]:
+            folders.setdefault("/".join(names[:2]), _Folder()).add(found, finishes=names[2:] == [MANIFEST])
+    return folders, pins
+
+
+def _delete_all(
+    store: Store, garbage: Mapping[ResultId, _Folder], held: Callable[[], Held], pins: set[ResultId]
+) -> set[ResultId]:
+    """Deletes what nobody has come to need meanwhile; the names of that."""
+    marks = {name: f"{store.root}/{name}/{LEAVING}" for name, folder in garbage.items() if folder.finished}
+    deleted: set[ResultId] = set()
+    try:
+        for mark in marks.values():
+            store.put(mark, b"")
+        time.sleep(RECORD_SECONDS)
         needed = held()
+        for project in {name.partition("/")[0] for name in garbage}:
+            pins = pins | _listed(store, f"{store.root}/{project}/{PINS}")[1]
         late = _reach(store, _roots(store, needed.uris, pins))
         late |= {name for name, folder in garbage.items() if folder.modified > needed.since - _CLOCK_SECONDS}
-        listed = [each for each in listed if each.uri.removeprefix(store.root + "/") not in late]
-        for each in listed:
-            _delete(store, each.uri.removeprefix(store.root + "/"), garbage)
-    return listed
+        for name in sorted(garbage.keys() - late):
+            if _delete(store, name, garbage[name]):
+                deleted.add(name)
+    finally:
+        for name in marks.keys() - deleted:
+            store.delete(marks[name])
+    return deleted
 
 
 def _roots(store: Store, uris: Iterable[str], pins: set[ResultId]) -> set[ResultId]:
@@ -168,14 +224,22 @@ def _operation(store: Store, name: str, folder: _Folder) -> str:
     return manifest.operation if manifest is not None else ""
 
 
-def _delete(store: Store, name: str, folders: dict[str, _Folder]) -> None:
-    project, _, key = name.partition("/")
-    # Looked up again: an unfinished result may have been finished meanwhile, and is then a new one.
-    finished = store.exists(f"{store.root}/{name}/{MANIFEST}")
-    if finished != folders[name].finished:
-        return
-    if finished:
-        remove(store, project, key)
-        return
-    for uri in folders[name].objects:
-        store.delete(uri)
+def _delete(store: Store, name: ResultId, folder: _Folder) -> bool:
+    """Deletes a folder; false where it is no longer as it was listed."""
+    uri = f"{store.root}/{name}"
+    now = _listed(store, uri)[0].get(name)
+    if now is None or now.objects != folder.objects:
+        return False
+    if folder.finished:
+        # Where the mark is gone, somebody may have found the result since.
+        if not store.exists(f"{uri}/{LEAVING}"):
+            return False
+        remove(store, *name.split("/"))
+    else:
+        for each in folder.objects:
+            store.delete(each)
+    # Of one that commits a result there at this moment, and of this, one at least sees the other.
+    manifest = manifest_for(store, f"{uri}/{MANIFEST}")
+    if manifest is not None and not complete(store, manifest):
+        store.delete(manifest.manifest_uri)
+    return True

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cryofleet.errors import AlreadyExists, NotFound
+from cryofleet.errors import AlreadyExists, FailedPrecondition, NotFound
 from orchestrator.garbage import Held
 
 QUEUED, RUNNING, SUCCEEDED, PARTIAL, FAILED, CANCELLED = (
@@ -182,18 +182,49 @@ class RunStore:
 
     def _add_attempt(self, connection: sa.Connection, run_id: str, attempt: int) -> bool:
         # What is returned says it: not every driver counts the rows of such an insert.
-        added = connection.execute(
-            self._insert(_attempts)
-            .values(run_id=run_id, attempt=attempt, state=QUEUED, error="", outputs="{}", queued_at=time.time())
-            .on_conflict_do_nothing()
-            .returning(_attempts.c.attempt)
-        ).first()
-        return added is not None
+        values = {
+            "run_id": run_id,
+            "attempt": attempt,
+            "state": QUEUED,
+            "error": "",
+            "outputs": "{}",
+            "queued_at": time.time(),
+        }
+        statement = self._insert_of_a_run(_attempts, list(values)).on_conflict_do_nothing()
+        return connection.execute(statement.returning(_attempts.c.attempt), values).first() is not None
+
+    def _insert_of_a_run(self, table: sa.Table, columns: list[str]) -> Any:
+        """Inserts a row that belongs to a run; nothing where the run is not there, which cannot go meanwhile."""
+        values = [sa.bindparam(name, type_=table.c[name].type) for name in columns]
+        run = sa.select(_runs.c.run_id).where(_runs.c.run_id == values[columns.index("run_id")])
+        # SQLite, which has one writer at a time, needs no lock and has none.
+        there = sa.exists(run.with_for_update(read=True, key_share=True).subquery().select())
+        return self._insert(table).from_select(columns, sa.select(*values).where(there))
 
     def next_attempt(self, run_id: str, after: int) -> bool:
-        """Adds the attempt that follows; false where somebody else just did."""
+        """Adds the attempt that follows; false where somebody else just did. Raises NotFound."""
         with self._engine.begin() as connection:
-            return self._add_attempt(connection, run_id, after + 1)
+            added = self._add_attempt(connection, run_id, after + 1)
+        if not added:
+            self.run(run_id)
+        return added
+
+    def forget(self, run_id: str) -> None:
+        """Deletes all that is kept of a run that has ended.
+
+        Raises NotFound, and FailedPrecondition where the run goes on.
+        """
+        with self._engine.begin() as connection:
+            # First, so that nobody adds an attempt or a unit meanwhile.
+            found = connection.execute(sa.delete(_runs).where(_runs.c.run_id == run_id).returning(_runs.c.run_id))
+            if found.first() is None:
+                raise NotFound(f"there is no run {run_id!r}")
+            states = sa.select(_attempts.c.state).where(_attempts.c.run_id == run_id)
+            for state in connection.execute(states).scalars():
+                if state in ACTIVE:
+                    raise still_going(run_id, state)
+            for table in (_attempts, _progress):
+                connection.execute(sa.delete(table).where(table.c.run_id == run_id))
 
     def run(self, run_id: str) -> RunRow:
         """Raises NotFound."""
@@ -270,10 +301,10 @@ class RunStore:
     # Progress
 
     def write_units(self, units: Mapping[UnitKey, str]) -> None:
-        """Keeps the units' records, all in one transaction."""
+        """Keeps the units' records, all in one transaction; not those of runs that were forgotten."""
         if not units:
             return
-        statement = self._insert(_progress)
+        statement = self._insert_of_a_run(_progress, ["run_id", "attempt", "unit", "record"])
         statement = statement.on_conflict_do_update(
             index_elements=["run_id", "attempt", "unit"], set_={"record": statement.excluded.record}
         )
@@ -366,6 +397,11 @@ class RunStore:
                 if taken:
                     claimed.append(owner)
         return claimed
+
+
+def still_going(run_id: str, state: str) -> FailedPrecondition:
+    """Why a run's record cannot be deleted."""
+    return FailedPrecondition(f"run {run_id} is {state}: only a run that has ended can be forgotten; cancel it first")
 
 
 def _holds_nothing(end: sa.Row[Any], attempt: int, ended_before: float) -> bool:

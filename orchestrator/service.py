@@ -206,6 +206,13 @@ async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.Ret
     return pb.RetryRunResponse(run=await _run(engine, request.run_id))
 
 
+@service.rpc("ForgetRun")
+async def forget_run(request: pb.ForgetRunRequest, context: CallContext) -> pb.ForgetRunResponse:
+    """The record alone; what only this run needed is garbage from now on."""
+    await _engine(context).forget(request.run_id)
+    return pb.ForgetRunResponse()
+
+
 async def _next_attempt(engine: Engine, run_id: str, after: int) -> None:
     await engine.answer(engine.runs.next_attempt, run_id, after)
     await engine.start_attempt(run_id, after + 1)

@@ -8,13 +8,14 @@ from cryofleet.artifacts.blobs import Blob, open_blob, verify
 from cryofleet.artifacts.content import content_digest, versions
 from cryofleet.artifacts.digests import BLOCK_BYTES, digest_file, digest_of
 from cryofleet.artifacts.keys import canonical_json, identity
-from cryofleet.artifacts.manifests import MANIFEST, BlobEntry, InputEntry, Manifest
+from cryofleet.artifacts.manifests import LEAVING, MANIFEST, BlobEntry, InputEntry, Manifest
 from cryofleet.artifacts.references import contract, expand
 from cryofleet.artifacts.results import complete, find, is_result_uri, manifest_for, remove, result_uri
 from cryofleet.artifacts.writer import ResultWriter
 
 __all__ = [
     "BLOCK_BYTES",
+    "LEAVING",
     "MANIFEST",
     "Blob",
     "BlobEntry",

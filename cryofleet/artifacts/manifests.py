@@ -12,6 +12,8 @@ from cryofleet.errors import DataLoss, Failure
 from cryofleet.storage import checked_uri
 
 MANIFEST = "manifest.json"
+LEAVING = "_leaving"
+"""An object in a result's folder that says it is about to be deleted, and must not be found any more."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -118,7 +120,7 @@ def _check_blob_entry(entry: Any, source: str) -> None:
 
 def is_object_name(name: str) -> bool:
     """Whether an object of a result may be called so: one or more names with slashes between them."""
-    if name in ("", MANIFEST) or name.endswith("/") or len(name) > 512:
+    if name in ("", MANIFEST, LEAVING) or name.endswith("/") or len(name) > 512:
         return False
     try:
         return checked_uri(f"file:///{name}") == f"file:///{name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from cryofleet.artifacts.manifests import MANIFEST, Manifest
+from cryofleet.artifacts.manifests import LEAVING, MANIFEST, Manifest
 from cryofleet.artifacts.references import expand_all
 from cryofleet.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied
 from cryofleet.settings import PROJECT_PATTERN
@@ -39,8 +39,10 @@ def manifest_for(store: Store, uri: str) -> Manifest | None:
 
 
 def complete(store: Store, manifest: Manifest) -> bool:
-    """Whether every object of a result is there in its size; one listing, nothing is read."""
+    """Whether every object of a result is there in its size, and is to stay; one listing, nothing is read."""
     sizes = {found.uri: found.size_bytes for found in store.list(manifest.uri)}
+    if f"{manifest.uri}/{LEAVING}" in sizes:
+        return False
     return all(sizes.get(f"{manifest.uri}/{entry['name']}") == entry["size_bytes"] for entry in manifest.blobs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cryofleet.artifacts.digests import combined_digest, digest_of, digested_blocks
 from cryofleet.artifacts.keys import canonical_json
-from cryofleet.artifacts.manifests import MANIFEST, BlobEntry, InputEntry, Manifest, is_object_name
+from cryofleet.artifacts.manifests import LEAVING, MANIFEST, BlobEntry, InputEntry, Manifest, is_object_name
 from cryofleet.artifacts.references import contract_all
 from cryofleet.artifacts.results import complete, load, result_uri
 from cryofleet.errors import DataLoss, InvalidArgument, NotFound, Unavailable
@@ -182,6 +182,8 @@ class ResultWriter:
             self._store.delete(self._manifest_uri)
         if manifest is not None and (not complete(self._store, manifest) or self._has_replaced(manifest)):
             self._store.delete(self._manifest_uri)
+            # Whoever was about to delete the result sees by this that it is written anew.
+            self._store.delete(f"{self.uri}/{LEAVING}")
             return None
         return manifest
 

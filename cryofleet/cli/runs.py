@@ -1,4 +1,4 @@
-"""run, runs, show, watch, cancel, resume, retry, pipelines: runs of pipelines."""
+"""run, runs, show, watch, cancel, resume, retry, forget, pipelines: runs of pipelines."""
 
 from __future__ import annotations
 
@@ -227,6 +227,17 @@ def retry(run_id: str, out: Path | None, detach: bool, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("run_id", metavar="RUN")
+@json_option
+def forget(run_id: str, as_json: bool) -> None:
+    """Delete the record of RUN, which has ended; gc then finds what only RUN needed."""
+    with Client(start=False) as client:
+        # By its id alone: also a run that cannot be shown any more can be forgotten.
+        client.forget(run_id)
+    print_json({"forgotten": run_id}) if as_json else click.echo(f"run {run_id} is forgotten")
+
+
+@click.command()
 @click.argument("name", required=False)
 @json_option
 def pipelines(name: str | None, as_json: bool) -> None:
@@ -258,4 +269,4 @@ def _default_text(parameter: orchestrator_pb2.PipelineParameter) -> str:
     return "" if value is None else str(value)
 
 
-COMMANDS = (run, runs, show, watch, cancel, resume, retry, pipelines)
+COMMANDS = (run, runs, show, watch, cancel, resume, retry, forget, pipelines)

@@ -452,6 +452,7 @@ class ReportRequest(_message.Message):
     AVERAGE_URIS_FIELD_NUMBER: _builtins.int
     FSC_URIS_FIELD_NUMBER: _builtins.int
     METRICS_URIS_FIELD_NUMBER: _builtins.int
+    AVERAGE_PARTICLES_URIS_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     tomogram_uri: _builtins.str
     particles_uri: _builtins.str
@@ -467,6 +468,8 @@ class ReportRequest(_message.Message):
     def fsc_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def metrics_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def average_particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -480,10 +483,11 @@ class ReportRequest(_message.Message):
         average_uris: _abc.Iterable[_builtins.str] | None = ...,
         fsc_uris: _abc.Iterable[_builtins.str] | None = ...,
         metrics_uris: _abc.Iterable[_builtins.str] | None = ...,
+        average_particles_uris: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "context", b"context", "particle_diameter_angstrom", b"particle_diameter_angstrom"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "fsc_uris", b"fsc_uris", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_particles_uris", b"average_particles_uris", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "fsc_uris", b"fsc_uris", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
     _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015

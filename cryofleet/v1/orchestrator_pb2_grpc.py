@@ -69,6 +69,11 @@ class OrchestratorServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunResponse.FromString,
                 _registered_method=True)
+        self.ForgetRun = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/ForgetRun',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunResponse.FromString,
+                _registered_method=True)
         self.EstimateRun = channel.unary_unary(
                 '/cryofleet.v1.OrchestratorService/EstimateRun',
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.EstimateRunRequest.SerializeToString,
@@ -145,6 +150,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetRun(self, request, context):
+        """Deletes the record of a run that has ended. Its results stay in the store until they are collected as garbage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EstimateRun(self, request, context):
         """What a run would take: tasks, bytes, memory. Checks the pipeline as SubmitRun does.
         """
@@ -216,6 +228,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.RetryRun,
                     request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunResponse.SerializeToString,
+            ),
+            'ForgetRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetRun,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunResponse.SerializeToString,
             ),
             'EstimateRun': grpc.unary_unary_rpc_method_handler(
                     servicer.EstimateRun,
@@ -432,6 +449,33 @@ class OrchestratorService:
             '/cryofleet.v1.OrchestratorService/RetryRun',
             cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunRequest.SerializeToString,
             cryofleet_dot_v1_dot_orchestrator__pb2.RetryRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/ForgetRun',
+            cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.ForgetRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

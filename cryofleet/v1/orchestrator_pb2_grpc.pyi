@@ -42,6 +42,8 @@ class OrchestratorServiceStub:
     """Starts the next attempt of a run that failed, was cancelled or lost its orchestrator; finished work is found in the store."""
     RetryRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RetryRunRequest, _orchestrator_pb2.RetryRunResponse]
     """Starts the next attempt of a run that ended with items set aside: those items only, and what needs them."""
+    ForgetRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ForgetRunRequest, _orchestrator_pb2.ForgetRunResponse]
+    """Deletes the record of a run that has ended. Its results stay in the store until they are collected as garbage."""
     EstimateRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.EstimateRunRequest, _orchestrator_pb2.EstimateRunResponse]
     """What a run would take: tasks, bytes, memory. Checks the pipeline as SubmitRun does."""
     ListPipelines: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListPipelinesRequest, _orchestrator_pb2.ListPipelinesResponse]
@@ -66,6 +68,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Starts the next attempt of a run that failed, was cancelled or lost its orchestrator; finished work is found in the store."""
     RetryRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RetryRunRequest, _orchestrator_pb2.RetryRunResponse]  # type: ignore[assignment]
     """Starts the next attempt of a run that ended with items set aside: those items only, and what needs them."""
+    ForgetRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ForgetRunRequest, _orchestrator_pb2.ForgetRunResponse]  # type: ignore[assignment]
+    """Deletes the record of a run that has ended. Its results stay in the store until they are collected as garbage."""
     EstimateRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.EstimateRunRequest, _orchestrator_pb2.EstimateRunResponse]  # type: ignore[assignment]
     """What a run would take: tasks, bytes, memory. Checks the pipeline as SubmitRun does."""
     ListPipelines: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListPipelinesRequest, _orchestrator_pb2.ListPipelinesResponse]  # type: ignore[assignment]
@@ -129,6 +133,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.RetryRunResponse, _abc.Awaitable[_orchestrator_pb2.RetryRunResponse]]:
         """Starts the next attempt of a run that ended with items set aside: those items only, and what needs them."""
+
+    @_abc_1.abstractmethod
+    def ForgetRun(
+        self,
+        request: _orchestrator_pb2.ForgetRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ForgetRunResponse, _abc.Awaitable[_orchestrator_pb2.ForgetRunResponse]]:
+        """Deletes the record of a run that has ended. Its results stay in the store until they are collected as garbage."""
 
     @_abc_1.abstractmethod
     def EstimateRun(

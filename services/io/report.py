@@ -76,6 +76,8 @@ class Average:
     voxel_size_angstrom: float
     particles: int | None = None
     fsc: FscCurve | None = None
+    cluster: int | None = None
+    """From 0, in the order of the centres; None where it is not of one cluster."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,8 @@ def _averages(averages: Sequence[Average]) -> str:
             resolution = average.fsc.resolution_angstrom
             known.append(f"{resolution:.1f} Å at FSC 0.143" if resolution else "FSC does not fall below 0.143")
             curve = _fsc_chart(average.fsc)
-        heading = f"<h3>Average {number} <span>· {' · '.join(known)}</span></h3>"
+        name = f"Average {number}" if average.cluster is None else f"Average of cluster {average.cluster + 1}"
+        heading = f"<h3>{name} <span>· {' · '.join(known)}</span></h3>"
         cards.append(
             f'<div class="average{"" if curve else " alone"}"><div>{heading}<div class="trio">{pictures}</div></div>'
             f"{f'<div>{curve}</div>' if curve else ''}</div>"

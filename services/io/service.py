@@ -244,8 +244,8 @@ def _report_needs(request: io_pb2.ReportRequest, reader: Reader) -> Needs:
         needed += _slab_bytes(_single(reader, request.tomogram_uri).info.shape)
     for uri in (request.centres_uri, *request.average_uris):
         needed += 3 * reader.open_volume(uri).info.data_bytes if uri else 0
-    if request.particles_uri:
-        needed += ROW_BYTES * row_count(reader.open_blob(request.particles_uri), request.particles_uri)
+    for uri in (request.particles_uri, *request.average_particles_uris):
+        needed += ROW_BYTES * row_count(reader.open_blob(uri), uri) if uri else 0
     return Needs(needed)
 
 
@@ -254,6 +254,10 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
     """Draw what a run found on one page."""
     if len(request.fsc_uris) > len(request.average_uris):
         raise InvalidArgument(f"{len(request.fsc_uris)} fsc_uris for {len(request.average_uris)} average_uris")
+    if len(request.average_particles_uris) > len(request.average_uris):
+        raise InvalidArgument(
+            f"{len(request.average_particles_uris)} average_particles_uris for {len(request.average_uris)} average_uris"
+        )
     view, size = None, 1.0
     if request.tomogram_uri:
         tomogram = _single(task, request.tomogram_uri)
@@ -266,13 +270,19 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
     for i, uri in enumerate(request.average_uris):
         volume = _single(task, uri)
         table = task.read_table(request.fsc_uris[i]) if i < len(request.fsc_uris) else {}
+        count, cluster = sizes[i] if i < len(sizes) else None, None
+        if i < len(request.average_particles_uris):
+            # Not by its place: clusters before it may have no average.
+            particles = task.read_particles(request.average_particles_uris[i])
+            count, cluster = len(particles), _cluster(particles)
         averages.append(
             reporting.Average(
                 volume.read(),
                 _contrast(volume),
                 volume.info.voxel_size_angstrom,
-                _particle_count(table, sizes[i] if i < len(sizes) else None),
+                _particle_count(table, count),
                 reporting.fsc_curve(table, volume.info.voxel_size_angstrom),
+                cluster,
             )
         )
     task.progress(0.8, "drawing")
@@ -289,6 +299,12 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
 
 def _contrast(volume: Volume) -> reporting.Contrast:
     return cast(reporting.Contrast, volume.info.contrast)
+
+
+def _cluster(particles: Particles) -> int | None:
+    """The cluster, from 0, that all of the particles are of."""
+    classes = set(particles.table["class_id"].tolist()) if "class_id" in particles.table else set()
+    return int(min(classes)) if len(classes) == 1 and min(classes) >= 0 else None
 
 
 def _particle_count(table: dict[str, object], otherwise: int | None) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -360,6 +361,35 @@ async def test_report_of_a_whole_run(channel: grpc.aio.Channel, store: Store) ->
         assert words in page, words
     # 0.143 is crossed at 0.2285 cycles per voxel of 7.84 Å
     assert f"{7.84 / 0.2285:.1f} Å at FSC 0.143" in page
+
+
+async def test_averages_are_named_by_their_clusters(channel: grpc.aio.Channel, store: Store) -> None:
+    """That of the second cluster was set aside, so their places say nothing."""
+    volume = RNG.normal(0, 1, (8, 8, 8)).astype(np.float32)
+    average = put(store, "average.mrc", encode_volume(volume, VolumeInfo((8, 8, 8), 7.84, "dark")))
+    tables = {
+        "first": picks(class_id=np.array([0, 0, 0], np.int32)),
+        "third": picks(class_id=np.array([2, 2, 2], np.int32)).select(np.array([0, 2])),
+        "mixed": picks(class_id=np.array([2, 2, 1], np.int32)),
+        "none": picks(class_id=np.array([-1, -1, -1], np.int32)),
+    }
+    request = io_pb2.ReportRequest(
+        title="Some",
+        cluster_sizes=[60, 40, 20],
+        average_uris=[average] * 4,
+        average_particles_uris=[put(store, f"{name}.parquet", t.to_parquet()) for name, t in tables.items()],
+    )
+    page = store.get((await call_operation(channel, request)).result.report_uri).decode()
+    headings = re.findall(r"<h3>(.*?) <span>· (.*?) ·", page)
+    assert headings == [
+        ("Average of cluster 1", "3 particles"),
+        ("Average of cluster 3", "2 particles"),
+        ("Average 3", "3 particles"),
+        ("Average 4", "3 particles"),
+    ]
+    request.average_particles_uris.append(request.average_particles_uris[0])
+    message = await refused(channel, request, grpc.StatusCode.INVALID_ARGUMENT)
+    assert "5 average_particles_uris for 4 average_uris" in message
 
 
 async def test_report_with_the_tomogram_alone_and_with_too_much(channel: grpc.aio.Channel, store: Store) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -76,7 +79,8 @@ class Orchestrator:
 
 
 @pytest.fixture
-async def orchestrator() -> AsyncIterator[Orchestrator]:
+async def orchestrator(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Orchestrator]:
+    monkeypatch.setattr("orchestrator.garbage.RECORD_SECONDS", 0.1)
     home = short_folder()
     settings = Settings(
         home=home,
@@ -235,6 +239,89 @@ async def test_set_aside_and_retry(orchestrator: Orchestrator) -> None:
     assert run.steps[0].tasks_cached == 1
 
 
+def rows_of(database: Path, run_id: str) -> dict[str, int]:
+    """How many rows each table has of a run and of its workflows; tables without any are left out."""
+    counts = {}
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for table in tables:
+            columns = {column[1] for column in connection.execute(f"PRAGMA table_info({table})")}
+            for column in columns & {"run_id", "workflow_uuid"}:
+                query = f"SELECT count(*) FROM {table} WHERE {column} = ? OR {column} LIKE ?"
+                (count,) = connection.execute(query, (run_id, f"{run_id}:%")).fetchone()
+                if count:
+                    counts[table] = count
+    return counts
+
+
+async def test_a_run_that_has_ended_is_forgotten(orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub, database = orchestrator.stub, orchestrator.home / "orchestrator.sqlite"
+    ours = await orchestrator.submit(run_id="mine", numbers=[1, 2], seconds=0.2)
+    status, message = await refused(stub.ForgetRun(pb.ForgetRunRequest(run_id="mine")))
+    assert status == "FAILED_PRECONDITION"
+    assert message.startswith(("run mine is running:", "run mine is queued:"))
+    # Its id begins like the other's; and the result of 2 is needed by both.
+    other = await orchestrator.ended(await orchestrator.submit(run_id="mine2", numbers=[2, 3], seconds=0.2))
+    run = await orchestrator.ended(ours)
+    assert run.state == other.state == pb.RUN_STATE_SUCCEEDED
+    of_other = rows_of(database, "mine2")
+    kept = rows_of(database, "mine")
+    assert kept.keys() >= {"cryofleet_runs", "cryofleet_attempts", "cryofleet_progress", "workflow_status"}
+    manifests = set((orchestrator.home / "store" / "default").glob("*/manifest.json"))
+
+    # Cut off in the middle, it is asked for once more.
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "forget", cut_off)
+        assert (await refused(stub.ForgetRun(pb.ForgetRunRequest(run_id="mine"))))[0] == "INTERNAL"
+    assert (await stub.GetRun(pb.GetRunRequest(run_id="mine"))).run == run
+    await stub.ForgetRun(pb.ForgetRunRequest(run_id="mine"))
+    assert rows_of(database, "mine") == {}
+    assert rows_of(database, "mine2") == of_other
+    for call in (stub.GetRun(pb.GetRunRequest(run_id="mine")), stub.ForgetRun(pb.ForgetRunRequest(run_id="mine"))):
+        assert await refused(call) == ("NOT_FOUND", "there is no run 'mine'")
+    assert [each.id for each in (await stub.ListRuns(pb.ListRunsRequest())).runs] == ["mine2"]
+    assert set((orchestrator.home / "store" / "default").glob("*/manifest.json")) == manifests, "results stay"
+
+    # Another run may have the id.
+    again = await orchestrator.ended(await orchestrator.submit(COUNT, run_id="mine"))
+    assert (again.pipeline, again.attempt, MessageToDict(again.outputs)) == ("count", 1, {"index": 4, "rounds": 4})
+    await stub.ForgetRun(pb.ForgetRunRequest(run_id="mine"))
+    age(orchestrator.home / "store")
+    found = (await stub.CollectGarbage(pb.CollectGarbageRequest(delete=True))).results
+    assert len(found) == 1 + 4, "the result of 1, and the rounds; what the other run has, too, stays"
+    again = await orchestrator.ended(await orchestrator.submit(run_id="mine", numbers=[1, 2], seconds=0.2))
+    assert [(step.tasks_done, step.tasks_cached) for step in again.steps] == [(2, 1), (1, 1), (1, 1)]
+
+
+def cut_off(*_: Any) -> None:
+    raise RuntimeError("cut off")
+
+
+def age(folder: Path) -> None:
+    """Makes all files of a store two hours old."""
+    two_hours_ago = time.time() - 7200
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (two_hours_ago, two_hours_ago))
+
+
+async def test_the_calls_of_a_forgotten_run_have_stopped(orchestrator: Orchestrator) -> None:
+    stub = orchestrator.stub
+    run = await orchestrator.submit(numbers=[1, 2, 3], seconds=30)
+    async for response in stub.WatchRun(pb.WatchRunRequest(run_id=run.id), timeout=60):
+        if response.run.steps[0].fraction > 0:
+            break
+    await stub.CancelRun(pb.CancelRunRequest(run_id=run.id))
+    await stub.ForgetRun(pb.ForgetRunRequest(run_id=run.id))
+    assert rows_of(orchestrator.home / "orchestrator.sqlite", run.id) == {}
+    async with asyncio.timeout(10):
+        while (await stub.GetPools(pb.GetPoolsRequest())).pools[0].instances[0].slots_free < 3:
+            await asyncio.sleep(0.1)
+    # What the trackers of progress still have is not written.
+    await asyncio.sleep(1.2)
+    assert rows_of(orchestrator.home / "orchestrator.sqlite", run.id) == {}
+
+
 COUNT = """
 name: count
 parameters:
@@ -358,9 +445,7 @@ async def test_a_failed_run_does_not_hold_its_results_for_ever(orchestrator: Orc
     assert run.state == pb.RUN_STATE_FAILED
     manifests = list((orchestrator.home / "store" / "default").glob("*/manifest.json"))
     assert len(manifests) == 2
-    two_hours_ago = time.time() - 7200
-    for path in manifests:
-        os.utime(path, (two_hours_ago, two_hours_ago))
+    age(orchestrator.home / "store")
     young = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(older_than_hours=1, delete=True))
     assert not young.results, "the run failed less than an hour ago"
     old = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(delete=True))
@@ -381,6 +466,9 @@ async def test_garbage_is_what_no_run_and_no_pin_needs(orchestrator: Orchestrato
     await orchestrator.stub.PinArtifact(pb.PinArtifactRequest(uri=made[0]))
     fresh = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(older_than_hours=1, delete=True))
     assert not fresh.results, "what is younger stays"
+    fresh = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest(delete=True))
+    assert not fresh.results, "what is just written stays"
+    age(orchestrator.home / "store")
     found = await orchestrator.stub.CollectGarbage(pb.CollectGarbageRequest())
     wanted = {made[1].rpartition("/")[0]: "runtime.SelfTest", checkpoint.rpartition("/")[0]: ""}
     assert {each.uri: each.operation for each in found.results} == wanted

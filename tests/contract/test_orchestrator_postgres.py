@@ -20,6 +20,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from cryofleet.channels import open_channel
+from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
 from orchestrator.engine import make_database
@@ -90,6 +91,18 @@ def test_the_record_of_runs(postgres: str) -> None:
         store.write_units({("r", 2, "s"): '{"path": "s", "total": 4}', ("r", 2, "t"): '{"path": "t"}'})
         assert {name: unit.total for name, unit in store.units("r", 2).items()} == {"s": 4, "t": 0}
         assert store.held(time.time() - 60.0).since == row.created_at, "the second attempt goes on"
+        with pytest.raises(FailedPrecondition, match="run r is queued"):
+            store.forget("r")
+        assert store.run("r") == row, "refused, it has lost nothing"
+        assert store.set_finished("r", 2, "cancelled")
+        store.forget("r")
+        for lost in (store.run, store.attempt, store.forget):
+            with pytest.raises(NotFound):
+                lost("r")
+        with pytest.raises(NotFound):
+            store.next_attempt("r", 2)
+        store.write_units({("r", 2, "s"): '{"path": "s"}', ("q", 1, "s"): '{"path": "s", "total": 1}'})
+        assert store.units("r", 2) == store.units("q", 1) == {}, "nobody would ever delete them"
         store.beat("one")
         assert store.claim_expired("two", ["one"], 60.0) == []
         store.leave("one")

@@ -16,10 +16,12 @@ import pytest
 from minio import Minio
 from moto.server import ThreadedMotoServer
 
+from cryofleet.artifacts import ResultWriter
 from cryofleet.errors import Failure, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from cryofleet.settings import S3Settings, Settings
 from cryofleet.storage import CHUNK_BYTES, S3Store, Store, file_uri
 from cryofleet.storage import s3 as s3_module
+from orchestrator import garbage
 
 PART = 5 * 1024 * 1024  # the least that S3 takes
 
@@ -452,3 +454,18 @@ def test_error_codes(status: bytes, code: bytes, failure: type[Failure]) -> None
         pytest.raises(failure, match="s3://bucket/key"),
     ):
         S3Store(settings).get("s3://bucket/key")
+
+
+def test_garbage_is_collected_in_either_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(garbage, "GRACE_SECONDS", -2.0)  # a server may tell its time in whole seconds
+    made = {}
+    for digit in "123":
+        writer = ResultWriter(store, "default", digit * 64)
+        made[digit] = writer.put("data.bin", b"12345")
+        if digit != "3":
+            writer.commit(operation="io.Upload", version=1, parameters={}, inputs={}, result={}, seconds=0.0)
+    answers = iter([garbage.Held([]), garbage.Held([made["1"]])])
+    found = garbage.collect(store, lambda: next(answers), -2.0, "", delete=True)
+    assert [each.uri for each in found] == [f"{store.root}/default/{digit * 64}" for digit in "23"]
+    assert names(store, store.root) == [f"default/{'1' * 64}/data.bin", f"default/{'1' * 64}/manifest.json"]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from cryofleet.errors import NotFound
 from tests.platform import Platform, running_platform
 
 
@@ -73,6 +78,19 @@ def test_runs_show_logs(platform: Platform) -> None:
     assert "attempt 1 ended as succeeded" in lines[-1]
 
 
+def test_forget(platform: Platform) -> None:
+    run = json.loads(platform.command("run", "self-test", "--json").stdout)["id"]
+    assert platform.json("forget", run) == {"forgotten": run}
+    assert run not in [r["id"] for r in platform.json("runs")]
+    done = platform.command("forget", run)
+    assert (done.returncode, done.stderr.strip()) == (4, f"error: there is no run '{run}'")
+    with platform.client() as client:
+        handle = client.run("self-test").wait()
+        handle.forget()
+        with pytest.raises(NotFound):
+            handle.refresh()
+
+
 def test_estimate_changes_nothing(platform: Platform, scene: dict[str, Any]) -> None:
     before = len(platform.json("runs"))
     done = platform.command("run", "discover", "--tomogram", scene["tomogram"].uri, "--estimate", "--json")
@@ -95,6 +113,9 @@ def test_unknown_pipeline_and_parameter(platform: Platform) -> None:
 def test_gc_is_a_dry_run_unless_told(platform: Platform, tmp_path: Path) -> None:
     (tmp_path / "junk.bin").write_bytes(b"nobody needs this")
     uri = platform.command("put", str(tmp_path / "junk.bin")).stdout.strip()
+    an_hour_ago = time.time() - 3600
+    for path in Path(uri.removeprefix("file://")).parent.iterdir():
+        os.utime(path, (an_hour_ago, an_hour_ago))
     found = platform.json("gc", "--older-than-hours", "0")
     assert any(uri.startswith(g["uri"]) for g in found["results"])
     assert platform.command("get", uri, str(tmp_path / "a")).returncode == 0, "nothing was deleted"

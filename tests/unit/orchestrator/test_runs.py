@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.v1 import orchestrator_pb2 as pb
 from orchestrator.engine import make_database
 from orchestrator.pipeline_reading import load
@@ -143,3 +144,31 @@ def test_the_orchestrator_needs_no_torch_and_no_service() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_forgotten_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = RunStore(make_database(f"sqlite:///{tmp_path}/runs.sqlite"))
+    other = replace(RUN, run_id="other")
+    for run in (RUN, other):
+        assert store.create(run)
+        store.write_units({(run.run_id, 1, "end"): Unit("end", results=[f"file:///store/{run.run_id}"]).to_json()})
+    with pytest.raises(FailedPrecondition, match="run r is queued: only a run that has ended can be forgotten"):
+        store.forget("r")
+    assert store.set_started("r", 1)
+    with pytest.raises(FailedPrecondition, match="run r is running"):
+        store.forget("r")
+    assert store.units("r", 1), "refused, it has lost nothing"
+    assert store.held(0.0).uris == {"file:///store/r", "file:///store/other"}
+    assert store.set_finished("r", 1, "succeeded")
+    store.forget("r")
+    assert [run.run_id for run, _ in store.newest("", 5)] == ["other"]
+    assert store.held(0.0).uris == {"file:///store/other"}
+    with pytest.raises(NotFound):
+        store.next_attempt("r", 1)
+    # As an orchestrator that has not heard of it would.
+    late = {("r", 1, "end"): Unit("end", results=["file:///store/r"]).to_json(), ("other", 1, "item"): '{"path": "i"}'}
+    store.write_units(late)
+    assert store.units("r", 1) == {}
+    assert store.units("other", 1).keys() == {"end", "item"}
+    assert store.create(RUN), "its id can be used once more"
+    assert (store.attempt("r").state, store.units("r", 1)) == ("queued", {})
