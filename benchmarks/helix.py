@@ -33,8 +33,10 @@ from cryofleet.numerics.fsc import fsc, resolution
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.masks import soft_sphere
 from cryofleet.numerics.transfer import wedge_transfer
+from services.alignment import faml
 from services.alignment.align import Search
 from services.alignment.average import average
+from services.alignment.faml import Particles, random_halves
 from services.alignment.helical import (
     Candidate,
     Cylinder,
@@ -48,6 +50,7 @@ from services.alignment.helical import (
     symmetrise,
     upright,
 )
+from services.alignment.likelihood_model import Task
 
 BOX, VOXEL = 64, 5.4
 WEDGE = (-60.0, 60.0)
@@ -59,6 +62,8 @@ DEVIATION = 6.5
 COMPARED_ANGSTROM = 20.0
 """Rotations are compared up to here: noise of more detail would be most of what differs."""
 FILAMENT = Cylinder(outer_radius_angstrom=100.0)
+DIAMETER = 0.8 * BOX * VOXEL
+"""Of the sphere that FAML averages: a filament has no end in the box."""
 FIRST_RISES, FIRST_TWISTS = (1.2, 3.0), (15.0, 50.0)
 """Where the helix is looked for in an average: around the turns that are seen."""
 
@@ -131,7 +136,15 @@ def fast_alignment(data: Segments, iterations: int) -> Volume:
     return average(data.read, len(data), search, iterations=iterations).average
 
 
-METHODS: dict[str, Average] = {"FA": fast_alignment}
+def likelihood(data: Segments, iterations: int) -> Volume:
+    """FAML of one class."""
+    search = Search(BOX, VOXEL, wedge_transfer(BOX, *WEDGE), low_pass_angstrom=3 * VOXEL)
+    particles = Particles(data.read, np.arange(len(data)), random_halves(len(data), 0))
+    volume: Volume = faml.faml(Task(search, DIAMETER), particles, iterations=iterations).volumes[0]
+    return volume
+
+
+METHODS: dict[str, Average] = {"FA": fast_alignment, "FAML": likelihood}
 
 
 def at_true_poses(data: Segments) -> Volume:

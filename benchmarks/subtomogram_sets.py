@@ -8,6 +8,7 @@ whole box, after the mean over each sphere about the centre is taken away from b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import scipy.optimize
@@ -64,6 +65,7 @@ class Set:
         return len(self.boxes)
 
 
+@cache
 def structure(name: str, voxel_size_angstrom: float) -> tuple[Density, Rotation]:
     """A structure's density, and the rotation that lays its symmetry axes along the frame's: x' = Q x."""
     file, group = STRUCTURES[name]

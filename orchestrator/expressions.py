@@ -97,26 +97,37 @@ def references(expression: Expression) -> Iterator[Reference]:
 
 
 def evaluate(expression: Expression, look_up: Callable[[Reference], Any], keep_places: bool = False) -> Any:
-    """The expression's value. What refers to a value that was left out (None) is left out of lists and mappings too.
+    """The expression's value, as a field takes it. What refers to a value that was left out (None) is left out of
+    lists and mappings too, and a list of lists is one list: those of its items, one behind the other.
 
-    With `keep_places` a list keeps None where a value was left out, so that the others stay where they were.
+    With `keep_places` a list stays what it is, with None where a value was left out, so that the others stay where they
+    were.
     """
     if isinstance(expression, Reference):
         value = look_up(expression)
-        return value if keep_places else _without_none(value)
+        return value if keep_places else _joined(value)
     if isinstance(expression, Template):
         return "".join(part if isinstance(part, str) else _as_text(look_up(part)) for part in expression.parts)
     if isinstance(expression, list):
         items = [evaluate(item, look_up, keep_places) for item in expression]
-        return items if keep_places else _without_none(items)
+        return items if keep_places else _joined(items)
     if isinstance(expression, dict):
         values = {key: evaluate(item, look_up, keep_places) for key, item in expression.items()}
         return {key: value for key, value in values.items() if value is not None}
     return expression
 
 
-def _without_none(value: Any) -> Any:
-    return [item for item in value if item is not None] if isinstance(value, list) else value
+def _joined(value: Any) -> Any:
+    """A list without what was left out, and without lists in it."""
+    return list(_items(value)) if isinstance(value, list) else value
+
+
+def _items(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _items(value)
+        elif value is not None:
+            yield value
 
 
 def _as_text(value: Any) -> str:

@@ -292,7 +292,7 @@ class _Checker:
             found = self._type_of(expression, scope, path, label)
             if found is None:
                 return
-            if not _fits(found, wanted):
+            if not _fits(_as_a_field_takes_it(found), wanted):
                 self._problem(path, f"{label} takes {wanted}; {expression} is {found}")
             elif found.optional and parameter.required and not scope.has(expression):
                 self._problem(
@@ -429,6 +429,11 @@ def _continues(following: ValueType, first: ValueType) -> bool:
     if first.kind == "any":
         return following.kind == "any" or following.depth >= first.depth
     return _fits(following, first)
+
+
+def _as_a_field_takes_it(found: ValueType) -> ValueType:
+    """A list of lists is one list to a field."""
+    return replace(found, depth=min(found.depth, 1))
 
 
 def _fits(found: ValueType, wanted: ValueType) -> bool:

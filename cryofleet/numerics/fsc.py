@@ -104,9 +104,6 @@ def resolution(
 
 RANDOMISED_BELOW = 0.8
 """Phases are randomised from the first shell on where the unmasked FSC lies below this."""
-_UNTOUCHED_SHELLS = 2
-"""So many shells from the first randomised one on, the masked FSC is taken as it is: the mask mixes neighbouring
-shells, and phases that were kept would count as the mask's doing."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,9 @@ def corrected_fsc(
 
     A mask convolves the transform, so it carries what the halves have in common at low resolution, its own edge above
     all, into shells where they have nothing in common. How much is measured on the halves with random phases beyond
-    some frequency: corrected = (masked - randomised) / (1 - randomised) from two shells beyond it, masked before.
+    some frequency: corrected = (masked - randomised) / (1 - randomised) from there on, masked before.
+    The first shells are corrected too: it is there that a mask spills most of what the halves have in common, and where
+    they agree indeed, as smoothly falling curves do, the correction takes little (some programs leave two shells out).
 
     The masked FSC has a sampling error, and so has the randomised one. The second is averaged over `realisations` of
     the phases: with m of them the error of the corrected FSC of noise is sqrt(1 + 1/m) times that of the masked FSC,
@@ -205,8 +204,7 @@ def corrected_fsc(
             noisy = [scipy.fft.irfftn(_with_random_phases(s, chosen, n, rng), s=first.shape) * mask for s in spectra]
             curves.append(_correlation(scipy.fft.rfftn(noisy[0]), scipy.fft.rfftn(noisy[1]), n)[1])
         randomised = np.mean(curves, axis=0)
-        # Before the first shell nothing but the mean is kept, so all that is there is the mask's.
-        applied = np.arange(shells + 1) >= (start + _UNTOUCHED_SHELLS if start > 1 else 1)
+        applied = np.arange(shells + 1) >= start
         left = np.maximum(1 - randomised, 1e-6)
         corrected = np.where(applied, np.clip((masked - randomised) / left, -1.0, 1.0), masked)
     return CorrectedFsc(

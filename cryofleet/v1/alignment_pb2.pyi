@@ -2300,6 +2300,8 @@ class ReassignRequest(_message.Message):
     WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
     WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
     CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    SUMS_URI_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     particles_uri: _builtins.str
     low_pass_angstrom: _builtins.float
@@ -2313,6 +2315,8 @@ class ReassignRequest(_message.Message):
     weight_by_ctf: _builtins.bool
     weight_by_dose: _builtins.bool
     ctf_correction: _common_pb2.CtfCorrection.ValueType
+    sums_uri: _builtins.str
+    symmetry: _builtins.str
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -2338,10 +2342,12 @@ class ReassignRequest(_message.Message):
         weight_by_ctf: _builtins.bool | None = ...,
         weight_by_dose: _builtins.bool | None = ...,
         ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        sums_uri: _builtins.str = ...,
+        symmetry: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "average_uris", b"average_uris", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_make_averages", b"_make_averages", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "average_uris", b"average_uris", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "make_averages", b"make_averages", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "sums_uri", b"sums_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
     _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
@@ -2357,6 +2363,8 @@ class ReassignRequest(_message.Message):
     _WhichOneofArgType__max_candidates: _TypeAlias = _typing.Literal["_max_candidates", b"_max_candidates"]  # noqa: Y015
     _WhichOneofReturnType__max_shift_voxels: _TypeAlias = _typing.Literal["max_shift_voxels"]  # noqa: Y015
     _WhichOneofArgType__max_shift_voxels: _TypeAlias = _typing.Literal["_max_shift_voxels", b"_max_shift_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
     _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
     _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
     _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
@@ -2375,6 +2383,8 @@ class ReassignRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_candidates) -> _WhichOneofReturnType__max_candidates | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shift_voxels) -> _WhichOneofReturnType__max_shift_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
     @_typing.overload
@@ -2460,6 +2470,460 @@ class ReassignResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ReassignResponse: _TypeAlias = ReassignResponse  # noqa: Y015
+
+@_typing.final
+class DivideParticlesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MIN_PARTICLES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    min_particles: _builtins.int
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        min_particles: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_particles", b"_min_particles", "_seed", b"_seed", "context", b"context", "min_particles", b"min_particles", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_particles", b"_min_particles", "_seed", b"_seed", "context", b"context", "min_particles", b"min_particles", "particles_uri", b"particles_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_particles: _TypeAlias = _typing.Literal["min_particles"]  # noqa: Y015
+    _WhichOneofArgType__min_particles: _TypeAlias = _typing.Literal["_min_particles", b"_min_particles"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_particles) -> _WhichOneofReturnType__min_particles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___DivideParticlesRequest: _TypeAlias = DivideParticlesRequest  # noqa: Y015
+
+@_typing.final
+class DivideParticlesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    CLUSTER_URIS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    count: _builtins.int
+    @_builtins.property
+    def cluster_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        cluster_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uris", b"cluster_uris", "count", b"count", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DivideParticlesResult: _TypeAlias = DivideParticlesResult  # noqa: Y015
+
+@_typing.final
+class DivideParticlesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DivideParticlesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DivideParticlesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DivideParticlesResponse: _TypeAlias = DivideParticlesResponse  # noqa: Y015
+
+@_typing.final
+class SettleClassesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URIS_FIELD_NUMBER: _builtins.int
+    BEFORE_URI_FIELD_NUMBER: _builtins.int
+    CLASS_PER_TABLE_FIELD_NUMBER: _builtins.int
+    MIN_PARTICLES_FIELD_NUMBER: _builtins.int
+    MAX_CHANGED_FIELD_NUMBER: _builtins.int
+    before_uri: _builtins.str
+    class_per_table: _builtins.bool
+    min_particles: _builtins.int
+    max_changed: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uris: _abc.Iterable[_builtins.str] | None = ...,
+        before_uri: _builtins.str = ...,
+        class_per_table: _builtins.bool | None = ...,
+        min_particles: _builtins.int | None = ...,
+        max_changed: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_class_per_table", b"_class_per_table", "_max_changed", b"_max_changed", "_min_particles", b"_min_particles", "class_per_table", b"class_per_table", "context", b"context", "max_changed", b"max_changed", "min_particles", b"min_particles"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_class_per_table", b"_class_per_table", "_max_changed", b"_max_changed", "_min_particles", b"_min_particles", "before_uri", b"before_uri", "class_per_table", b"class_per_table", "context", b"context", "max_changed", b"max_changed", "min_particles", b"min_particles", "particles_uris", b"particles_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__class_per_table: _TypeAlias = _typing.Literal["class_per_table"]  # noqa: Y015
+    _WhichOneofArgType__class_per_table: _TypeAlias = _typing.Literal["_class_per_table", b"_class_per_table"]  # noqa: Y015
+    _WhichOneofReturnType__max_changed: _TypeAlias = _typing.Literal["max_changed"]  # noqa: Y015
+    _WhichOneofArgType__max_changed: _TypeAlias = _typing.Literal["_max_changed", b"_max_changed"]  # noqa: Y015
+    _WhichOneofReturnType__min_particles: _TypeAlias = _typing.Literal["min_particles"]  # noqa: Y015
+    _WhichOneofArgType__min_particles: _TypeAlias = _typing.Literal["_min_particles", b"_min_particles"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__class_per_table) -> _WhichOneofReturnType__class_per_table | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_changed) -> _WhichOneofReturnType__max_changed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_particles) -> _WhichOneofReturnType__min_particles | None: ...
+
+Global___SettleClassesRequest: _TypeAlias = SettleClassesRequest  # noqa: Y015
+
+@_typing.final
+class SettleClassesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    CLASS_PARTICLES_URIS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    DISSOLVED_FIELD_NUMBER: _builtins.int
+    UNASSIGNED_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    STABLE_FIELD_NUMBER: _builtins.int
+    TABLE_URI_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    classes: _builtins.int
+    dissolved: _builtins.int
+    unassigned: _builtins.int
+    changed: _builtins.int
+    stable: _builtins.bool
+    table_uri: _builtins.str
+    @_builtins.property
+    def class_particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        class_particles_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        classes: _builtins.int = ...,
+        dissolved: _builtins.int = ...,
+        unassigned: _builtins.int = ...,
+        changed: _builtins.int = ...,
+        stable: _builtins.bool = ...,
+        table_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "class_particles_uris", b"class_particles_uris", "classes", b"classes", "dissolved", b"dissolved", "particles_uri", b"particles_uri", "sizes", b"sizes", "stable", b"stable", "table_uri", b"table_uri", "unassigned", b"unassigned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleClassesResult: _TypeAlias = SettleClassesResult  # noqa: Y015
+
+@_typing.final
+class SettleClassesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SettleClassesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SettleClassesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SettleClassesResponse: _TypeAlias = SettleClassesResponse  # noqa: Y015
+
+@_typing.final
+class SumClassesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    SYMMETRY_FIELD_NUMBER: _builtins.int
+    WEDGE_URI_FIELD_NUMBER: _builtins.int
+    TILTS_URI_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
+    WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
+    CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    symmetry: _builtins.str
+    wedge_uri: _builtins.str
+    tilts_uri: _builtins.str
+    weight_by_ctf: _builtins.bool
+    weight_by_dose: _builtins.bool
+    ctf_correction: _common_pb2.CtfCorrection.ValueType
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def rows(self) -> _common_pb2.RowRange: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        rows: _common_pb2.RowRange | None = ...,
+        symmetry: _builtins.str | None = ...,
+        wedge_uri: _builtins.str = ...,
+        tilts_uri: _builtins.str = ...,
+        weight_by_ctf: _builtins.bool | None = ...,
+        weight_by_dose: _builtins.bool | None = ...,
+        ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "rows", b"rows", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "particles_uri", b"particles_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
+    _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__symmetry: _TypeAlias = _typing.Literal["symmetry"]  # noqa: Y015
+    _WhichOneofArgType__symmetry: _TypeAlias = _typing.Literal["_symmetry", b"_symmetry"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_ctf: _TypeAlias = _typing.Literal["weight_by_ctf"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_ctf: _TypeAlias = _typing.Literal["_weight_by_ctf", b"_weight_by_ctf"]  # noqa: Y015
+    _WhichOneofReturnType__weight_by_dose: _TypeAlias = _typing.Literal["weight_by_dose"]  # noqa: Y015
+    _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__symmetry) -> _WhichOneofReturnType__symmetry | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_ctf) -> _WhichOneofReturnType__weight_by_ctf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_by_dose) -> _WhichOneofReturnType__weight_by_dose | None: ...
+
+Global___SumClassesRequest: _TypeAlias = SumClassesRequest  # noqa: Y015
+
+@_typing.final
+class SumClassesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    sums_uri: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        sums_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "sums_uri", b"sums_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumClassesResult: _TypeAlias = SumClassesResult  # noqa: Y015
+
+@_typing.final
+class SumClassesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SumClassesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SumClassesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SumClassesResponse: _TypeAlias = SumClassesResponse  # noqa: Y015
+
+@_typing.final
+class AverageClassesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUMS_URIS_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    particle_diameter_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def sums_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        sums_uris: _abc.Iterable[_builtins.str] | None = ...,
+        particle_diameter_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "context", b"context", "particle_diameter_angstrom", b"particle_diameter_angstrom"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "context", b"context", "particle_diameter_angstrom", b"particle_diameter_angstrom", "sums_uris", b"sums_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__particle_diameter_angstrom) -> _WhichOneofReturnType__particle_diameter_angstrom | None: ...
+
+Global___AverageClassesRequest: _TypeAlias = AverageClassesRequest  # noqa: Y015
+
+@_typing.final
+class AverageClassesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_URI_FIELD_NUMBER: _builtins.int
+    AVERAGE_URIS_FIELD_NUMBER: _builtins.int
+    HALF1_URIS_FIELD_NUMBER: _builtins.int
+    HALF2_URIS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    FSC_URIS_FIELD_NUMBER: _builtins.int
+    RESOLUTIONS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    sums_uri: _builtins.str
+    @_builtins.property
+    def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half1_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def half2_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def fsc_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def resolutions_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        sums_uri: _builtins.str = ...,
+        average_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half1_uris: _abc.Iterable[_builtins.str] | None = ...,
+        half2_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        fsc_uris: _abc.Iterable[_builtins.str] | None = ...,
+        resolutions_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "fsc_uris", b"fsc_uris", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "resolutions_angstrom", b"resolutions_angstrom", "sizes", b"sizes", "sums_uri", b"sums_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AverageClassesResult: _TypeAlias = AverageClassesResult  # noqa: Y015
+
+@_typing.final
+class AverageClassesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AverageClassesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AverageClassesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AverageClassesResponse: _TypeAlias = AverageClassesResponse  # noqa: Y015
 
 @_typing.final
 class MergeAveragesRequest(_message.Message):
@@ -2996,10 +3460,12 @@ class FamlFinishResult(_message.Message):
     HISTORY_URI_FIELD_NUMBER: _builtins.int
     CONVERGED_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    JOINED_ANGSTROM_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     history_uri: _builtins.str
     converged: _builtins.bool
     count: _builtins.int
+    joined_angstrom: _builtins.float
     @_builtins.property
     def average_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -3028,10 +3494,11 @@ class FamlFinishResult(_message.Message):
         history_uri: _builtins.str = ...,
         converged: _builtins.bool = ...,
         count: _builtins.int = ...,
+        joined_angstrom: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "class_particles_uris", b"class_particles_uris", "class_sizes", b"class_sizes", "converged", b"converged", "count", b"count", "fsc_uris", b"fsc_uris", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "history_uri", b"history_uri", "particles_uri", b"particles_uri", "resolutions_angstrom", b"resolutions_angstrom"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_uris", b"average_uris", "class_particles_uris", b"class_particles_uris", "class_sizes", b"class_sizes", "converged", b"converged", "count", b"count", "fsc_uris", b"fsc_uris", "half1_uris", b"half1_uris", "half2_uris", b"half2_uris", "history_uri", b"history_uri", "joined_angstrom", b"joined_angstrom", "particles_uri", b"particles_uri", "resolutions_angstrom", b"resolutions_angstrom"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -129,6 +129,26 @@ class AlignmentServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.FromString,
                 _registered_method=True)
+        self.DivideParticles = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/DivideParticles',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesResponse.FromString,
+                _registered_method=True)
+        self.SettleClasses = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/SettleClasses',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.SettleClassesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SettleClassesResponse.FromString,
+                _registered_method=True)
+        self.SumClasses = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/SumClasses',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.SumClassesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SumClassesResponse.FromString,
+                _registered_method=True)
+        self.AverageClasses = channel.unary_stream(
+                '/cryofleet.v1.AlignmentService/AverageClasses',
+                request_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageClassesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageClassesResponse.FromString,
+                _registered_method=True)
         self.MergeAverages = channel.unary_stream(
                 '/cryofleet.v1.AlignmentService/MergeAverages',
                 request_serializer=cryofleet_dot_v1_dot_alignment__pb2.MergeAveragesRequest.SerializeToString,
@@ -253,6 +273,30 @@ class AlignmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DivideParticles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleClasses(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SumClasses(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AverageClasses(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MergeAverages(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -356,6 +400,26 @@ def add_AlignmentServiceServicer_to_server(servicer, server):
                     servicer.Reassign,
                     request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.SerializeToString,
+            ),
+            'DivideParticles': grpc.unary_stream_rpc_method_handler(
+                    servicer.DivideParticles,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesResponse.SerializeToString,
+            ),
+            'SettleClasses': grpc.unary_stream_rpc_method_handler(
+                    servicer.SettleClasses,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SettleClassesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.SettleClassesResponse.SerializeToString,
+            ),
+            'SumClasses': grpc.unary_stream_rpc_method_handler(
+                    servicer.SumClasses,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.SumClassesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.SumClassesResponse.SerializeToString,
+            ),
+            'AverageClasses': grpc.unary_stream_rpc_method_handler(
+                    servicer.AverageClasses,
+                    request_deserializer=cryofleet_dot_v1_dot_alignment__pb2.AverageClassesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_alignment__pb2.AverageClassesResponse.SerializeToString,
             ),
             'MergeAverages': grpc.unary_stream_rpc_method_handler(
                     servicer.MergeAverages,
@@ -876,6 +940,114 @@ class AlignmentService:
             '/cryofleet.v1.AlignmentService/Reassign',
             cryofleet_dot_v1_dot_alignment__pb2.ReassignRequest.SerializeToString,
             cryofleet_dot_v1_dot_alignment__pb2.ReassignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DivideParticles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/DivideParticles',
+            cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.DivideParticlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/SettleClasses',
+            cryofleet_dot_v1_dot_alignment__pb2.SettleClassesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.SettleClassesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SumClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/SumClasses',
+            cryofleet_dot_v1_dot_alignment__pb2.SumClassesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.SumClassesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AverageClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.AlignmentService/AverageClasses',
+            cryofleet_dot_v1_dot_alignment__pb2.AverageClassesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_alignment__pb2.AverageClassesResponse.FromString,
             options,
             channel_credentials,
             insecure,

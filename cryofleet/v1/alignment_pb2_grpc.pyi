@@ -50,6 +50,10 @@ class AlignmentServiceStub:
     MakeMask: _grpc.UnaryStreamMultiCallable[_alignment_pb2.MakeMaskRequest, _alignment_pb2.MakeMaskResponse]
     Classify: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ClassifyRequest, _alignment_pb2.ClassifyResponse]
     Reassign: _grpc.UnaryStreamMultiCallable[_alignment_pb2.ReassignRequest, _alignment_pb2.ReassignResponse]
+    DivideParticles: _grpc.UnaryStreamMultiCallable[_alignment_pb2.DivideParticlesRequest, _alignment_pb2.DivideParticlesResponse]
+    SettleClasses: _grpc.UnaryStreamMultiCallable[_alignment_pb2.SettleClassesRequest, _alignment_pb2.SettleClassesResponse]
+    SumClasses: _grpc.UnaryStreamMultiCallable[_alignment_pb2.SumClassesRequest, _alignment_pb2.SumClassesResponse]
+    AverageClasses: _grpc.UnaryStreamMultiCallable[_alignment_pb2.AverageClassesRequest, _alignment_pb2.AverageClassesResponse]
     MergeAverages: _grpc.UnaryStreamMultiCallable[_alignment_pb2.MergeAveragesRequest, _alignment_pb2.MergeAveragesResponse]
 
 @_typing.type_check_only
@@ -74,6 +78,10 @@ class AlignmentServiceAsyncStub(AlignmentServiceStub):
     MakeMask: _aio.UnaryStreamMultiCallable[_alignment_pb2.MakeMaskRequest, _alignment_pb2.MakeMaskResponse]  # type: ignore[assignment]
     Classify: _aio.UnaryStreamMultiCallable[_alignment_pb2.ClassifyRequest, _alignment_pb2.ClassifyResponse]  # type: ignore[assignment]
     Reassign: _aio.UnaryStreamMultiCallable[_alignment_pb2.ReassignRequest, _alignment_pb2.ReassignResponse]  # type: ignore[assignment]
+    DivideParticles: _aio.UnaryStreamMultiCallable[_alignment_pb2.DivideParticlesRequest, _alignment_pb2.DivideParticlesResponse]  # type: ignore[assignment]
+    SettleClasses: _aio.UnaryStreamMultiCallable[_alignment_pb2.SettleClassesRequest, _alignment_pb2.SettleClassesResponse]  # type: ignore[assignment]
+    SumClasses: _aio.UnaryStreamMultiCallable[_alignment_pb2.SumClassesRequest, _alignment_pb2.SumClassesResponse]  # type: ignore[assignment]
+    AverageClasses: _aio.UnaryStreamMultiCallable[_alignment_pb2.AverageClassesRequest, _alignment_pb2.AverageClassesResponse]  # type: ignore[assignment]
     MergeAverages: _aio.UnaryStreamMultiCallable[_alignment_pb2.MergeAveragesRequest, _alignment_pb2.MergeAveragesResponse]  # type: ignore[assignment]
 
 class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -209,6 +217,34 @@ class AlignmentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _alignment_pb2.ReassignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_alignment_pb2.ReassignResponse], _abc.AsyncIterator[_alignment_pb2.ReassignResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DivideParticles(
+        self,
+        request: _alignment_pb2.DivideParticlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.DivideParticlesResponse], _abc.AsyncIterator[_alignment_pb2.DivideParticlesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SettleClasses(
+        self,
+        request: _alignment_pb2.SettleClassesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.SettleClassesResponse], _abc.AsyncIterator[_alignment_pb2.SettleClassesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SumClasses(
+        self,
+        request: _alignment_pb2.SumClassesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.SumClassesResponse], _abc.AsyncIterator[_alignment_pb2.SumClassesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AverageClasses(
+        self,
+        request: _alignment_pb2.AverageClassesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_alignment_pb2.AverageClassesResponse], _abc.AsyncIterator[_alignment_pb2.AverageClassesResponse]]: ...
 
     @_abc_1.abstractmethod
     def MergeAverages(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
 from services.alignment.band import Band, cycles_per_box, rotation_matrices
 from services.alignment.refinement import Refined, refine
+from services.alignment.reliability import band_cycles, edge_voxels, particle_sphere, weights
 from services.alignment.rotational_matching import MagnitudeModel, RotationalMatcher
 from services.alignment.translation import ShiftSearch
 
@@ -52,10 +53,12 @@ class Search:
     """What is compared, and how widely it is looked.
 
     Resolutions in Å; `None` stands for the coarsest or finest sensible: the box, and twice the Nyquist limit (four
-    voxels). `transfer` is what imaging left of each component, on the half grid (n, n, n // 2 + 1) of `rfftn`: a wedge
-    mask, or CTF and dose (`cryofleet.numerics.transfer`); None where nothing is missing. `symmetry` is the reference's
-    point group, its main axis along z: of rotations that look alike only one is a candidate. `max_angle_degrees` and
-    `max_shift_voxels` are counted from the pose that a particle starts from where it has one.
+    voxels), but what the reference is found to tell in `align`. `transfer` is what imaging left of each component, on
+    the half grid (n, n, n // 2 + 1) of `rfftn`: a wedge mask, or CTF and dose (`cryofleet.numerics.transfer`); None
+    where nothing is missing. `reference_transfer` is that of the reference, where it is itself a subtomogram or an
+    average that lacks components. `symmetry` is the reference's point group, its main axis along z: of rotations that
+    look alike only one is a candidate. `max_angle_degrees` and `max_shift_voxels` are counted from the pose that a
+    particle starts from where it has one.
     """
 
     box_size: int
@@ -67,6 +70,7 @@ class Search:
     max_shift_voxels: float | None = None
     max_angle_degrees: float | None = None
     symmetry: str = "C1"
+    reference_transfer: NDArray[np.float32] | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Raise InvalidArgument where a value can't work."""
@@ -74,8 +78,9 @@ class Search:
             raise InvalidArgument(f"boxes of {self.box_size} voxels are too small to align: at least 8 are needed")
         if not self.voxel_size_angstrom > 0:
             raise InvalidArgument(f"voxel_size_angstrom {self.voxel_size_angstrom:g}: must be positive")
-        if self.transfer is not None:
-            check_transfer(self.transfer, self.box_size)
+        for transfer in (self.transfer, self.reference_transfer):
+            if transfer is not None:
+                check_transfer(transfer, self.box_size)
         point_group(self.symmetry)
         if self.low_pass_angstrom is not None and self.k_max < 2:
             limit = self.box_size * self.voxel_size_angstrom / 2
@@ -138,9 +143,18 @@ def check_transfer(transfer: NDArray[np.float32], box_size: int) -> None:
 
 
 class Aligner:
-    """All tables of one search on one device; cheap to keep, safe to share between threads."""
+    """All tables of one search on one device; cheap to keep, safe to share between threads.
 
-    def __init__(self, search: Search, device: str = "cpu", deviation: NDArray[np.float64] | None = None) -> None:
+    `deviation` is the noise's by shell, as `Band` has it; `reach_voxels` how far from its centre the reference gets.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        device: str = "cpu",
+        deviation: NDArray[np.float64] | None = None,
+        reach_voxels: float | None = None,
+    ) -> None:
         search.check()
         self.search = search
         self.device = device
@@ -149,9 +163,11 @@ class Aligner:
         self.fine = Band(n, search.k_min, search.k_max, search.transfer, device, deviation)
         self.coarse = Band(n, search.k_min, k_coarse, search.transfer, device, deviation)
         group = torch.from_numpy(np.atleast_2d(point_group(search.symmetry).as_quat())).float().to(device)
-        self._matcher = RotationalMatcher(self.coarse, group)
+        self._matcher = RotationalMatcher(self.coarse, group, search.reference_transfer)
         self._shifts = ShiftSearch(self.coarse, search.shift_limit)
-        mask = soft_sphere(n, 0.5 * n - max(2.0, n / 16), max(2.0, n / 16))
+        edge = edge_voxels(n)
+        seen = n / 2 - edge if reach_voxels is None else min(n / 2 - edge, reach_voxels + search.shift_limit)
+        mask = soft_sphere(n, seen, edge)
         self._mask = torch.from_numpy(mask).to(device)
 
     def references(self, volumes: torch.Tensor) -> References:
@@ -161,7 +177,7 @@ class Aligner:
         fine = (
             coarse
             if self.fine.k_max <= k_coarse
-            else SpectrumTable(volumes, self.fine.k_max, _oversampling(self.fine.k_max))
+            else SpectrumTable(volumes, self.fine.k_max, oversampling(self.fine.k_max))
         )
         return References(coarse, fine, self._matcher.model(coarse))
 
@@ -201,6 +217,8 @@ class Aligner:
         (batch, 4) and shifts (batch, 3).
         """
         quaternions, found = self.candidates(particles, references, None if start is None else start[0])
+        limit = self.search.max_angle_degrees
+        around = None if start is None or limit is None else (start[0], limit)
         spectra = centred_rfft(particles)
         if start is None:
             return self._align(self.coarse.of(spectra), self.fine.of(spectra), references, quaternions, found)
@@ -210,6 +228,7 @@ class Aligner:
             references,
             quaternions,
             found,
+            around,
         )
         return Refined(result.quaternions, result.shifts + start[1], result.scores)
 
@@ -220,6 +239,7 @@ class Aligner:
         references: References,
         quaternions: torch.Tensor,
         found: torch.Tensor,
+        around: tuple[torch.Tensor, float] | None = None,
     ) -> Refined:
         shifts, scores = self._best_shifts(coarse, references, quaternions)
         scores = torch.where(found, scores, -torch.inf)
@@ -228,10 +248,17 @@ class Aligner:
         shifts = torch.take_along_dim(shifts, top, dim=1)
         found = torch.take_along_dim(found, top[..., 0], dim=1)
         limit = self.search.shift_limit
-        result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4)
-        return self._finish(fine, references, result, found)
+        result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4, around)
+        return self._finish(fine, references, result, found, around)
 
-    def _finish(self, fine: torch.Tensor, references: References, poses: Refined, found: torch.Tensor) -> Refined:
+    def _finish(
+        self,
+        fine: torch.Tensor,
+        references: References,
+        poses: Refined,
+        found: torch.Tensor,
+        around: tuple[torch.Tensor, float] | None,
+    ) -> Refined:
         scores = torch.where(found, poses.scores, -torch.inf)
         top = torch.topk(scores, min(REFINED_FINELY, scores.shape[1]), dim=1).indices[..., None]
         result = refine(
@@ -242,6 +269,7 @@ class Aligner:
             torch.take_along_dim(poses.shifts, top, dim=1),
             self.search.shift_limit,
             6,
+            around,
         )
         best = result.scores.argmax(dim=1)[:, None]
         return Refined(
@@ -265,7 +293,7 @@ def prepare_reference(reference: NDArray[np.float32], mask: NDArray[np.float32] 
         raise InvalidArgument("the reference is constant: there is nothing to align to")
     n = reference.shape[0]
     outside = radius_grid(n) >= n / 2
-    edge = max(2.0, n / 16)
+    edge = edge_voxels(n)
     if mask is None:
         mask = soft_sphere(n, n / 2 - edge, edge)
     else:
@@ -307,7 +335,7 @@ def standardise(particles: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray((particles - mean) / deviation, dtype=np.float32)
 
 
-def _oversampling(k_max: float) -> int:
+def oversampling(k_max: float) -> int:
     """Of the table for the final refinement: fourfold, less where that would outgrow the caches by far."""
     return 4 if k_max <= 16 else 3
 
@@ -320,7 +348,7 @@ def batch_size(box_size: int, k_max: float, device: str, references: int = 1) ->
     if references == 1:
         return largest
     room = (64 << 20) if device == "cpu" else (4 << 30)
-    return max(1, min(largest, room // SpectrumTable.bytes_for(k_max, _oversampling(k_max))))
+    return max(1, min(largest, room // SpectrumTable.bytes_for(k_max, oversampling(k_max))))
 
 
 def _one_thread() -> None:
@@ -381,7 +409,9 @@ def align(
 
     `read(first, count)` gives boxes of `search.box_size`; they are read batch by batch, so memory does not grow with
     their number. `start` are poses that the search's ranges are counted from, `mask` `[z, y, x]` what counts of the
-    reference, `names` the particles' ids, for messages.
+    reference, else the sphere in which it stands out of its noise; `names` the particles' ids, for messages. Shells
+    count as far as the reference can be believed there (`reliability`), and without a low-pass the band reaches as far
+    as it tells of rotations.
 
     Raises InvalidArgument for a search that can't work, a reference of another box, or a particle that is constant or
     not finite.
@@ -394,10 +424,9 @@ def align(
     if start is not None and len(start.shifts) != count:
         raise InvalidArgument(f"there are starting poses of {len(start.shifts)} particles, but {count} particles")
     ids = np.arange(count) if names is None else names
-    aligner = Aligner(search, device)
-    prepared = torch.from_numpy(prepare_reference(reference, mask)).to(device)
+    aligner, prepared = _believed(reference, search, mask, device)
     references = aligner.references(prepared[None])
-    size = batch_size(search.box_size, search.k_max, device)
+    size = batch_size(search.box_size, aligner.search.k_max, device)
 
     def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
         for first in range(0, count, size):
@@ -422,6 +451,23 @@ def align(
     return gather(results)
 
 
+def _believed(
+    reference: NDArray[np.float32], search: Search, mask: NDArray[np.float32] | None, device: str
+) -> tuple[Aligner, torch.Tensor]:
+    """What aligns to a reference, as far as it can be believed, and the reference made ready for that."""
+    n = search.box_size
+    sphere = particle_sphere(reference)
+    if mask is None and sphere is not None:
+        mask = sphere.mask(n, edge_voxels(n))
+    prepared = prepare_reference(reference, mask)
+    believed = weights(reference, sphere)
+    if search.low_pass_angstrom is None:
+        cycles = max(band_cycles(prepared, believed), search.k_min + 1)
+        search = replace(search, low_pass_angstrom=n * search.voxel_size_angstrom / cycles)
+    reach = None if mask is None else float(radius_grid(n)[mask > 0].max())
+    return Aligner(search, device, believed**-0.5, reach), torch.from_numpy(prepared).to(device)
+
+
 def gather(results: list[Refined]) -> Poses:
     """The poses of consecutive batches as one table in double precision."""
     quaternions = torch.cat([r.quaternions for r in results]).cpu().double().numpy()
@@ -435,12 +481,12 @@ def gather(results: list[Refined]) -> Poses:
 def search_exhaustively(
     particle: NDArray[np.float32], reference: NDArray[np.float32], search: Search, rotations: Rotation
 ) -> Poses:
-    """The slow check: the constrained correlation at every one of `rotations`, each with its best shift; the best
-    one, unrefined.
+    """The slow check: the correlation that `align` maximises at every one of `rotations`, each with its best shift; the
+    best one, unrefined.
     """
-    aligner = Aligner(search)
+    aligner, prepared = _believed(reference, search, None, "cpu")
     band = aligner.fine
-    table = SpectrumTable(torch.from_numpy(prepare_reference(reference))[None], band.k_max)
+    table = SpectrumTable(prepared[None], band.k_max)
     data = band.of(centred_rfft(torch.from_numpy(standardise(particle[None]))))
     shifts = ShiftSearch(band, search.shift_limit)
     scores, places = [], []
@@ -465,7 +511,7 @@ def memory_bytes(search: Search, threads: int, references: bool = False) -> int:
     averaging.
     """
     k_max = search.k_max
-    table = SpectrumTable.bytes_for(k_max, _oversampling(k_max))
+    table = SpectrumTable.bytes_for(k_max, oversampling(k_max))
     table += SpectrumTable.bytes_for(min(k_max, SEARCH_CYCLES + 1), 4)
     batch = batch_size(search.box_size, k_max, "cpu", 2 if references else 1)
     # The correlation grids and the candidates' models; and the boxes with their transforms.

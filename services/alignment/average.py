@@ -111,6 +111,7 @@ def begin(
     poses: Poses | None = None,
     reference: NDArray[np.float32] | None = None,
     mask: NDArray[np.float32] | None = None,
+    halves: NDArray[np.int64] | None = None,
     names: NDArray[np.int64] | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -119,9 +120,11 @@ def begin(
     """The model before the first expectation: half sets, and `poses` that are kept by it or a reference it aligns to.
 
     `reference` has the particles' contrast, and its symmetry axes along the frame's. Without poses and reference,
-    one is made of a few particles. `mask` is for options that take a given one.
+    one is made of a few particles. `mask` is for options that take a given one. `halves` (count,) are 1 or 2 and stay
+    for good; random ones of the same size where left out.
 
-    Raises InvalidArgument for fewer than two particles, inputs that do not fit, or a job that can't work.
+    Raises InvalidArgument for fewer than two particles, an empty half set, inputs that do not fit, or a job that can't
+    work.
     """
     job.check()
     n = job.search.box_size
@@ -137,10 +140,12 @@ def begin(
         check_mask(mask, n)
     rng = np.random.default_rng(job.seed)
     order = rng.permutation(count)
-    halves = np.empty(count, dtype=np.int32)
-    halves[order[: (count + 1) // 2]] = 1
-    halves[order[(count + 1) // 2 :]] = 2
-    model = _first_model(job, halves, transfer)
+    if halves is None:
+        halves = np.empty(count, dtype=np.int64)
+        halves[order[: (count + 1) // 2]] = 1
+        halves[order[(count + 1) // 2 :]] = 2
+    check_halves(halves, count)
+    model = _first_model(job, halves.astype(np.int32), transfer)
     model = replace(model, mask=job.options.mask.volume(n, job.search.voxel_size_angstrom) if mask is None else mask)
     if job.options.helix is not None:
         given = job.options.helix.symmetry
@@ -157,6 +162,15 @@ def begin(
         # A particle lies in its box anyhow; the axes of its symmetry are found before it is imposed.
         model = replace(model, turn=find_axes(volume, job.k_start, group, device).as_quat(canonical=True))
     return replace(model, reference=volume)
+
+
+def check_halves(halves: NDArray[np.int64], count: int) -> None:
+    """Raise InvalidArgument unless they are 1 or 2 of each of `count` particles, and either has some."""
+    if halves.shape != (count,) or not np.isin(halves, (1, 2)).all():
+        raise InvalidArgument(f"half sets must be 1 or 2 of each of the {count} particles")
+    for half in (1, 2):
+        if not (halves == half).any():
+            raise InvalidArgument(f"half set {half} has no particle: give each at least one, or none a half set")
 
 
 def _first_model(job: Job, halves: NDArray[np.int32], transfer: NDArray[np.float32] | None) -> Model:
@@ -299,6 +313,7 @@ def average(
     start: Poses | None = None,
     reference: NDArray[np.float32] | None = None,
     mask: NDArray[np.float32] | None = None,
+    halves: NDArray[np.int64] | None = None,
     seed: int = 0,
     options: Options = Options(),  # noqa: B008
     names: NDArray[np.int64] | None = None,
@@ -314,13 +329,14 @@ def average(
     light); the averages have it too. The first average is made at the poses of `start`, or at those found against
     `reference` (of the particles' contrast, its symmetry axes along the frame's), or, with neither, at those found
     against the best of a few single particles. The low-pass begins at five cycles per box, or where `options` say, and
-    follows the halves' FSC up to `search`'s. `mask` `[z, y, x]` is for options that take a given one.
+    follows the halves' FSC up to `search`'s. `mask` `[z, y, x]` is for options that take a given one. `halves` (count,)
+    are the half sets 1 and 2 where they are known, which are kept; random ones where left out.
 
     `checkpoint` is called with the model after the start and after each iteration; a run that is given one of them as
     `resume` ends with the same result. The same seed gives the same result on the same device, whatever `threads`.
 
-    Raises InvalidArgument for fewer than two particles, a particle or reference that is constant, not finite or of
-    another box, a point group that is none, or a search or options that can't work.
+    Raises InvalidArgument for fewer than two particles, an empty half set, a particle or reference that is constant,
+    not finite or of another box, a point group that is none, or a search or options that can't work.
     """
     if contrast not in ("dark", "light"):
         raise InvalidArgument(f"contrast {contrast!r}: must be dark or light")
@@ -341,6 +357,7 @@ def average(
             poses=start,
             reference=reference,
             mask=mask,
+            halves=halves,
             names=ids,
             device=device,
             threads=threads,

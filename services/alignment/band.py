@@ -137,3 +137,23 @@ def turn(quaternions: torch.Tensor, rotation_vectors: torch.Tensor) -> torch.Ten
         dim=-1,
     )
     return torch.nn.functional.normalize(product, dim=-1)
+
+
+def turn_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rotation vectors (.., 3) of at most pi that `turn` rotations `first` (.., 4) into `second` (.., 4)."""
+    x1, y1, z1, w1 = first.unbind(-1)
+    x2, y2, z2, w2 = second.unbind(-1)
+    # second conj(first)
+    vector = torch.stack(
+        [
+            x2 * w1 - w2 * x1 - y2 * z1 + z2 * y1,
+            y2 * w1 - w2 * y1 - z2 * x1 + x2 * z1,
+            z2 * w1 - w2 * z1 - x2 * y1 + y2 * x1,
+        ],
+        dim=-1,
+    )
+    scalar = (first * second).sum(-1, keepdim=True)
+    vector = torch.where(scalar < 0, -vector, vector)
+    sine = vector.norm(dim=-1, keepdim=True)
+    turned: torch.Tensor = vector * (2 * torch.atan2(sine, scalar.abs()) / sine.clamp(min=1e-12))
+    return turned

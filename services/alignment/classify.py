@@ -60,7 +60,8 @@ class ClassSums:
     """What the particles of each class add up to, at `poses`, half set by half set.
 
     `sums` (classes, 2, components) and `weights` are on the device; `counts` is (classes, 2). `labels` (particles,) say
-    which class holds each particle, -1 none, and `halves` (particles,), 0 or 1, which half of it.
+    which class holds each particle, -1 none, and `halves` (particles,), 0 or 1, which half of it; these may be some of
+    the particles only, which are then what the averages can be compared to.
     """
 
     band: Band
@@ -150,6 +151,11 @@ def _check_labels(labels: NDArray[np.int64], classes: int, count: int) -> None:
         )
 
 
+def sums_band(box_size: int, device: str) -> Band:
+    """The components that sums of classes have."""
+    return Band(box_size, 1.0, box_size / 2 - 0.5, None, device)
+
+
 def class_sums(
     read: Reader,
     count: int,
@@ -175,8 +181,8 @@ def class_sums(
     if len(poses.shifts) != count:
         raise InvalidArgument(f"there are poses of {len(poses.shifts)} particles, but {count} particles")
     n = search.box_size
-    band = Band(n, 1.0, n / 2 - 0.5, None, device)
-    contributions = Contributions(band, search.transfer, point_group("C1"), device)
+    band = sums_band(n, device)
+    contributions = Contributions(band, search.transfer, point_group(search.symmetry), device)
     half = np.arange(count) % 2 if halves is None else halves.astype(np.int64)
     sums = torch.zeros((classes * 2, len(band)), dtype=torch.complex128, device=device)
     weights = torch.zeros((classes * 2, len(band)), dtype=torch.float64, device=device)
@@ -220,9 +226,9 @@ def reassign(
     """Align each of `count` particles to every average, and take the class in which its constrained correlation is
     best.
 
-    `averages` is (classes, n, n, n), with protein of the particles' sign; or the sums that these very particles made,
-    and then each is compared to averages that it is no part of. `start` are poses that `search.max_angle_degrees` and
-    `max_shift_voxels` are counted from.
+    `averages` is (classes, n, n, n), with protein of the particles' sign; or the sums that these very particles, alone
+    or with others, made, and then each is compared to averages that it is no part of. `start` are poses that
+    `search.max_angle_degrees` and `max_shift_voxels` are counted from.
 
     Raises InvalidArgument for averages of another box, of which none, or of which one is empty (of `ClassSums`, all),
     or for a particle that can't be used.
@@ -305,7 +311,7 @@ class _LeaveOneOut:
         reach = min(search.k_max + 1.5, sums.band.k_max)
         self._band = Band(n, 1.0, reach, None, device)
         self._inner = torch.from_numpy(np.flatnonzero(sums.band.radius <= reach + 1e-6)).to(device)
-        self._contributions = Contributions(self._band, search.transfer, point_group("C1"), device)
+        self._contributions = Contributions(self._band, search.transfer, point_group(search.symmetry), device)
         self._side = min(n, 2 * math.ceil(reach + 1) + 2)
         edge = max(1.0, self._side / 16)
         self._mask = torch.from_numpy(soft_sphere(self._side, self._side / 2 - edge, edge)).to(device)

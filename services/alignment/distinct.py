@@ -117,7 +117,7 @@ def distinct(
         coarser = max(finest, float(np.nan_to_num(resolutions[[i, j]]).max()))
         limit = min(coarser, n * voxel_size_angstrom / LEAST_SHELLS)
         narrowed = Search(n, voxel_size_angstrom, None, limit, max_candidates=max_candidates)
-        pose = align(lambda first, number: averages[j : j + 1], 1, averages[i], narrowed)
+        pose = align(lambda first, number: averages[j : j + 1], 1, averages[i], narrowed, mask=within)
         halves = None if half_maps is None else (half_maps[i], half_maps[j])
         k_max = n * voxel_size_angstrom / limit
         return i, j, pose, _similarity(averages[i], averages[j], halves, pose, within, k_max)

@@ -23,8 +23,8 @@ from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
 from services.alignment.align import Aligner, Reader, check_particles, in_parallel, standardise
 from services.alignment.band import Band, rotation_matrices
-from services.alignment.likelihood_model import Model, Task, averages, prior_ratio, reach, shells
-from services.alignment.pose_grid import PoseGrid, angular_step_degrees
+from services.alignment.likelihood_model import Model, Task, averages, prior_ratio, reach, shells, similarity_at
+from services.alignment.pose_grid import PoseGrid, angular_step_degrees, memory_bytes
 from services.alignment.reconstruction import Contributions, volume_of
 from services.alignment.refinement import refine
 from services.alignment.sufficient_statistics import Posterior, Statistics
@@ -59,6 +59,24 @@ class _Candidates:
     """Of the references; None where there are none."""
 
 
+def cycles_of_grid(task: Task, model: Model) -> float | None:
+    """The band of the grid that is searched, in cycles per box; None where none is."""
+    if task.candidates == "matching":
+        return None
+    # Grids of the same number of rotations for particles of any size.
+    limit = max(GRID_CYCLES * GRID_DIAMETER / (2 * task.radius), task.search.k_min + 1)
+    return model.k_max if task.candidates == "grid" else min(limit, model.k_max)
+
+
+def grid_bytes(task: Task, model: Model, threads: int) -> int:
+    """An upper estimate of what searching the grid takes."""
+    k_max, search = cycles_of_grid(task, model), task.search
+    if k_max is None:
+        return 0
+    step = angular_step_degrees(k_max, task.radius)
+    return memory_bytes(search.box_size, k_max, step, search.shift_limit, search.symmetry, threads)
+
+
 class Expectation:
     """One expectation step against one model, on one device; safe to share between threads."""
 
@@ -91,12 +109,11 @@ class Expectation:
         self._mask = torch.from_numpy(mask.astype(np.float32)).to(device)
         self._log_alpha = torch.from_numpy(np.log(np.maximum(model.alpha, 1e-300))).float().to(device)
         self._handicap = torch.from_numpy(model.handicap).float().to(device)
-        # Grids of the same number of rotations for particles of any size.
-        limit = GRID_CYCLES * GRID_DIAMETER / (2 * task.radius)
-        self._whole = task.candidates != "matching" and (model.k_max <= limit or task.candidates == "grid")
+        grid_cycles = cycles_of_grid(task, model)
+        self._whole = grid_cycles is not None and grid_cycles >= model.k_max
         self._grid: PoseGrid | None = None
-        if task.candidates != "matching":
-            band = self.band if self._whole else self.band.below(max(limit, search.k_min + 1))
+        if grid_cycles is not None:
+            band = self.band if self._whole else self.band.below(grid_cycles)
             step = angular_step_degrees(band.k_max, task.radius)
             self._grid = PoseGrid(band, step, search.shift_limit, search.symmetry)
         self._step_degrees = angular_step_degrees(model.k_max, task.radius)
@@ -104,7 +121,7 @@ class Expectation:
         if not self._whole:
             narrowed = replace(search, low_pass_angstrom=task.box_angstrom / model.k_max)
             self._aligner = Aligner(narrowed, device, self.deviation)
-            self._voronoi = VoronoiWeights(task.seed, device)
+            self._voronoi = VoronoiWeights(task.seed, device, group=self._group)
         self._band_shells = torch.from_numpy(shells(self.band)).to(device)
         self._shells = len(model.variance)
 
@@ -170,7 +187,7 @@ class Expectation:
             counts,
             self._filling,
             self._ratio,
-            self.task.similarity * float(self._counts.sum()) / classes,
+            similarity_at(self.task, self.model.iteration),
         )
         volumes = volume_of(self._inner, models.flatten(0, 1), self._side) * self._mask
         return volumes.view(batch, classes, *volumes.shape[1:])

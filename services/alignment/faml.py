@@ -4,6 +4,7 @@ The whole of it is a `start` - sums at random poses and classes - and iterations
 over particles in any way, and a maximisation. `faml` runs them in one process; across a cluster the orchestrator does.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +17,11 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.rotations import point_group, uniform_random
-from cryofleet.numerics.spectra import centred_rfft
+from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment import likelihood_model
-from services.alignment.align import Poses, Reader, Search, batch_size
-from services.alignment.array_files import Arrays
+from services.alignment.align import Poses, Reader, Search, batch_size, oversampling
+from services.alignment.array_files import Arrays, pack
 from services.alignment.band import Band
 from services.alignment.expectation import Expectation, add, batches, expect
 from services.alignment.likelihood_model import Model, Task
@@ -129,6 +130,12 @@ def _batch(task: Task, device: str) -> int:
     return batch_size(task.search.box_size, task.search.k_max, device, 2)
 
 
+def class_bytes(task: Task) -> int:
+    """What each further class takes of a thread: its references' tables, kept until all classes are compared."""
+    search = task.search
+    return _batch(task, "cpu") * SpectrumTable.bytes_for(search.k_max, oversampling(search.k_max))
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """A run between two iterations, as it passes from process to process; `model` is None before the first sums."""
@@ -140,6 +147,15 @@ class State:
 
     def __len__(self) -> int:
         return len(self.halves)
+
+    @property
+    def iteration(self) -> int:
+        """Of the model; -1 where there is none."""
+        return -1 if self.model is None else self.model.iteration
+
+    def digest(self) -> NDArray[np.uint8]:
+        """Of all that the state holds: sums that were made with another one are told by it."""
+        return np.frombuffer(hashlib.sha256(pack(self.to_arrays())).digest(), np.uint8)
 
     def to_arrays(self) -> Arrays:
         """As plain arrays."""
@@ -235,13 +251,23 @@ def sums_of(
     return sums, state.posterior.rows(slice(rows.start, rows.stop))
 
 
-def read_sums(state: State, arrays: Mapping[str, Any], source: str) -> tuple[Statistics, Posterior]:
-    """Sums and posterior that some process wrote for `state`. Raises InvalidArgument, which names `source`, where they
-    are something else, or of another state.
+def sums_to_arrays(state: State, first: int, statistics: Statistics, posterior: Posterior) -> Arrays:
+    """What `sums_of` gave for the particles from row `first` on, as plain arrays that say so."""
+    arrays: Arrays = {"first": np.array(first), "iteration": np.array(state.iteration), "state": state.digest()}
+    arrays |= {f"statistics.{name}": array for name, array in statistics.to_arrays().items()}
+    return arrays | {f"posterior.{name}": array for name, array in posterior.to_arrays().items()}
+
+
+def read_sums(state: State, first: int, arrays: Mapping[str, Any], source: str) -> tuple[Statistics, Posterior]:
+    """Sums and posterior that some process wrote by `sums_to_arrays` for the particles from row `first` on.
+
+    Raises InvalidArgument, which names `source`, where they are something else, of another state, or of other rows.
     """
     task = state.task
     try:
         arrays = {name: np.array(array) for name, array in arrays.items()}
+        begins, iteration = int(arrays["first"]), int(arrays["iteration"])
+        same = np.array_equal(arrays["state"], state.digest())
         statistics = Statistics.from_arrays(_within(arrays, "statistics."))
         posterior = Posterior.from_arrays(_within(arrays, "posterior."))
         k_max = task.k_start if state.model is None else state.model.k_max
@@ -260,8 +286,18 @@ def read_sums(state: State, arrays: Mapping[str, Any], source: str) -> tuple[Sta
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds values that are not finite")
         _check_posterior(posterior, len(posterior), task.classes)
+        if statistics.count != len(posterior):
+            raise ValueError(f"sums over {statistics.count:g} particles, poses of {len(posterior)}")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InvalidArgument(f"{source} holds no sums of this run: {error}") from None
+    if iteration != state.iteration:
+        raise InvalidArgument(f"{source} holds sums of iteration {iteration}, and the state is of {state.iteration}")
+    if not same:
+        raise InvalidArgument(f"{source} holds sums that were made with another state than this one")
+    if begins != first:
+        raise InvalidArgument(
+            f"{source} holds the particles from row {begins} on: those from row {first} on are missing, or not in order"
+        )
     return statistics, posterior
 
 

@@ -24,7 +24,7 @@ from cryofleet.numerics.rotations import point_group
 from services.alignment.align import Search
 from services.alignment.array_files import Arrays
 from services.alignment.band import Band
-from services.alignment.reconstruction import JOINED_ANGSTROM, components_of, volume_of
+from services.alignment.reconstruction import JOINED_ANGSTROM, components_of, noise_share, volume_of
 from services.alignment.sufficient_statistics import Statistics
 
 LEAST_COVERAGE = 0.5
@@ -32,6 +32,8 @@ LEAST_COVERAGE = 0.5
 BALANCED_ITERATIONS = 9
 """So long classes are compared by how much better than the mean particle each particle fits them. The first averages
 differ by chance, and the better one would draw all particles before the others say anything."""
+SIMILAR_ITERATIONS = 10
+"""In so many the pull between classes falls to nothing."""
 LEAST_DIVISOR = 0.1
 """Half maps, which nothing is filled into, are damped where fewer than this share was sampled."""
 LARGEST_RISE_CYCLES = 1.5
@@ -193,6 +195,11 @@ def shells(band: Band) -> NDArray[np.int64]:
     return np.rint(band.radius).astype(np.int64)
 
 
+def similarity_at(task: Task, iteration: int) -> float:
+    """What is left of the pull between classes, which falls linearly."""
+    return task.similarity * max(0.0, 1 - iteration / SIMILAR_ITERATIONS)
+
+
 def averages(
     sums: torch.Tensor,
     weights: torch.Tensor,
@@ -204,7 +211,8 @@ def averages(
     """Averages (.., K, components) from sums and weights of that shape, and counts (.., K).
 
     A = (S + f A_old) / (W + f + r): f fills what was hardly sampled from the average before, r = noise variance over
-    signal power (K, components) is the prior. With `similarity` l > 0, averages are drawn to their mean over classes.
+    signal power (K, components) is the prior. With `similarity` lambda > 0, averages are drawn to their mean over
+    classes: l = lambda N / K.
     """
     fill = (LEAST_COVERAGE * counts[..., None] - weights).clamp(min=0)
     result = (sums + fill * filling) / (weights + fill + ratio).clamp(min=1e-6)
@@ -212,7 +220,8 @@ def averages(
         classes = result.shape[-2]
         together = result.sum(dim=-2, keepdim=True)
         count = counts[..., None]
-        result = (count * result + similarity * together) / (count + classes * similarity)
+        pull = similarity * count.sum(dim=-2, keepdim=True) / classes
+        result = (count * result + pull * together) / (count + classes * pull)
     return result
 
 
@@ -254,7 +263,7 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
         weights=statistics.weights,
         responsibilities=statistics.responsibilities,
         filling=filling,
-        variance=_noise(statistics, model.variance),
+        variance=_noise(statistics, model.variance, _apart(task, model)),
         alpha=statistics.responsibilities.sum(axis=0) / count,
         handicap=statistics.class_evidence / count * (model.iteration + 1 < BALANCED_ITERATIONS),
         xi_voxels=max(math.sqrt(statistics.squared_shift / (3 * count)), LEAST_SHIFT_VOXELS),
@@ -288,7 +297,8 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
 def prior_ratio(task: Task, model: Model) -> NDArray[np.float64]:
     """Noise variance over signal power, (K, components)."""
     band_shells = shells(Band(task.search.box_size, 1.0, model.k_reach, None, "cpu"))
-    ratio: NDArray[np.float64] = model.variance[band_shells] / np.maximum(model.power[:, band_shells], 1e-30)
+    noise = noise_share(task.search.box_size) * model.variance[band_shells]
+    ratio: NDArray[np.float64] = noise / np.maximum(model.power[:, band_shells], 1e-30)
     return np.minimum(ratio, 1e12)
 
 
@@ -327,23 +337,38 @@ def _averages(
     weights: NDArray[np.float64],
     counts: NDArray[np.float64],
 ) -> NDArray[np.complex64]:
-    similarity = task.similarity * float(counts.sum()) / task.classes
     result = averages(
         torch.from_numpy(sums),
         torch.from_numpy(weights),
         torch.from_numpy(counts),
         torch.from_numpy(model.filling),
         torch.from_numpy(prior_ratio(task, model)),
-        similarity,
+        similarity_at(task, model.iteration),
     )
     components: NDArray[np.complex64] = result.to(torch.complex64).numpy()
     return components
 
 
-def _noise(statistics: Statistics, before: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """Variance of the noise on each shell; where none was compared, what it was before."""
+def _apart(task: Task, model: Model) -> NDArray[np.float64]:
+    """What the pull between classes costs on each shell, l sum_k<k' |A_k - A_k'|^2: it counts as residual."""
+    size = len(model.variance)
+    pull = similarity_at(task, model.iteration) * float(model.responsibilities.sum()) / task.classes
+    if pull == 0:
+        return np.zeros(size)
+    components = joint(task, model)
+    spread = task.classes * np.abs(components - components.mean(axis=0)) ** 2
+    place = shells(Band(task.search.box_size, 1.0, model.k_reach, None, "cpu"))
+    return np.asarray(pull * np.bincount(place, spread.sum(axis=0), minlength=size)[:size], dtype=np.float64)
+
+
+def _noise(
+    statistics: Statistics, before: NDArray[np.float64] | None, further: NDArray[np.float64] | float = 0.0
+) -> NDArray[np.float64]:
+    """Variance of the noise on each shell, from the residuals and what is `further` to be counted as such; where none
+    was compared, what it was before.
+    """
     seen = statistics.observed > 0
-    measured = statistics.residuals / np.maximum(statistics.observed, 1)
+    measured = (statistics.residuals + further) / np.maximum(statistics.observed, 1)
     # A residual of nothing would make any likelihood infinite.
     least = 1e-6 * max(float(measured[seen].mean()) if seen.any() else 0.0, 1e-30)
     measured = np.maximum(measured, least)
@@ -363,12 +388,13 @@ def _power(task: Task, model: Model) -> NDArray[np.float64]:
     size = len(model.variance)
     sums, weights = model.sums.sum(axis=0), model.weights.sum(axis=0)
     counts = model.responsibilities.sum(axis=0)
+    share = noise_share(task.search.box_size)
     result = np.zeros((task.classes, size))
     for k in range(task.classes):
         known = weights[k] > max(LEAST_DIVISOR * counts[k], 1e-6)
         if not known.any():
             continue
-        noise = model.variance[place[known]] / weights[k][known]
+        noise = share * model.variance[place[known]] / weights[k][known]
         excess = np.abs(sums[k][known] / weights[k][known]) ** 2 - noise
         total = np.bincount(place[known], excess, minlength=size)[:size]
         result[k] = np.maximum(total / np.maximum(np.bincount(place[known], minlength=size)[:size], 1), 0)

@@ -1,4 +1,4 @@
-"""The likelihood of a particle at every rotation of a uniform grid and every shift within a ball.
+"""The likelihood of a particle at every rotation of a uniform grid and every shift of a cubic one.
 
 For a reference A (centred transform) and a particle X with transfer function w, both divided by the noise's deviation,
 
@@ -19,14 +19,16 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from cryofleet.numerics.rotations import rotation_grid
+from cryofleet.numerics.rotations import point_group, rotation_grid
 from cryofleet.numerics.spectra import SpectrumTable
 from services.alignment.band import Band, rotation_matrices
 
 STEPS_PER_CYCLE = 2.7
-"""Shifts per period of the band's finest component."""
+"""Shifts per period of the band's finest component, at least."""
 COARSE_SHARE = 0.6
-"""The coarse pass compares up to this share of the band's frequencies."""
+"""The coarse pass compares up to this share of the band's frequencies,"""
+LEAST_COARSE_CYCLES = 4.0
+"""and there is none where that is less than this many cycles per box."""
 KEPT_ROTATIONS = 0.25
 """Of the coarse rotations at most this share is looked at finely,"""
 KEPT_NATS = 25.0
@@ -50,8 +52,30 @@ def angular_step_degrees(k_max: float, radius: float) -> float:
     return float(np.clip(math.degrees(0.5 / (k_max * radius)), 3.0, 30.0))
 
 
+def shifts_along_axis(box_size: int, k_max: float, max_shift_voxels: float) -> int:
+    """How many shifts, 0 among them, reach `max_shift_voxels` to both sides in steps that `k_max` can follow."""
+    return 2 * math.ceil(max_shift_voxels * STEPS_PER_CYCLE * k_max / box_size) + 1
+
+
+def memory_bytes(
+    box_size: int, k_max: float, step_degrees: float, max_shift_voxels: float, symmetry: str, threads: int
+) -> int:
+    """An upper estimate of what a grid and comparing `threads` particles with it at once take."""
+    shifts = shifts_along_axis(box_size, k_max, max_shift_voxels) ** 3
+    components = 2 / 3 * math.pi * (k_max + 0.5) ** 3
+    rotations = 8 * math.pi**2 / math.radians(step_degrees) ** 3 / len(point_group(symmetry))
+    # The phases, and what they are made of; for each particle its own at all shifts, in two orders.
+    tables = (20 + 16 * threads) * shifts * components
+    # Likelihoods in parts, joined, and with their prior, of half the rotations, or all of a grid too coarse for two.
+    compared = rotations if COARSE_SHARE * k_max < LEAST_COARSE_CYCLES else rotations / 2
+    return int(tables + threads * (12 * compared * shifts + 16 * _CHUNK))
+
+
 class PoseGrid:
-    """Rotations `quaternions` (rotations, 4) and shifts (shifts, 3) in voxels, and what comparing them needs."""
+    """Rotations `quaternions` (rotations, 4) and shifts (shifts, 3) in voxels, and what comparing them needs.
+
+    Shifts reach exactly `max_shift_voxels` to both sides along each axis.
+    """
 
     def __init__(
         self, band: Band, step_degrees: float, max_shift_voxels: float, symmetry: str = "C1", coarser: bool = True
@@ -61,12 +85,13 @@ class PoseGrid:
         quaternions = _quaternions(step_degrees, symmetry)
         self.quaternions = torch.from_numpy(quaternions).float().to(band.device)
         self._matrices = rotation_matrices(self.quaternions)
-        self.shift_step = min(max_shift_voxels, band.box_size / (STEPS_PER_CYCLE * band.k_max))
-        self.shifts = torch.from_numpy(_ball(self.shift_step, max_shift_voxels)).float().to(band.device)
+        side = np.linspace(-1.0, 1.0, shifts_along_axis(band.box_size, band.k_max, max_shift_voxels)) * max_shift_voxels
+        cube = np.stack(np.meshgrid(side, side, side, indexing="ij"), axis=-1).reshape(-1, 3)
+        self.shifts = torch.from_numpy(cube).float().to(band.device)
         angle = (self.shifts @ band.points.T) * (2 * math.pi / band.box_size)
         self._phases = torch.complex(torch.cos(angle), torch.sin(angle))
         self._coarse: PoseGrid | None = None
-        if coarser and COARSE_SHARE * band.k_max >= max(4.0, band.k_min + 2):
+        if coarser and COARSE_SHARE * band.k_max >= max(LEAST_COARSE_CYCLES, band.k_min + 2):
             inner = band.below(COARSE_SHARE * band.k_max)
             self._coarse = PoseGrid(inner, step_degrees / COARSE_SHARE, max_shift_voxels, symmetry, coarser=False)
             self._parents = torch.from_numpy(_parents(step_degrees, step_degrees / COARSE_SHARE, symmetry))
@@ -90,14 +115,6 @@ class PoseGrid:
             models = torch.view_as_real(table.rotated(self.band.points, self._matrices[rows][None])[0]).flatten(1)
             parts.append(2 * (models @ columns) - (models.square() @ twice)[:, None])
         return Likelihoods(chosen, torch.cat(parts))
-
-
-def _ball(step: float, radius: float) -> NDArray[np.float64]:
-    reach = math.floor(radius / step + 1e-6) if step > 0 else 0
-    side = np.arange(-reach, reach + 1) * step
-    grid = np.stack(np.meshgrid(side, side, side, indexing="ij"), axis=-1).reshape(-1, 3)
-    kept: NDArray[np.float64] = grid[np.linalg.norm(grid, axis=1) <= radius + 1e-6]
-    return kept
 
 
 @lru_cache(maxsize=16)

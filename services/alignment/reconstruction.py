@@ -111,6 +111,12 @@ class Contributions:
         return terms, coverage if self._sampled is not None else coverage + total
 
 
+def noise_share(box_size: int) -> float:
+    """Of the particles' noise in a component of `Contributions`' sums: they are cut to the box's sphere."""
+    edge = max(2.0, box_size / 16)
+    return float(np.square(soft_sphere(box_size, box_size / 2 - edge, edge)).mean())
+
+
 def divide(sums: torch.Tensor, weights: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """The average on its band: sum / weight, the weight never below a tenth of `count`."""
     floor = torch.as_tensor(count, device=weights.device, dtype=weights.dtype) * _COVERAGE_FLOOR

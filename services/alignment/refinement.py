@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cryofleet.numerics.compiled import compiled
 from cryofleet.numerics.spectra import SpectrumTable
-from services.alignment.band import Band, rotation_matrices, turn
+from services.alignment.band import Band, rotation_matrices, turn, turn_between
 
 _LARGEST_TURN = math.radians(6.0)
 _LARGEST_STEP_CYCLES = 0.15
@@ -207,6 +207,20 @@ def _sums(band: Band, data: torch.Tensor, table: SpectrumTable, matrices: torch.
     )
 
 
+def _shortened(vectors: torch.Tensor, longest: float) -> torch.Tensor:
+    """Vectors (.., 3), those that are longer brought to length `longest`."""
+    shortened: torch.Tensor = vectors * (longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+    return shortened
+
+
+def _within(quaternions: torch.Tensor, near: torch.Tensor, max_angle_degrees: float) -> torch.Tensor:
+    """Rotations (batch, poses, 4), those further than that from `near` (batch, 4) brought back on the shortest way."""
+    centre = near[:, None].expand_as(quaternions)
+    away, limit = turn_between(centre, quaternions), math.radians(max_angle_degrees)
+    beyond = away.norm(dim=-1, keepdim=True) > limit
+    return torch.where(beyond, turn(centre, _shortened(away, limit)), quaternions)
+
+
 def refine(
     band: Band,
     particles: torch.Tensor,
@@ -215,13 +229,17 @@ def refine(
     shifts: torch.Tensor,
     max_shift_voxels: float,
     iterations: int,
+    around: tuple[torch.Tensor, float] | None = None,
 ) -> Refined:
     """Climb from each pose (batch, poses) to the nearest maximum of the correlation; no pose ends lower than it began.
 
     For a scale s fitted beforehand, the correlation is largest where sum |X - s M|^2 is least, so each step solves the
     six normal equations of the residual, with the direction of the scale projected out (Kaufman's variable projection).
-    `particles` is complex (batch, components). Shifts stay within `max_shift_voxels` along each axis.
+    `particles` is complex (batch, components). Shifts stay within `max_shift_voxels` along each axis, and rotations,
+    with `around`, within so many degrees of its quaternions (batch, 4): one that would leave stops at the limit.
     """
+    if around is not None:
+        quaternions = _within(quaternions, *around)
     unit = particles / particles.abs().square().sum(-1, keepdim=True).sqrt().clamp(min=1e-30)
     largest_step = _LARGEST_STEP_CYCLES * band.box_size / band.k_max
     damping = torch.full(quaternions.shape[:-1], 1e-3, device=quaternions.device)
@@ -255,8 +273,16 @@ def refine(
         ].float()
         step = torch.nan_to_num(step)
         turn_step, shift_step = step[..., :3], step[..., 3:]
-        turn_step = turn_step * (_LARGEST_TURN / turn_step.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
-        shift_step = shift_step * (largest_step / shift_step.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+        turn_step = _shortened(turn_step, _LARGEST_TURN)
         trial_q = turn(best.quaternions, turn_step)
-        trial_t = (best.shifts + shift_step).clamp(-max_shift_voxels, max_shift_voxels)
+        if around is not None:
+            trial_q = _within(trial_q, *around)
+            allowed = turn_between(best.quaternions, trial_q)
+            # What the normal equations say of the shift once the turn is given.
+            rest = slope[..., 3:] - (gram[..., 3:, :3] @ allowed[..., None])[..., 0]
+            held = (allowed - turn_step).norm(dim=-1, keepdim=True) > 1e-6
+            of_shift = (gram + torch.diag_embed(ridge))[..., 3:, 3:].double()
+            alone = torch.linalg.solve_ex(of_shift, rest.double()[..., None])[0][..., 0].float()
+            shift_step = torch.where(held, torch.nan_to_num(alone), shift_step)
+        trial_t = (best.shifts + _shortened(shift_step, largest_step)).clamp(-max_shift_voxels, max_shift_voxels)
     return best

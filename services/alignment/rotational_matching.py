@@ -4,6 +4,9 @@ The magnitude of a transform does not change with a shift, so c~(R) = C[|w X|, |
 C[p, q](R) = sum_j p_j (R q)_j, bounds the constrained correlation over all shifts. Both correlations come from
 expansions in spherical harmonics on shells. w is the wedge mask, or what CTF and dose leave of each component.
 
+Noise has a magnitude too: a constant on each shell, which says nothing of R but that c~ is large where both wedges
+overlap. Magnitudes are therefore taken about their means over the shell's imaged components, in |X| and in |A|.
+
 Magnitudes are centro-symmetric, so only even degrees occur. The particle's side is taken as it is, point by point on
 its own Fourier grid: the sum over j above is then exact, and no magnitude of the particle is ever interpolated.
 """
@@ -13,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cryofleet.numerics.harmonics import spherical_harmonics
 from cryofleet.numerics.so3 import euler_grid, local_maxima, suppress
 from cryofleet.numerics.spectra import SpectrumTable
-from services.alignment.band import Band
+from services.alignment.band import LEAST_TRANSFER, Band
 
 SHELL_STEP = 0.5
 """Distance of shells in cycles per box: magnitudes of a particle that fills the box vary over about one."""
@@ -41,10 +45,13 @@ def degree_limit(k_max: float) -> int:
 class RotationalMatcher:
     """Matches magnitudes in one band; holds the tables for it.
 
-    `group` (order, 4) are the quaternions of the references' point group.
+    `group` (order, 4) are the quaternions of the references' point group, `reference_transfer` what imaging left of the
+    references themselves, as `Band` has it of the particles; None where they are whole.
     """
 
-    def __init__(self, band: Band, group: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, band: Band, group: torch.Tensor | None = None, reference_transfer: NDArray[np.float32] | None = None
+    ) -> None:
         self.band = band
         self._group = group
         limit = degree_limit(band.k_max)
@@ -65,6 +72,9 @@ class RotationalMatcher:
         below = np.minimum(np.floor(place).astype(int), len(self._shells) - 2)
         self._upper_share = torch.from_numpy((place - below).astype(np.float32)).to(band.device)
         self._edges = np.searchsorted(below, np.arange(len(self._shells)))
+        thin = np.rint(place).astype(int)
+        self._thin = torch.from_numpy(thin).to(band.device)
+        self._thin_counts = torch.from_numpy(np.maximum(np.bincount(thin), 1).astype(np.float32)).to(band.device)
         self._particle_basis = basis(band.directions)
         self._shape = (len(degrees), limit + 1)
 
@@ -79,9 +89,11 @@ class RotationalMatcher:
             [np.outer(sine, np.cos(phi)), np.outer(sine, np.sin(phi)), np.repeat(cosine[:, None], columns, 1)], axis=-1
         ).reshape(-1, 3)
         weights = np.repeat(weight * 2 * np.pi / columns, columns).astype(np.float32)
-        self._reference_basis = basis(nodes) * torch.from_numpy(weights).to(band.device)[:, None]
+        self._node_weights = torch.from_numpy(weights).to(band.device)
+        self._reference_basis = basis(nodes) * self._node_weights[:, None]
         points = (self._shells[:, None, None] * nodes).reshape(-1, 3)
         self._reference_points = torch.from_numpy(points.astype(np.float32)).to(band.device)
+        self._coverage = self._covered(reference_transfer)
         self._imaged = self._project(band.imaged(band.imaged(torch.ones((1, len(band)), device=band.device))))
 
     @property
@@ -104,11 +116,25 @@ class RotationalMatcher:
             result[:, s + 1] += upper[:, part] @ self._particle_basis[part]
         return self._complex(result)
 
+    def _covered(self, transfer: NDArray[np.float32] | None) -> torch.Tensor:
+        """1 where the references' own imaging left something, 0 elsewhere: (shells, nodes)."""
+        shape = (len(self._shells), -1)
+        if transfer is None:
+            return torch.ones(len(self._reference_points), device=self.band.device).view(shape)
+        nearest = torch.round(self._reference_points).long()
+        sign = torch.where(nearest[:, :1] < 0, -1, 1)
+        x, y, z = (nearest * sign).cpu().unbind(-1)
+        seen = np.abs(transfer[z.numpy(), y.numpy(), x.numpy()]) >= LEAST_TRANSFER * np.abs(transfer).max()
+        return torch.from_numpy(seen.astype(np.float32)).to(self.band.device).view(shape)
+
     def model(self, table: SpectrumTable) -> MagnitudeModel:
         """Prepare the references of `table`; its band must reach to `reach`."""
         identity = torch.eye(3, device=self.band.device).expand(table.batch, 1, 3, 3).contiguous()
         values = table.rotated(self._reference_points, identity)
         magnitudes = values.abs().view(table.batch, len(self._shells), -1)
+        share = self._node_weights * self._coverage
+        mean = (magnitudes * share).sum(-1, keepdim=True) / share.sum(-1)[:, None].clamp(min=1e-12)
+        magnitudes = (magnitudes - mean) * self._coverage
         norm = self.grid.correlate(self._imaged, self._complex((magnitudes * magnitudes) @ self._reference_basis))
         # The expansion of a squared magnitude is cut off, so it can dip below what a sum of squares may be.
         # A reference of nothing matches nothing.
@@ -119,6 +145,8 @@ class RotationalMatcher:
         """c~ on the grid (batch, beta, alpha, gamma), but for the particle's own norm; magnitudes are (batch,
         components).
         """
+        total = magnitudes.new_zeros((len(magnitudes), len(self._thin_counts))).index_add_(1, self._thin, magnitudes)
+        magnitudes = magnitudes - (total / self._thin_counts)[:, self._thin]
         if self.band.transfer is not None:
             magnitudes = magnitudes * self.band.transfer.abs()
         return self.grid.correlate(self._project(magnitudes), model.coefficients) * model.inverse_norm

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.tilt_series import read_tilt_series
 from cryofleet.numerics import transfer
@@ -32,6 +36,7 @@ from services.alignment import (
     faml,
     helical,
     likelihood_model,
+    settling,
     sharpening,
     signal_to_noise,
     sufficient_statistics,
@@ -42,12 +47,14 @@ from services.alignment.align import Poses, Search, memory_bytes
 from services.alignment.align import align as align_particles
 from services.alignment.array_files import pack, unpack
 from services.alignment.auto_mask import auto_mask
-from services.alignment.average import Averaged, begin, finish
+from services.alignment.average import Averaged, begin, check_halves, finish
 from services.alignment.average import average as average_particles
 from services.alignment.average_expectation import expect
 from services.alignment.average_model import Helix, Job, Mask, MaskKind, Model, Options, Statistics
 from services.alignment.average_update import update
+from services.alignment.expectation import grid_bytes
 from services.alignment.rejection import Rejection
+from services.alignment.stored_sums import About, StoredSums, add_up
 
 service = Service(pb.DESCRIPTOR.services_by_name["AlignmentService"])
 
@@ -58,7 +65,7 @@ VOXEL_SIZE_TOLERANCE = 0.01
 
 _Averaging = pb.AverageRequest | pb.AverageStartRequest
 _Searching = pb.AlignRequest | _Averaging | pb.FamlStartRequest | pb.ClassifyRequest | pb.ReassignRequest
-_Imaged = _Searching | pb.EstimateSnrRequest
+_Imaged = _Searching | pb.EstimateSnrRequest | pb.SumClassesRequest
 
 # Memory, measured at boxes of 64 to 128 voxels and rounded up: bytes for each voxel of a box, and what any takes.
 _BASE_BYTES = 96 << 20
@@ -129,7 +136,7 @@ def _search(request: _Searching, info: VolumeInfo, imaged: Array | None = None) 
         max_candidates=request.max_candidates,
         max_shift_voxels=_optional(request, "max_shift_voxels"),
         max_angle_degrees=_optional(request, "max_angle_degrees"),
-        symmetry=request.symmetry if isinstance(request, pb.AlignRequest) else "C1",
+        symmetry=request.symmetry if isinstance(request, pb.AlignRequest | pb.ReassignRequest) else "C1",
     )
 
 
@@ -265,7 +272,12 @@ class _Chosen:
 
 
 def _chosen(
-    request: _Imaged | pb.AverageExpectRequest | pb.AverageFinishRequest | pb.FamlExpectRequest | pb.FamlFinishRequest,
+    request: _Imaged
+    | pb.AverageExpectRequest
+    | pb.AverageFinishRequest
+    | pb.FamlExpectRequest
+    | pb.FamlFinishRequest
+    | pb.DivideParticlesRequest,
     task: Task,
 ) -> _Chosen:
     """The subtomograms that the request's particles name, all where it names none."""
@@ -292,7 +304,12 @@ def _chosen(
 
 
 def _asked(
-    request: pb.AlignRequest | pb.ReassignRequest | pb.AverageExpectRequest | pb.FamlExpectRequest, chosen: _Chosen
+    request: pb.AlignRequest
+    | pb.ReassignRequest
+    | pb.SumClassesRequest
+    | pb.AverageExpectRequest
+    | pb.FamlExpectRequest,
+    chosen: _Chosen,
 ) -> range:
     """The rows of them that the request asks for."""
     if not request.HasField("rows"):
@@ -337,7 +354,19 @@ def _transfer_bytes(request: _Imaged, info: VolumeInfo) -> int:
 
 def _align_needs(request: pb.AlignRequest, reader: Reader) -> Needs:
     info = reader.open_subtomograms(request.subtomograms_uri).info
-    return Needs(memory_bytes(_search(request, info), _threads()) + _transfer_bytes(request, info))
+    search = _search(request, info)
+    if search.low_pass_angstrom is None:
+        # The reference decides how far the band reaches, up to the Nyquist limit.
+        search = replace(search, low_pass_angstrom=2 * info.voxel_size_angstrom)
+    return Needs(memory_bytes(search, _threads()) + _transfer_bytes(request, info))
+
+
+def _of_reference(task: Task, uri: str) -> Array | None:
+    """What imaging left of a reference that says its tilt range, as a single subtomogram does; None where whole."""
+    info = task.open_volume(uri).info
+    if info.tilt_min_degrees <= -90 and info.tilt_max_degrees >= 90:
+        return None
+    return transfer.wedge_transfer(info.shape[0], info.tilt_min_degrees, info.tilt_max_degrees)
 
 
 @service.operation(needs=_align_needs)
@@ -346,11 +375,13 @@ def align(request: pb.AlignRequest, task: Task) -> pb.AlignResult:
     chosen = _of_rows(request, _chosen(request, task))
     info = chosen.subtomograms.info
     start = _start(request, chosen.poses() if chosen.own_table else None)
+    reference = _reference(task, request.reference_uri, info)
+    search = _search(request, info, _transfer(request, task, info))
     poses = align_particles(
         chosen.read,
         len(chosen),
-        _reference(task, request.reference_uri, info),
-        _search(request, info, _transfer(request, task, info)),
+        reference,
+        replace(search, reference_transfer=_of_reference(task, request.reference_uri)),
         start=start,
         mask=_mask(task, request.mask_uri, info) if request.mask_uri else None,
         names=chosen.names,
@@ -400,6 +431,12 @@ def _averaging_options(request: _Averaging) -> Options:
     )
 
 
+def _kept_halves(chosen: _Chosen) -> NDArray[np.int64] | None:
+    """The half sets 1 and 2 that particles are in already."""
+    halves = chosen.halves()
+    return None if halves is None else halves + 1
+
+
 def _write_average(task: Task, particles: Particles, info: VolumeInfo, result: Averaged) -> pb.AverageResult:
     whole = VolumeInfo(info.shape, info.voxel_size_angstrom, info.contrast)
     table = _with_poses(particles, info, result.poses).with_columns(half=result.halves)
@@ -437,6 +474,7 @@ def average(request: pb.AverageRequest, task: Task) -> pb.AverageResult:
         start=chosen.poses() if chosen.own_table else None,
         reference=_reference(task, request.reference_uri, info) if request.reference_uri else None,
         mask=_mask(task, request.mask_uri, info) if request.mask_uri else None,
+        halves=_kept_halves(chosen),
         seed=request.seed,
         options=_averaging_options(request),
         names=chosen.names,
@@ -481,6 +519,7 @@ def average_start(request: pb.AverageStartRequest, task: Task) -> pb.AverageStar
         poses=chosen.poses() if chosen.own_table else None,
         reference=_reference(task, request.reference_uri, info) if request.reference_uri else None,
         mask=_mask(task, request.mask_uri, info) if request.mask_uri else None,
+        halves=_kept_halves(chosen),
         names=chosen.names,
         device=task.device,
         threads=task.threads,
@@ -990,11 +1029,15 @@ def _class_needs(request: pb.ClassifyRequest | pb.ReassignRequest, reader: Reade
     else:
         classes = len(request.average_uris) or _known_classes(request, reader)
     needed = memory_bytes(_search(request, info), _threads(), references=True) + _transfer_bytes(request, info)
+    if isinstance(request, pb.ReassignRequest) and request.sums_uri:
+        needed += 3 * reader.open_blob(request.sums_uri).size_bytes
     return Needs(needed + classes * _CLASS_BYTES * math.prod(info.shape))
 
 
 def _known_classes(request: pb.ReassignRequest, reader: Reader) -> int:
     """How many classes the particles are in."""
+    if request.sums_uri:
+        return 0  # What the sums take is counted by their file.
     if request.particles_uri:
         table = reader.read_particles(request.particles_uri).table
     else:
@@ -1084,7 +1127,8 @@ def _own_classes(chosen: _Chosen) -> NDArray[np.int64] | None:
 @service.operation(needs=_class_needs)
 def reassign(request: pb.ReassignRequest, task: Task) -> pb.ReassignResult:
     """Put each subtomogram into the class whose average it fits best."""
-    chosen = _of_rows(request, _chosen(request, task))
+    everyone = _chosen(request, task)
+    chosen = _of_rows(request, everyone)
     info = chosen.subtomograms.info
     search = _search(request, info, _transfer(request, task, info))
     before = _own_classes(chosen)
@@ -1092,6 +1136,8 @@ def reassign(request: pb.ReassignRequest, task: Task) -> pb.ReassignResult:
     averages: Array | classification.ClassSums
     if request.average_uris:
         averages = np.stack([_reference(task, uri, info) for uri in request.average_uris])
+    elif request.sums_uri:
+        averages = _own_sums(request, task, everyone, chosen)
     else:
         if before is None:
             raise FailedPrecondition(f"{chosen.given.source} holds no class_id: give average_uris, or classify first")
@@ -1146,6 +1192,241 @@ def reassign(request: pb.ReassignRequest, task: Task) -> pb.ReassignResult:
         table = table.with_columns(half=halves + 1)
     result.particles_uri = task.write_particles("particles.parquet", table)
     return result
+
+
+def _own_sums(request: pb.ReassignRequest, task: Task, everyone: _Chosen, chosen: _Chosen) -> classification.ClassSums:
+    """The sums that the particles made, for those that are chosen. Raises InvalidArgument where others made them."""
+    stored = StoredSums.from_arrays(unpack(task.read_file(request.sums_uri), request.sums_uri), request.sums_uri)
+    wanted = _about_sums(request, task, everyone, range(len(everyone)))
+    if stored.about != wanted:
+        raise InvalidArgument(
+            f"{request.sums_uri} holds other sums than those of all particles of {everyone.given.source}, imaged and "
+            "symmetric as this request says: make them with the same arguments"
+        )
+    return stored.class_sums(*_sorted(chosen), chosen.aligned(), task.device)
+
+
+def _sorted(chosen: _Chosen) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Classes and half sets. Raises FailedPrecondition where they are not all known."""
+    labels, halves = _own_classes(chosen), chosen.halves()
+    if labels is None:
+        raise FailedPrecondition(f"{chosen.given.source} holds no class_id: it says what to average")
+    if halves is None:
+        raise FailedPrecondition(f"{chosen.given.source} does not have every particle in half set 1 or 2")
+    return labels, halves
+
+
+def _about_sums(
+    request: pb.SumClassesRequest | pb.ReassignRequest, task: Task, everyone: _Chosen, rows: range
+) -> About:
+    """What sums over rows of the particles are of."""
+    info = everyone.subtomograms.info
+    uris = [request.subtomograms_uri, request.particles_uri, request.wedge_uri, request.tilts_uri]
+    made_of: list[object] = [content_digest(task.store, uri) if uri else "" for uri in uris]
+    if request.tilts_uri:
+        ctf = request.weight_by_ctf if request.HasField("weight_by_ctf") else None
+        made_of += [ctf, request.weight_by_dose, request.ctf_correction]
+    return About(
+        info.shape[0],
+        info.voxel_size_angstrom,
+        info.contrast,
+        request.symmetry.upper(),
+        hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
+        len(everyone),
+        rows.start,
+        len(rows),
+    )
+
+
+def _sum_needs(request: pb.SumClassesRequest, reader: Reader) -> Needs:
+    info = reader.open_subtomograms(request.subtomograms_uri).info
+    table = reader.read_particles(request.particles_uri).table
+    classes = int(table["class_id"].max()) + 1 if "class_id" in table and len(table) else 1
+    needed = memory_bytes(Search(info.shape[0], info.voxel_size_angstrom), _threads()) + _transfer_bytes(request, info)
+    return Needs(needed + max(classes, 1) * _CLASS_BYTES * math.prod(info.shape))
+
+
+@service.operation(needs=_sum_needs)
+def sum_classes(request: pb.SumClassesRequest, task: Task) -> pb.SumClassesResult:
+    """What some particles add to the averages of their classes."""
+    everyone = _chosen(request, task)
+    info = everyone.subtomograms.info
+    labels, halves = _sorted(everyone)
+    if labels.max() < 0:
+        raise FailedPrecondition(f"{request.particles_uri} has no particle in any class: there is nothing to average")
+    rows = _asked(request, everyone)
+    mine = slice(rows.start, rows.stop)
+    chosen = everyone.part(rows.start, len(rows))
+    sums = classification.class_sums(
+        chosen.read,
+        len(chosen),
+        chosen.aligned(),
+        labels[mine],
+        int(labels.max()) + 1,
+        Search(
+            info.shape[0], info.voxel_size_angstrom, transfer=_transfer(request, task, info), symmetry=request.symmetry
+        ),
+        halves=halves[mine],
+        names=chosen.names,
+        device=task.device,
+        threads=task.threads,
+        progress=task.progress,
+    )
+    stored = StoredSums.of(sums, _about_sums(request, task, everyone, rows))
+    return pb.SumClassesResult(sums_uri=task.write_bytes("sums.npz", pack(stored.to_arrays())), count=len(rows))
+
+
+def _average_classes_needs(request: pb.AverageClassesRequest, reader: Reader) -> Needs:
+    return Needs(_BASE_BYTES + (_FSC_BYTES // 4) * reader.open_blob(request.sums_uris[0]).size_bytes)
+
+
+@service.operation(needs=_average_classes_needs)
+def average_classes(request: pb.AverageClassesRequest, task: Task) -> pb.AverageClassesResult:
+    """Add up what shards found, and make the averages of it."""
+
+    def parts() -> Iterator[tuple[StoredSums, str]]:
+        for number, uri in enumerate(request.sums_uris):
+            task.progress(0.3 * number / len(request.sums_uris), "adding up", shards=number)
+            yield StoredSums.from_arrays(unpack(task.read_file(uri), uri), uri), uri
+
+    total = add_up(parts())
+    whole = total.whole()
+    n, voxel_size = total.about.box_size, total.about.voxel_size_angstrom
+    info = VolumeInfo((n, n, n), voxel_size, "dark" if total.about.contrast == "dark" else "light")
+    edge = max(2.0, n / 16)
+    radius = (
+        0.4 * n
+        if not request.HasField("particle_diameter_angstrom")
+        else (min(request.particle_diameter_angstrom / voxel_size / 2 + edge / 2, n / 2 - edge))
+    )
+    mask = soft_sphere(n, radius, edge)
+    averages, half_maps = whole.averages(), whole.half_maps()
+    uris = _write_classes(task, averages, half_maps, info)
+    result = pb.AverageClassesResult(
+        sums_uri=task.write_bytes("sums.npz", pack(total.to_arrays())),
+        sizes=total.counts.sum(axis=1).tolist(),
+    )
+    for field, values in zip(("average_uris", "half1_uris", "half2_uris"), uris, strict=True):
+        getattr(result, field).extend(values)
+    for k, (first, second) in enumerate(half_maps):
+        task.progress(0.4 + 0.6 * k / len(half_maps), "resolution", classes=k)
+        if total.counts[k].min() == 0:
+            raise FailedPrecondition(f"class {k} has no particle in one of its half sets: dissolve it first")
+        curves = corrected_fsc(first, second, mask, voxel_size)
+        reached = curves.resolution_angstrom()
+        figures = {
+            "fsc": curves.corrected.tolist(),
+            "resolution_angstrom": reached,
+            "particles": int(total.counts[k].sum()),
+        }
+        result.fsc_uris.append(task.write_table(f"class{k}_fsc.json", _curves(curves) | figures))
+        result.resolutions_angstrom.append(reached)
+    return result
+
+
+def _tables_needs(request: pb.DivideParticlesRequest | pb.SettleClassesRequest, reader: Reader) -> Needs:
+    if isinstance(request, pb.SettleClassesRequest):
+        size = reader.open_blob(request.before_uri).size_bytes
+    else:
+        size = reader.open_subtomograms(request.subtomograms_uri).count * 200
+    return Needs(_BASE_BYTES + 20 * size)
+
+
+@service.operation(needs=_tables_needs)
+def divide_particles(request: pb.DivideParticlesRequest, task: Task) -> pb.DivideParticlesResult:
+    """Half sets, and clusters that are large enough."""
+    chosen = _chosen(request, task)
+    if len(chosen) < 2:
+        raise FailedPrecondition(f"{request.subtomograms_uri} holds one subtomogram: there is nothing to average")
+    clusters = _own_classes(chosen) if chosen.own_table else None
+    labels = settling.large_enough(
+        np.zeros(len(chosen), dtype=np.int64) if clusters is None else clusters, request.min_particles
+    )
+    halves = chosen.halves()
+    if halves is None:
+        halves = settling.even_halves(labels, request.seed)
+    plain = chosen.particles.without_columns(
+        "qx", "qy", "qz", "qw", "shift_x", "shift_y", "shift_z", "score", "class_name"
+    )
+    table = plain.with_columns(class_id=labels, half=halves + 1)
+    return pb.DivideParticlesResult(
+        particles_uri=task.write_particles("particles.parquet", table),
+        cluster_uris=[
+            task.write_particles(f"cluster{k}.parquet", table.select(labels == k)) for k in range(labels.max() + 1)
+        ],
+        sizes=np.bincount(labels).tolist(),
+        count=len(table),
+    )
+
+
+@service.operation(needs=_tables_needs)
+def settle_classes(request: pb.SettleClassesRequest, task: Task) -> pb.SettleClassesResult:
+    """All particles in one table, in classes that are large enough."""
+    before = task.read_particles(request.before_uri)
+    tables = [task.read_particles(uri) for uri in request.particles_uris]
+    if request.class_per_table:
+        tables = [table.with_columns(class_id=k) for k, table in enumerate(tables)]
+    everyone = _all_of(before, tables, request)
+    labels = everyone.table["class_id"].to_numpy(dtype=np.int64).clip(min=-1)
+    settled = settling.dissolved(labels, everyone.table["half"].to_numpy(), request.min_particles)
+    classes = int(settled.max(initial=-1)) + 1
+    if classes == 0:
+        raise FailedPrecondition(
+            f"none of the {int(labels.max(initial=-1)) + 1} classes has {request.min_particles} particles, some in "
+            "each half set: set min_particles lower, look for fewer classes, or give more particles"
+        )
+    earlier = before.table["class_id"].to_numpy(dtype=np.int64) if "class_id" in before.table else -np.ones_like(labels)
+    changed = settling.changed(earlier, settled)
+    stable = len(np.unique(earlier[earlier >= 0])) == classes and changed <= request.max_changed * len(settled)
+    everyone = everyone.with_columns(class_id=settled)
+    sizes = np.bincount(settled[settled >= 0]).tolist()
+    figures = {
+        "classes": classes,
+        "particles": len(settled),
+        "dissolved": len(np.unique(labels[labels >= 0])) - classes,
+        "unassigned": int((settled < 0).sum()),
+        "changed": changed,
+    }
+    return pb.SettleClassesResult(
+        particles_uri=task.write_particles("particles.parquet", everyone),
+        class_particles_uris=[
+            task.write_particles(f"class{k}.parquet", everyone.select(settled == k)) for k in range(classes)
+        ],
+        sizes=sizes,
+        classes=classes,
+        dissolved=figures["dissolved"],
+        unassigned=figures["unassigned"],
+        changed=changed,
+        stable=stable,
+        table_uri=task.write_table("classes.json", figures | {"sizes": sizes, "stable": stable}),
+    )
+
+
+def _all_of(before: Particles, tables: Sequence[Particles], request: pb.SettleClassesRequest) -> Particles:
+    """The particles of the tables, and those of `before` that are in none of them without a class, in its order."""
+    place = {int(name): row for row, name in enumerate(before.table["id"])}
+    rows: list[int] = []
+    for table, uri in zip(tables, request.particles_uris, strict=True):
+        for column in ("class_id", "half", "qx"):
+            if column not in table.table and len(table):
+                raise FailedPrecondition(f"{uri} has no column {column!r}: classes, half sets and rotations are needed")
+        for name in table.table["id"]:
+            if int(name) not in place:
+                raise InvalidArgument(f"particle {name} of {uri} is not in {request.before_uri}")
+            rows.append(place[int(name)])
+    if len(set(rows)) < len(rows):
+        twice = rows[int(np.argmax(pd.Series(rows).duplicated()))]
+        raise InvalidArgument(f"particle {before.table['id'].iloc[twice]} is in the tables more than once")
+    missing = np.setdiff1d(np.arange(len(before)), rows)
+    parts = [table for table in tables if len(table)]
+    if len(missing):
+        if "half" not in before.table:
+            raise FailedPrecondition(f"{request.before_uri} has no half sets, and particles that are in no other table")
+        nothing = {f"shift_{axis}": 0.0 for axis in "xyz"} | {"score": np.nan, "class_id": -1}
+        rest = before.select(missing)
+        parts.append(rest.with_rotations(Rotation.identity(len(missing))).with_columns(**nothing))
+    order = np.argsort(np.concatenate([np.array(rows, dtype=np.int64), missing]), kind="stable")
+    return Particles.concat(parts).select(order)
 
 
 def _merge_needs(request: pb.MergeAveragesRequest, reader: Reader) -> Needs:
@@ -1239,8 +1520,8 @@ _FAML_CANDIDATES: Mapping[int, likelihood_model.Candidates] = {
 }
 
 
-def _read_state(task: Task, uri: str) -> faml.State:
-    return faml.State.from_arrays(unpack(task.read_file(uri), uri), uri)
+def _read_state(reader: Reader, uri: str) -> faml.State:
+    return faml.State.from_arrays(unpack(reader.read_file(uri), uri), uri)
 
 
 def _fitting(state: faml.State, chosen: _Chosen, uri: str) -> VolumeInfo:
@@ -1274,7 +1555,10 @@ def faml_start(request: pb.FamlStartRequest, task: Task) -> pb.FamlStartResult:
         request.similarity,
         request.seed,
     )
-    state = faml.begin(job, len(chosen), chosen.poses() if chosen.own_table else None, chosen.halves())
+    halves = chosen.halves()
+    if halves is not None:
+        check_halves(halves + 1, len(chosen))
+    state = faml.begin(job, len(chosen), chosen.poses() if chosen.own_table else None, halves)
     return pb.FamlStartResult(
         model_uri=task.write_bytes("model.npz", pack(state.to_arrays())),
         particles_uri=task.write_particles("particles.parquet", chosen.particles),
@@ -1285,7 +1569,11 @@ def faml_start(request: pb.FamlStartRequest, task: Task) -> pb.FamlStartResult:
 def _faml_expect_needs(request: pb.FamlExpectRequest, reader: Reader) -> Needs:
     info = reader.open_subtomograms(request.subtomograms_uri).info
     search = Search(info.shape[0], info.voxel_size_angstrom)
+    state = _read_state(reader, request.model_uri)
     needed = memory_bytes(search, _threads(), references=True) + _FAML_BYTES * _threads() * info.shape[0] ** 3
+    needed += (state.task.classes - 1) * _threads() * faml.class_bytes(state.task)
+    if state.model is not None:
+        needed += grid_bytes(state.task, state.model, _threads())
     return Needs(needed + 4 * reader.open_blob(request.model_uri).size_bytes)
 
 
@@ -1300,9 +1588,8 @@ def faml_expect(request: pb.FamlExpectRequest, task: Task) -> pb.FamlExpectResul
     statistics, posterior = faml.sums_of(
         state, particles, rows, device=task.device, threads=task.threads, progress=task.progress
     )
-    arrays = {f"statistics.{name}": array for name, array in statistics.to_arrays().items()}
-    arrays |= {f"posterior.{name}": array for name, array in posterior.to_arrays().items()}
-    return pb.FamlExpectResult(statistics_uri=task.write_bytes("statistics.npz", pack(arrays)), count=len(rows))
+    found = pack(faml.sums_to_arrays(state, rows.start, statistics, posterior))
+    return pb.FamlExpectResult(statistics_uri=task.write_bytes("statistics.npz", found), count=len(rows))
 
 
 def _faml_model_needs(request: pb.FamlMaximiseRequest | pb.FamlFinishRequest, reader: Reader) -> Needs:
@@ -1315,10 +1602,12 @@ def faml_maximise(request: pb.FamlMaximiseRequest, task: Task) -> pb.FamlMaximis
     state = _read_state(task, request.model_uri)
     count = len(request.statistics_uris)
     total: sufficient_statistics.Statistics | None = None
-    posteriors = []
+    posteriors: list[sufficient_statistics.Posterior] = []
+    reached = 0
     for number, uri in enumerate(request.statistics_uris):
         task.progress(0.6 * number / count, "adding up", shards=number)
-        statistics, posterior = faml.read_sums(state, unpack(task.read_file(uri), uri), uri)
+        statistics, posterior = faml.read_sums(state, reached, unpack(task.read_file(uri), uri), uri)
+        reached += len(posterior)
         total = statistics if total is None else total + statistics
         posteriors.append(posterior)
     assert total is not None
@@ -1346,7 +1635,9 @@ def faml_finish(request: pb.FamlFinishRequest, task: Task) -> pb.FamlFinishResul
         class_id=result.classes.astype(np.int32), half=(result.halves + 1).astype(np.int32)
     )
     mask = state.task.mask(info.shape[0])
+    joined = state.task.box_angstrom / state.task.k_joined
     finished = pb.FamlFinishResult(
+        joined_angstrom=joined,
         particles_uri=task.write_particles("particles.parquet", table),
         class_sizes=np.bincount(result.classes, minlength=state.task.classes).tolist(),
         history_uri=task.write_table("history.json", {"iterations": [asdict(h) for h in result.model.history]}),
@@ -1363,7 +1654,18 @@ def faml_finish(request: pb.FamlFinishRequest, task: Task) -> pb.FamlFinishResul
         finished.half2_uris.append(task.write_volume(f"{name}_half2.mrc", second, whole))
         finished.class_particles_uris.append(task.write_particles(f"{name}.parquet", members))
         reached = curves.resolution_angstrom()
-        figures = {"fsc": curves.corrected.tolist(), "resolution_angstrom": reached, "particles": len(members)}
+        figures: dict[str, object] = {
+            "fsc": curves.corrected.tolist(),
+            "resolution_angstrom": reached,
+            "halves_joined_below_angstrom": joined,
+            "particles": len(members),
+        }
+        if not result.model.power[k].any():
+            figures["remark"] = "the average holds nothing beyond its noise, and is zero"
+        elif reached >= 0.9 * joined:
+            figures["remark"] = (
+                f"the halves were aligned to one average up to {joined:.1f} Å: that they agree so far says little"
+            )
         finished.fsc_uris.append(task.write_table(f"{name}_fsc.json", _curves(curves) | figures))
         finished.resolutions_angstrom.append(reached)
     return finished

@@ -24,6 +24,7 @@ from cryofleet.storage import Store
 from cryofleet.testing import call_operation, file_store, run_operation, running_server, settings_for
 from cryofleet.v1 import alignment_pb2, common_pb2
 from cryofleet.volumes import VolumeInfo, open_volume
+from services.alignment.array_files import unpack
 from services.alignment.service import service
 from tests.contract.alignment_inputs import (
     BINNING,
@@ -152,6 +153,27 @@ async def test_average_takes_chosen_particles_and_their_poses(
     assert rotations is not None
     # The frame is that of the poses it began with.
     assert np.median(angular_distance_degrees(data.rotations[order], rotations)) < 10
+
+
+async def test_average_keeps_half_sets(channel: grpc.aio.Channel, store: Store, data: Sample) -> None:
+    """Particles that were averaged in two half sets stay in them, however few are in one: else what refined them
+    before is in both."""
+    subtomograms = put_subtomograms(store, "a" * 64, data.particles)
+    halves = np.array([2, 1, 1, 1, 2, 1])
+    known = posed(data.rotations, data.shifts).with_columns(half=halves)
+    uri = put_particles(store, "known", known)
+    request = alignment_pb2.AverageRequest(
+        subtomograms_uri=subtomograms, particles_uri=uri, iterations=1, max_candidates=5
+    )
+    result = (await call_operation(channel, request, timeout=120)).result
+    assert particles_at(store, result.particles_uri).table["half"].tolist() == halves.tolist()
+    start = alignment_pb2.AverageStartRequest(subtomograms_uri=subtomograms, particles_uri=uri, max_candidates=5)
+    model = (await call_operation(channel, start, timeout=120)).result.model_uri
+    assert unpack(store.get(model), "model")["halves"].tolist() == halves.tolist()
+    one = known.with_columns(half=np.ones(6, np.int32))
+    request.particles_uri = start.particles_uri = put_particles(store, "one", one)
+    for refusal in (request, start):
+        await refused(channel, refusal, STATUS.INVALID_ARGUMENT, "half set 2 has no particle")
 
 
 def test_average_goes_on_from_its_checkpoint(tmp_path: Path, data: Sample) -> None:

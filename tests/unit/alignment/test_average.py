@@ -221,6 +221,10 @@ def test_what_can_not_be_averaged_is_refused() -> None:
         average(data.read, 3, SEARCH, symmetry="Q7")
     with pytest.raises(InvalidArgument, match="starting poses of 2"):
         average(data.read, 3, SEARCH, start=Poses(Rotation.identity(2), np.zeros((2, 3)), np.zeros(2)))
+    with pytest.raises(InvalidArgument, match="half set 2 has no particle"):
+        average(data.read, 3, SEARCH, halves=np.ones(3, np.int64))
+    with pytest.raises(InvalidArgument, match="1 or 2 of each of the 3 particles"):
+        average(data.read, 3, SEARCH, halves=np.arange(3))
     broken = data.particles.copy()
     broken[2] = 1.0
     with pytest.raises(InvalidArgument, match="particle 12 is constant"):

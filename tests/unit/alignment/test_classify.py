@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from cryofleet.errors import Cancelled, InvalidArgument
 from cryofleet.numerics.rotations import angular_distance_degrees, frame_between
 from cryofleet.numerics.transfer import wedge_transfer
 from cryofleet.progress import Progress
-from services.alignment.align import Poses, Search, align
+from services.alignment.align import Aligner, Poses, Search, align, prepare_reference, standardise
 from services.alignment.classify import (
     UNASSIGNED,
     State,
@@ -169,8 +170,10 @@ def test_particles_find_the_class_and_the_pose_they_came_from(particles: tuple[S
     assert np.array_equal(found.scores.max(axis=1), found.poses.scores)
     # One class, one alignment.
     one = reassign(data.read, 8, averages[:1], SEARCH)
-    expected = align(data.read, 8, averages[0], SEARCH)
-    assert np.allclose(one.poses.scores, expected.scores, atol=1e-6)
+    aligner = Aligner(SEARCH)
+    references = aligner.references(torch.from_numpy(prepare_reference(averages[0]))[None])
+    expected = aligner.align(torch.from_numpy(standardise(data.read(0, 8))), references)
+    assert np.allclose(one.poses.scores, expected.scores.numpy(), atol=1e-6)
 
 
 def test_no_particle_is_compared_to_itself() -> None:
@@ -192,7 +195,7 @@ def test_two_structures_are_sorted_from_one_common_average(
 ) -> None:
     data, labels = particles
     both = asymmetric(1).volume(BOX) + asymmetric(2).volume(BOX)
-    first = align(data.read, len(data), both, SEARCH)
+    first = align(data.read, len(data), both, replace(SEARCH, low_pass_angstrom=4 * SEARCH.voxel_size_angstrom))
     found = classify(
         data.read, len(data), first, SEARCH, iterations=2, feature_cycles=6, components=4, scratch=tmp_path
     )

@@ -15,7 +15,13 @@ from scipy.spatial.transform import Rotation
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import radial_frequency
 from cryofleet.numerics.masks import soft_sphere
-from cryofleet.numerics.rotations import angular_distance_degrees, frame_between, rotation_grid, uniform_random
+from cryofleet.numerics.rotations import (
+    angular_distance_degrees,
+    frame_between,
+    point_group,
+    rotation_grid,
+    uniform_random,
+)
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.numerics.transfer import wedge_transfer
 from services.alignment import expectation as expectations
@@ -25,10 +31,11 @@ from services.alignment.array_files import pack, unpack
 from services.alignment.band import Band
 from services.alignment.expectation import Expectation
 from services.alignment.likelihood_model import Task
-from services.alignment.pose_grid import PoseGrid
+from services.alignment.pose_grid import PoseGrid, memory_bytes
+from services.alignment.reconstruction import noise_share
 from services.alignment.sufficient_statistics import Posterior, Statistics
 from services.alignment.voronoi import VoronoiWeights
-from tests.unit.alignment.samples import Blobs, Sample, asymmetric, sample, symmetric
+from tests.unit.alignment.samples import Blobs, Sample, asymmetric, observed, sample, symmetric
 
 BOX, VOXEL = 24, 12.0
 WEDGE = (-60.0, 60.0)
@@ -116,6 +123,42 @@ def test_two_passes_over_a_grid_keep_its_maximum() -> None:
         assert float(some.values.max()) > 0.98 * float(every.values.max())
 
 
+@pytest.mark.parametrize(("k_max", "limit"), [(5.0, 3.0), (8.0, 2.5), (4.0, 0.7), (6.0, 0.0)])
+def test_a_grid_reaches_the_largest_shift_along_every_axis(k_max: float, limit: float) -> None:
+    """To the corners of a cube, evenly, in steps of at most 1/2.7 of a period of the finest detail."""
+    shifts = PoseGrid(Band(BOX, 1.0, k_max, None, "cpu"), 30.0, limit, coarser=False).shifts.double().numpy()
+    sides = [np.unique(shifts[:, axis].round(5)) for axis in range(3)]
+    assert len(shifts) == math.prod(len(side) for side in sides)
+    for side in sides:
+        np.testing.assert_allclose(side[[0, -1]], [-limit, limit], atol=1e-5)
+        assert 0.0 in side
+        steps = np.diff(side)
+        assert (steps <= BOX / (2.7 * k_max) + 1e-5).all()
+        np.testing.assert_allclose(steps, steps[:1].repeat(len(steps)), atol=1e-4)
+
+
+def test_memory_of_a_grid_covers_what_it_holds() -> None:
+    band = Band(BOX, 1.0, 8.0, None, "cpu")
+    grid = PoseGrid(band, 12.0, 3.0, "C2")
+    held = grid._phases.numel() * 8 + len(grid.quaternions) * len(grid.shifts) * 4
+    assert held < memory_bytes(BOX, band.k_max, 12.0, 3.0, "C2", 1)
+    more = [memory_bytes(BOX, 8.0, 12.0, shift, "C2", 1) for shift in (1.0, 3.0, 6.0)]
+    assert more == sorted(more)
+
+
+def test_shifts_at_the_corner_of_their_range_are_found() -> None:
+    data = sample(asymmetric(1), BOX, 4, 1.0, wedge=WEDGE)
+    shifts = np.array([[3.0, 3.0, -3.0], [-3.0, 3.0, 3.0], [3.0, -3.0, 3.0], [-3.0, -3.0, -3.0]])
+    rng = np.random.default_rng(0)
+    boxes = [observed(asymmetric(1).volume(BOX, data.rotations[i], shifts[i]), WEDGE, 1.0, rng) for i in range(4)]
+    corner = Sample(np.stack(boxes), data.rotations, shifts)
+    task = replace(TASK, search=replace(TASK.search, max_shift_voxels=3.0), candidates="grid")
+    state = faml.begin(task, 4, Poses(data.rotations, shifts, np.zeros(4)), np.arange(4) % 2)
+    for _ in range(2):
+        state = faml.advance(state, *faml.sums_of(state, particles_of(corner)))
+    np.testing.assert_allclose(state.posterior.shifts[:, 0], shifts, atol=1e-3)
+
+
 # One iteration, against the integrals summed up pose by pose
 
 
@@ -130,6 +173,48 @@ def tiny() -> tuple[Task, faml.State, NDArray[np.float32]]:
         Search(n, VOXEL, transfer, max_shift_voxels=1.0, low_pass_angstrom=33.0), 80.0, 2, "grid", 35.0, 1.0, seed=5
     )
     return task, faml.begin(task, 6, halves=np.zeros(6, np.int64)), boxes
+
+
+def test_cells_of_a_symmetric_reference_do_not_depend_on_the_copies() -> None:
+    """Of rotations that look alike, any one stands for all: the shares stay what they are."""
+    group = point_group("D7")
+    members = torch.from_numpy(group.as_quat()).float()
+    rotations = Rotation.random(6, random_state=2)
+    copies = rotations * group[np.random.default_rng(0).integers(0, len(group), 6)]
+    shifts, found = torch.zeros(1, 6, 3), torch.ones(1, 6, dtype=torch.bool)
+    weights = VoronoiWeights(0, group=members)
+    one = weights.of(torch.from_numpy(rotations.as_quat()).float()[None], shifts, found)
+    other = weights.of(torch.from_numpy(copies.as_quat()).float()[None], shifts, found)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    # Without the group they do depend on them, by far more than sampling does.
+    blind = VoronoiWeights(0)
+    apart = [blind.of(torch.from_numpy(r.as_quat()).float()[None], shifts, found) for r in (rotations, copies)]
+    assert float((apart[0] - apart[1]).abs().max()) > 0.03
+
+
+def test_the_sums_hold_as_much_noise_as_is_said() -> None:
+    """Noise of the sums of boxes of nothing else, cut to a sphere, against `noise_share`; no power is seen in it."""
+    count, n = 32, 24
+    boxes = standardise(np.random.default_rng(0).normal(size=(count, n, n, n)).astype(np.float32))
+    task = Task(Search(n, VOXEL, wedge_transfer(n, *WEDGE)), 0.6 * n * VOXEL)
+    particles = faml.Particles(lambda i, c: boxes[i : i + c], np.arange(count), faml.random_halves(count, 0))
+    state = faml.begin(task, count)
+    state = faml.advance(state, *faml.sums_of(state, particles))
+    model = state.model
+    assert model is not None
+    shell = likelihood_model.shells(Band(n, 1.0, model.k_reach, None, "cpu"))
+    seen = model.weights[:, 0].sum(axis=0) > 0.1 * count
+    expected = noise_share(n) * model.variance[shell] * model.weights[:, 0].sum(axis=0)
+    # Hundreds of components, neighbours correlated by the sphere.
+    assert np.mean((np.abs(model.sums[:, 0].sum(axis=0)) ** 2 / expected)[seen]) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_clear_particles_have_an_average(count: int) -> None:
+    data = sample(asymmetric(1), BOX, count, 0.5, wedge=WEDGE)
+    result = faml.faml(TASK, particles_of(data), iterations=3)
+    assert np.ptp(result.volumes[0]) > 1
+    assert result.model.power[0].any()
 
 
 def test_an_iteration_is_the_sum_over_all_poses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +293,8 @@ def test_an_iteration_is_the_sum_over_all_poses(monkeypatch: pytest.MonkeyPatch)
         assert np.isfinite(middle).all()
 
     found = posterior.responsibilities(2).sum(axis=0)
-    np.testing.assert_allclose(found, shares, atol=0.05)
-    np.testing.assert_allclose(statistics.responsibilities.sum(axis=0), shares, atol=0.05)
+    np.testing.assert_allclose(found, shares, atol=0.1)
+    np.testing.assert_allclose(statistics.responsibilities.sum(axis=0), shares, atol=0.1)
     assert statistics.squared_shift == pytest.approx(squared, rel=0.03)
     whitened = (statistics.residuals / np.square(step.deviation)).sum()
     assert whitened == pytest.approx(residual, rel=0.02)
@@ -248,9 +333,13 @@ def test_the_papers_update_moves_to_ours() -> None:
 def test_similar_classes_are_drawn_to_their_mean() -> None:
     values = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
     counts = torch.tensor([10.0, 10.0], dtype=torch.float64)
-    result = likelihood_model.averages(values * 10, torch.full((2, 1), 10.0), counts, values * 0, values * 0, 5.0)
-    # (N a A_k + l sum A) / (N a + K l)
+    result = likelihood_model.averages(values * 10, torch.full((2, 1), 10.0), counts, values * 0, values * 0, 0.5)
+    # (N a A_k + l sum A) / (N a + K l), l = lambda N / K = 5
     np.testing.assert_allclose(result[:, 0], [(10 + 20) / 20, (30 + 20) / 20])
+    # It falls linearly to nothing.
+    task = replace(TASK, classes=2, similarity=0.5)
+    falling = [likelihood_model.similarity_at(task, i) for i in (0, 5, likelihood_model.SIMILAR_ITERATIONS, 15)]
+    np.testing.assert_allclose(falling, [0.5, 0.25, 0, 0])
 
 
 # All of it
@@ -347,19 +436,10 @@ def test_shards_give_what_the_whole_gives() -> None:
     parts = whole
     for _ in range(3):
         whole = faml.advance(whole, *faml.sums_of(whole, particles, threads=2))
-        found = [faml.sums_of(parts, particles, range(a, b)) for a, b in ((0, 4), (4, 8), (8, 11))]
+        found = [(a, faml.sums_of(parts, particles, range(a, b))) for a, b in ((0, 4), (4, 8), (8, 11))]
         # As the tasks of a cluster pass them on.
-        written = [
-            unpack(
-                pack(
-                    {f"statistics.{k}": v for k, v in s.to_arrays().items()}
-                    | {f"posterior.{k}": v for k, v in p.to_arrays().items()}
-                ),
-                "part",
-            )
-            for s, p in found
-        ]
-        read = [faml.read_sums(parts, arrays, "part") for arrays in written]
+        written = [(a, unpack(pack(faml.sums_to_arrays(parts, a, *sums)), "part")) for a, sums in found]
+        read = [faml.read_sums(parts, a, arrays, "part") for a, arrays in written]
         total = read[0][0] + read[1][0] + read[2][0]
         parts = faml.advance(parts, total, Posterior.together([p for _, p in read]))
         parts = faml.State.from_arrays(unpack(pack(parts.to_arrays()), "state"), "state")
@@ -432,9 +512,33 @@ def test_states_and_sums_of_something_else_are_refused() -> None:
             faml.State.from_arrays({**arrays, name: broken}, "x")
     with pytest.raises(InvalidArgument, match="sums over 3 particles, and there are 4"):
         faml.advance(state, Statistics(**{**vars(sums), "count": 3.0}), posterior)
-    wide = {f"statistics.{k}": v for k, v in sums.to_arrays().items()}
+    written = faml.sums_to_arrays(state, 0, sums, posterior)
+    without = {name: array for name, array in written.items() if not name.startswith("posterior.")}
     with pytest.raises(InvalidArgument, match="y holds no sums of this run"):
-        faml.read_sums(state, wide, "y")
+        faml.read_sums(state, 0, without, "y")
+    with pytest.raises(InvalidArgument, match="y holds no sums of this run: sums over 4 particles, poses of 3"):
+        faml.read_sums(state, 0, faml.sums_to_arrays(state, 0, sums, posterior.rows(slice(3))), "y")
+
+
+def test_sums_of_other_rows_or_another_state_are_refused() -> None:
+    data = sample(asymmetric(2), BOX, 4, 0.3)
+    state = faml.begin(TASK, 4)
+    found = {a: faml.sums_of(state, particles_of(data), range(a, a + 2)) for a in (0, 2)}
+    written = {a: faml.sums_to_arrays(state, a, *sums) for a, sums in found.items()}
+    kept = faml.State.from_arrays(unpack(pack(state.to_arrays()), "state"), "state")
+    assert len(faml.read_sums(kept, 2, written[2], "y")[1]) == 2
+    with pytest.raises(InvalidArgument, match="y holds the particles from row 2 on: those from row 0 on are missing"):
+        faml.read_sums(state, 0, written[2], "y")
+    sums = found[0][0] + found[2][0]
+    later = faml.advance(state, sums, Posterior.together([posterior for _, posterior in found.values()]))
+    again = faml.sums_of(later, particles_of(data), range(2))
+    assert len(faml.read_sums(later, 0, faml.sums_to_arrays(later, 0, *again), "y")[1]) == 2
+    # Of the same shapes, these would pass but for what they say of themselves.
+    with pytest.raises(InvalidArgument, match="y holds sums of iteration -1, and the state is of 0"):
+        faml.read_sums(later, 0, {**faml.sums_to_arrays(later, 0, *again), "iteration": np.array(-1)}, "y")
+    other = faml.begin(replace(TASK, seed=1), 4)
+    with pytest.raises(InvalidArgument, match="y holds sums that were made with another state"):
+        faml.read_sums(other, 0, written[0], "y")
 
 
 def test_a_grid_of_a_group_holds_each_rotation_once() -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import low_pass
-from cryofleet.numerics.fsc import corrected_fsc, fsc, resolution, shell_counts
+from cryofleet.numerics.fsc import corrected_fsc, fsc, resolution, shell_counts, shell_index, shell_sums
 from cryofleet.numerics.masks import radius_grid, soft_sphere
 
 N = 48
@@ -48,8 +48,9 @@ def test_a_tight_mask_adds_correlation_that_the_correction_takes_off() -> None:
     assert abs(left.mean()) < 3 / np.sqrt(len(left) / 3)  # a tight mask ties some three neighbours together
     assert np.abs(left).max() < 4
     assert resolution(result.frequency, result.masked, VOXEL) < 0.7 * result.resolution_angstrom()
-    # Phases are random from shell 5 on, and two shells from there are left as they are.
-    assert N * VOXEL / 7.5 < result.resolution_angstrom() < 62
+    # They share shell 4 and nothing of shell 5, where the masked curve is still high.
+    assert result.masked[5] > 0.5
+    assert N * VOXEL / 5 < result.resolution_angstrom() < N * VOXEL / 4
 
 
 def test_what_the_halves_share_stays() -> None:
@@ -71,12 +72,46 @@ def test_the_correction_is_the_formula() -> None:
     result = corrected_fsc(first, second, mask, VOXEL, randomise_from_angstrom=N * VOXEL / 6)
     np.testing.assert_array_equal(result.masked, fsc(first, second, mask)[1])
     np.testing.assert_array_equal(result.unmasked, fsc(first, second)[1])
-    np.testing.assert_array_equal(result.corrected[:8], result.masked[:8])
-    masked, randomised = result.masked[8:], result.randomised[8:]
-    np.testing.assert_allclose(result.corrected[8:], (masked - randomised) / (1 - randomised), rtol=1e-12)
+    np.testing.assert_array_equal(result.corrected[:6], result.masked[:6])
+    masked, randomised = result.masked[6:], result.randomised[6:]
+    np.testing.assert_allclose(result.corrected[6:], (masked - randomised) / (1 - randomised), rtol=1e-12)
     assert result.randomised_from_angstrom == pytest.approx(N * VOXEL / 6)
     # What is kept is not mixed with what is not: far below the cut the two curves agree.
     np.testing.assert_allclose(result.randomised[:3], result.masked[:3], atol=0.01)
+
+
+@pytest.mark.parametrize("last", [6, 10])
+def test_halves_that_end_at_a_cliff_are_not_read_beyond_it(last: int) -> None:
+    """Halves averaged to one reference up to a band agree there and nowhere else: no shell beyond it is claimed."""
+    mask = soft_sphere(N, 0.3 * N, 3)
+    found = []
+    for seed in range(4):
+        common, *own = (scipy.fft.rfftn(noise(70 + 3 * seed + i).astype(np.float64)) for i in range(3))
+        shell = shell_index(N)
+        first, second = (scipy.fft.irfftn(np.where(shell <= last, 3 * common, f), (N, N, N)) for f in own)
+        result = corrected_fsc(first.astype(np.float32), second.astype(np.float32), mask, VOXEL, seed=seed)
+        assert round(N * VOXEL / result.randomised_from_angstrom) == last + 1
+        found.append(N * VOXEL / result.resolution_angstrom())
+    # Read between the last shell that agrees and the first that does not.
+    assert last < np.mean(found) < last + 1
+
+
+def test_halves_that_part_smoothly_are_read_where_they_do() -> None:
+    """White noise, and the signal of a particle within the mask, falling by 1/e^2 to shell 12."""
+    mask, particle = soft_sphere(N, 0.32 * N, 3), soft_sphere(N, 0.25 * N, 2)
+    radius = np.minimum(shell_index(N), N)
+    found, expected = [], []
+    for seed in range(4):
+        pattern = scipy.fft.rfftn(noise(90 + 3 * seed) * particle) * np.exp(-2 * (radius / 12) ** 2)
+        signal = 20 * scipy.fft.irfftn(pattern, (N, N, N))
+        first, second = (noise(91 + 3 * seed + i) for i in range(2))
+        result = corrected_fsc(first + signal.astype(np.float32), second + signal.astype(np.float32), mask, VOXEL)
+        found.append(N * VOXEL / result.resolution_angstrom())
+        power = shell_sums(np.abs(scipy.fft.rfftn(signal * mask)) ** 2, N)
+        noisy = shell_sums(np.abs(scipy.fft.rfftn(first.astype(np.float64) * mask)) ** 2, N)
+        expected.append(N * VOXEL / resolution(np.arange(N // 2 + 1) / N, power / (power + noisy), VOXEL))
+    # The curve crosses at a slope of some 0.15 a shell, and is known to 0.05 there.
+    assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.5)
 
 
 def test_random_phases_keep_amplitudes_and_a_real_volume() -> None:

@@ -13,7 +13,7 @@ VALUES = {
     "nothing": None,
     "pick": {"uri": "file:///p", "sizes": [3, 2]},
     "skipped": None,
-    "each": {"inner": {"uri": ["file:///a", None, "file:///c"]}},
+    "each": {"inner": {"uri": ["file:///a", None, "file:///c"], "uris": [["a1", "a2"], None, [], ["d1", None]]}},
 }
 
 
@@ -52,6 +52,13 @@ def test_places_are_kept_where_asked_for() -> None:
     assert kept("${each.inner.uri}") == ["file:///a", None, "file:///c"]
     assert kept(["${pick.uri}", "${skipped.uri}", "${n}"]) == ["file:///p", None, 5.0]
     assert kept({"a": "${nothing}", "b": "${n}"}) == {"b": 5.0}
+
+
+def test_lists_of_lists_are_one_list_to_a_field() -> None:
+    assert value("${each.inner.uris}") == ["a1", "a2", "d1"]
+    assert value({"a": ["${pick.sizes}", "${n}"]}) == {"a": [3, 2, 5.0]}
+    kept = evaluate(parse("${each.inner.uris}"), look_up_in(VALUES), keep_places=True)
+    assert kept == [["a1", "a2"], None, [], ["d1", None]]
 
 
 def test_literals_stay() -> None:

@@ -271,3 +271,41 @@ outputs:
     load(text.replace("FIELD", "size_of.diameter"), "many.yaml")
     with pytest.raises(InvalidArgument, match=r"asks for a part of 'size', which has none"):
         load(text.replace("FIELD", "size.diameter"), "many.yaml")
+
+
+def test_lists_of_lists_go_into_a_field_that_takes_a_list() -> None:
+    text = """\
+name: clusters
+help: All clusters of several sets.
+inputs:
+  sets: {kind: subtomograms, list: true, help: the sets}
+  model: {kind: model, help: the encoder}
+steps:
+  - id: each
+    foreach: ${sets}
+    as: boxes
+    steps:
+      - id: cluster
+        op: learning.Cluster
+        with: {subtomograms_uri: "${boxes}", model_uri: "${model}"}
+  - id: together
+    op: picking.MergeParticles
+    with: {particles_uris: "${FIELD}"}
+  - id: rounds
+    repeat: 2
+    carry: {tables: "${FIRST}"}
+    next: {tables: "${rounds.tables}"}
+    steps:
+      - id: again
+        op: picking.MergeParticles
+        with: {particles_uris: "${rounds.tables}"}
+outputs:
+  particles: ${together.particles_uri}
+"""
+    good = text.replace("FIELD", "each.cluster.largest_uris").replace("FIRST", "each.cluster.largest_uris")
+    load(good, "clusters.yaml")
+    with pytest.raises(InvalidArgument, match="sizes} is a list of a list of integer"):
+        load(good.replace("each.cluster.largest_uris", "each.cluster.sizes", 1), "clusters.yaml")
+    # What is carried stays what it is: a list cannot follow a list of lists.
+    with pytest.raises(InvalidArgument, match="a list of a list of particles in the first round"):
+        load(good.replace('next: {tables: "${rounds.tables}"}', 'next: {tables: ["${model}"]}'), "clusters.yaml")
