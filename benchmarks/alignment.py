@@ -123,11 +123,11 @@ def _mutual(name: str, data: Set) -> Iterator[Row]:
     yield Row(case, "share_within_10_degrees", float((errors <= 10).mean()), "", "higher", share)
     if box > 32:
         return
-    grid, few = rotation_grid(10.0), []
-    near = replace(search, max_angle_degrees=10.0, max_shift_voxels=2.0)
-    for k in range(min(count, BY_EXHAUSTION)):
-        best = search_exhaustively(data.boxes[k], data.boxes[(k + 1) % count], search, grid)
-        few.append(align(partial(_one, data.boxes[k]), 1, data.boxes[(k + 1) % count], near, start=best))
+    slow = replace(search, exhaustive_step_degrees=10.0)
+    few = [
+        align(partial(_one, data.boxes[k]), 1, data.boxes[(k + 1) % count], slow)
+        for k in range(min(count, BY_EXHAUSTION))
+    ]
     errors = _mutual_errors(data, few)
     yield Row(f"{case}, exhaustively", "median_error_degrees", float(np.median(errors)), "degrees", "lower")
     yield Row(f"{case}, exhaustively", "share_within_10_degrees", float((errors <= 10).mean()), "", "higher")

@@ -142,6 +142,7 @@ class AlignRequest(_message.Message):
     WEIGHT_BY_CTF_FIELD_NUMBER: _builtins.int
     WEIGHT_BY_DOSE_FIELD_NUMBER: _builtins.int
     CTF_CORRECTION_FIELD_NUMBER: _builtins.int
+    EXHAUSTIVE_STEP_DEGREES_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     reference_uri: _builtins.str
     low_pass_angstrom: _builtins.float
@@ -157,6 +158,7 @@ class AlignRequest(_message.Message):
     weight_by_ctf: _builtins.bool
     weight_by_dose: _builtins.bool
     ctf_correction: _common_pb2.CtfCorrection.ValueType
+    exhaustive_step_degrees: _builtins.float
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -181,13 +183,16 @@ class AlignRequest(_message.Message):
         weight_by_ctf: _builtins.bool | None = ...,
         weight_by_dose: _builtins.bool | None = ...,
         ctf_correction: _common_pb2.CtfCorrection.ValueType | None = ...,
+        exhaustive_step_degrees: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_exhaustive_step_degrees", b"_exhaustive_step_degrees", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "exhaustive_step_degrees", b"exhaustive_step_degrees", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "rows", b"rows", "symmetry", b"symmetry", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction", "_exhaustive_step_degrees", b"_exhaustive_step_degrees", "_high_pass_angstrom", b"_high_pass_angstrom", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_angle_degrees", b"_max_angle_degrees", "_max_candidates", b"_max_candidates", "_max_shift_voxels", b"_max_shift_voxels", "_symmetry", b"_symmetry", "_weight_by_ctf", b"_weight_by_ctf", "_weight_by_dose", b"_weight_by_dose", "context", b"context", "ctf_correction", b"ctf_correction", "exhaustive_step_degrees", b"exhaustive_step_degrees", "high_pass_angstrom", b"high_pass_angstrom", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_angle_degrees", b"max_angle_degrees", "max_candidates", b"max_candidates", "max_shift_voxels", b"max_shift_voxels", "particles_uri", b"particles_uri", "reference_uri", b"reference_uri", "rows", b"rows", "subtomograms_uri", b"subtomograms_uri", "symmetry", b"symmetry", "tilts_uri", b"tilts_uri", "wedge_uri", b"wedge_uri", "weight_by_ctf", b"weight_by_ctf", "weight_by_dose", b"weight_by_dose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ctf_correction: _TypeAlias = _typing.Literal["ctf_correction"]  # noqa: Y015
     _WhichOneofArgType__ctf_correction: _TypeAlias = _typing.Literal["_ctf_correction", b"_ctf_correction"]  # noqa: Y015
+    _WhichOneofReturnType__exhaustive_step_degrees: _TypeAlias = _typing.Literal["exhaustive_step_degrees"]  # noqa: Y015
+    _WhichOneofArgType__exhaustive_step_degrees: _TypeAlias = _typing.Literal["_exhaustive_step_degrees", b"_exhaustive_step_degrees"]  # noqa: Y015
     _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
@@ -206,6 +211,8 @@ class AlignRequest(_message.Message):
     _WhichOneofArgType__weight_by_dose: _TypeAlias = _typing.Literal["_weight_by_dose", b"_weight_by_dose"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ctf_correction) -> _WhichOneofReturnType__ctf_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exhaustive_step_degrees) -> _WhichOneofReturnType__exhaustive_step_degrees | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
     @_typing.overload

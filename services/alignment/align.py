@@ -1,5 +1,6 @@
 """Aligning subtomograms to a reference: candidates by rotational matching, their shifts, then local refinement."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.masks import radius_grid, soft_sphere
-from cryofleet.numerics.rotations import point_group
+from cryofleet.numerics.rotations import point_group, rotation_grid
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
 from services.alignment.band import Band, cycles_per_box, rotation_matrices
@@ -27,6 +28,11 @@ SEARCH_CYCLES = 9.0
 REFINED_COARSELY = 6
 REFINED_FINELY = 2
 """Of the candidates, so many are refined within the band of the search, and so many of those in the full band."""
+COARSE_STEPS, FINE_STEPS = 4, 3
+"""By so many steps each; more change a pose by less than its error, with noise or without."""
+
+EXHAUSTED_AT_ONCE = 512
+"""Of an exhaustive search's rotations, so many are compared together."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -57,8 +63,9 @@ class Search:
     the half grid (n, n, n // 2 + 1) of `rfftn`: a wedge mask, or CTF and dose (`cryofleet.numerics.transfer`); None
     where nothing is missing. `reference_transfer` is that of the reference, where it is itself a subtomogram or an
     average that lacks components. `symmetry` is the reference's point group, its main axis along z: of rotations that
-    look alike only one is a candidate. `max_angle_degrees` and `max_shift_voxels` are counted from the pose that a
-    particle starts from where it has one.
+    look alike only one is a candidate. With `exhaustive_step_degrees` every rotation of a uniform grid is tried in
+    place of the matching's candidates, as a slow check on them. `max_angle_degrees` and `max_shift_voxels` are counted
+    from the pose that a particle starts from where it has one.
     """
 
     box_size: int
@@ -71,6 +78,7 @@ class Search:
     max_angle_degrees: float | None = None
     symmetry: str = "C1"
     reference_transfer: NDArray[np.float32] | None = field(default=None, compare=False)
+    exhaustive_step_degrees: float | None = None
 
     def check(self) -> None:
         """Raise InvalidArgument where a value can't work."""
@@ -165,6 +173,10 @@ class Aligner:
         group = torch.from_numpy(np.atleast_2d(point_group(search.symmetry).as_quat())).float().to(device)
         self._matcher = RotationalMatcher(self.coarse, group, search.reference_transfer)
         self._shifts = ShiftSearch(self.coarse, search.shift_limit)
+        self._every: torch.Tensor | None = None
+        if search.exhaustive_step_degrees is not None:
+            every = rotation_grid(search.exhaustive_step_degrees, search.symmetry).as_quat()
+            self._every = torch.from_numpy(every).float().to(device)
         edge = edge_voxels(n)
         seen = n / 2 - edge if reach_voxels is None else min(n / 2 - edge, reach_voxels + search.shift_limit)
         mask = soft_sphere(n, seen, edge)
@@ -216,21 +228,44 @@ class Aligner:
         """The best pose of each particle (batch, n, n, n), searched over all rotations, or around `start`: quaternions
         (batch, 4) and shifts (batch, 3).
         """
-        quaternions, found = self.candidates(particles, references, None if start is None else start[0])
         limit = self.search.max_angle_degrees
-        around = None if start is None or limit is None else (start[0], limit)
+        near = None if start is None else start[0]
+        around = None if near is None or limit is None else (near, limit)
         spectra = centred_rfft(particles)
+        coarse, fine = self.coarse.of(spectra), self.fine.of(spectra)
+        if start is not None:
+            coarse, fine = self.coarse.moved(coarse, -start[1]), self.fine.moved(fine, -start[1])
+        if self._every is None:
+            quaternions, found = self.candidates(particles, references, near)
+        else:
+            quaternions, found = self._exhausted(self._every, coarse, references, around)
+        result = self._align(coarse, fine, references, quaternions, found, around)
         if start is None:
-            return self._align(self.coarse.of(spectra), self.fine.of(spectra), references, quaternions, found)
-        result = self._align(
-            self.coarse.moved(self.coarse.of(spectra), -start[1]),
-            self.fine.moved(self.fine.of(spectra), -start[1]),
-            references,
-            quaternions,
-            found,
-            around,
-        )
+            return result
         return Refined(result.quaternions, result.shifts + start[1], result.scores)
+
+    def _exhausted(
+        self,
+        every: torch.Tensor,
+        coarse: torch.Tensor,
+        references: References,
+        around: tuple[torch.Tensor, float] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of all rotations of a grid, each with its best shift: what `candidates` gives."""
+        batch = len(coarse)
+        scores = torch.cat(
+            [
+                self._best_shifts(coarse, references, part.expand(batch, -1, -1))[1]
+                for part in torch.split(every, max(1, EXHAUSTED_AT_ONCE // batch))
+            ],
+            dim=1,
+        )
+        if around is not None:
+            near, degrees = around
+            close = (near @ every.T).abs() >= math.cos(math.radians(min(degrees, 180.0)) / 2)
+            scores = torch.where(close, scores, -torch.inf)
+        best = torch.topk(scores, min(self.search.max_candidates, len(every)), dim=1)
+        return every[best.indices], best.values > -torch.inf
 
     def _align(
         self,
@@ -248,7 +283,7 @@ class Aligner:
         shifts = torch.take_along_dim(shifts, top, dim=1)
         found = torch.take_along_dim(found, top[..., 0], dim=1)
         limit = self.search.shift_limit
-        result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, 4, around)
+        result = refine(self.coarse, coarse, references.coarse, quaternions, shifts, limit, COARSE_STEPS, around)
         return self._finish(fine, references, result, found, around)
 
     def _finish(
@@ -268,7 +303,7 @@ class Aligner:
             torch.take_along_dim(poses.quaternions, top, dim=1),
             torch.take_along_dim(poses.shifts, top, dim=1),
             self.search.shift_limit,
-            6,
+            FINE_STEPS,
             around,
         )
         best = result.scores.argmax(dim=1)[:, None]

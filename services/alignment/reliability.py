@@ -22,7 +22,7 @@ SIGNIFICANT = 5.0
 """Standard deviations by which the particle must stand out of the noise to be seen."""
 NO_NOISE = 0.02
 """Of the box's mean square: with so little far from the particle, a reference counts as free of noise."""
-INFORMATION = 0.95
+INFORMATION = 0.9
 """The band holds this share of what a reference says of rotations."""
 LEAST_CYCLES = 7.0
 """The band reaches at least so far, in cycles per box."""

@@ -227,6 +227,19 @@ def test_the_exhaustive_search_agrees() -> None:
         assert slow.scores[0] <= poses.scores[i] + 5e-3
 
 
+def test_every_rotation_of_a_grid_leads_to_the_same_pose() -> None:
+    """In place of the matching's candidates, and within a range of the start where there is one."""
+    blobs = asymmetric()
+    data = sample(blobs, BOX, 3, 0.5, wedge=WEDGE)
+    search = replace(SEARCH, transfer=wedge_transfer(BOX, *WEDGE), exhaustive_step_degrees=20.0)
+    quick = align(data.read, 3, blobs.volume(BOX), replace(search, exhaustive_step_degrees=None))
+    slow = align(data.read, 3, blobs.volume(BOX), search)
+    assert np.degrees((slow.rotations * quick.rotations.inv()).magnitude()).max() < 0.5
+    away = Poses(Rotation.from_rotvec([0, 0, 1.0]) * data.rotations, data.shifts, np.zeros(3))
+    kept = align(data.read, 3, blobs.volume(BOX), replace(search, max_angle_degrees=25.0), start=away)
+    assert np.degrees((kept.rotations * away.rotations.inv()).magnitude()).max() <= 25 + 1e-3
+
+
 def test_threads_do_not_change_the_result() -> None:
     blobs = asymmetric()
     data = sample(blobs, BOX, 9, 0.2)
