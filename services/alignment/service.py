@@ -264,11 +264,16 @@ class _Chosen:
         return poses
 
     def halves(self) -> NDArray[np.int64] | None:
-        """Half set 0 or 1 of each; None where they are in none."""
-        if "half" not in self.given.table:
+        """Half set 0 or 1 of each; None where they are in none. Raises InvalidArgument where only some are in one."""
+        if "half" not in self.given.table or not self.given.table["half"].to_numpy().any():
             return None
         halves = self.given.table["half"].to_numpy(dtype=np.int64) - 1
-        return halves if np.isin(halves, (0, 1)).all() else None
+        for i in np.flatnonzero(~np.isin(halves, (0, 1)))[:1]:
+            raise InvalidArgument(
+                f"particle {self.names[i]} of {self.given.source} has half {halves[i] + 1}, others are in half sets: "
+                "give each 1 or 2, or leave the column out"
+            )
+        return halves
 
 
 def _chosen(

@@ -170,6 +170,9 @@ async def test_average_keeps_half_sets(channel: grpc.aio.Channel, store: Store, 
     start = alignment_pb2.AverageStartRequest(subtomograms_uri=subtomograms, particles_uri=uri, max_candidates=5)
     model = (await call_operation(channel, start, timeout=120)).result.model_uri
     assert unpack(store.get(model), "model")["halves"].tolist() == halves.tolist()
+    some = known.with_columns(half=np.array([1, 2, 0, 1, 2, 1], np.int32))
+    start.particles_uri = put_particles(store, "some", some)
+    await refused(channel, start, STATUS.INVALID_ARGUMENT, "particle 102", "has half 0")
     one = known.with_columns(half=np.ones(6, np.int32))
     request.particles_uri = start.particles_uri = put_particles(store, "one", one)
     for refusal in (request, start):
