@@ -29,6 +29,11 @@ def cosine_edge(distance: NDArray[np.floating[Any]], edge_voxels: float) -> NDAr
     return np.asarray(0.5 + 0.5 * np.cos(np.pi * ramp), dtype=np.float32)
 
 
+def usual_edge_voxels(box_size: int) -> float:
+    """Width of the soft edge of what masks a particle in a box, unless something asks for another."""
+    return max(2.0, box_size / 16)
+
+
 def soft_sphere(box_size: int, radius_voxels: float, edge_voxels: float) -> NDArray[np.float32]:
     """1 inside `radius_voxels` of the centre, falling to 0 over `edge_voxels` beyond it as half a cosine."""
     return cosine_edge(radius_grid(box_size) - radius_voxels, edge_voxels)

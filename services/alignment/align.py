@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.masks import radius_grid, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group, rotation_grid
 from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
 from services.alignment.band import Band, cycles_per_box, rotation_matrices
 from services.alignment.refinement import Refined, refine
-from services.alignment.reliability import band_cycles, edge_voxels, particle_sphere, weights
+from services.alignment.reliability import band_cycles, particle_sphere, weights
 from services.alignment.rotational_matching import MagnitudeModel, RotationalMatcher
 from services.alignment.translation import ShiftSearch
 
@@ -177,7 +177,7 @@ class Aligner:
         if search.exhaustive_step_degrees is not None:
             every = rotation_grid(search.exhaustive_step_degrees, search.symmetry).as_quat()
             self._every = torch.from_numpy(every).float().to(device)
-        edge = edge_voxels(n)
+        edge = usual_edge_voxels(n)
         seen = n / 2 - edge if reach_voxels is None else min(n / 2 - edge, reach_voxels + search.shift_limit)
         mask = soft_sphere(n, seen, edge)
         self._mask = torch.from_numpy(mask).to(device)
@@ -328,7 +328,7 @@ def prepare_reference(reference: NDArray[np.float32], mask: NDArray[np.float32] 
         raise InvalidArgument("the reference is constant: there is nothing to align to")
     n = reference.shape[0]
     outside = radius_grid(n) >= n / 2
-    edge = edge_voxels(n)
+    edge = usual_edge_voxels(n)
     if mask is None:
         mask = soft_sphere(n, n / 2 - edge, edge)
     else:
@@ -493,7 +493,7 @@ def _believed(
     n = search.box_size
     sphere = particle_sphere(reference)
     if mask is None and sphere is not None:
-        mask = sphere.mask(n, edge_voxels(n))
+        mask = sphere.mask(n, usual_edge_voxels(n))
     prepared = prepare_reference(reference, mask)
     believed = weights(reference, sphere)
     if search.low_pass_angstrom is None:

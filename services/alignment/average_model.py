@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.numerics.masks import soft_cylinder, soft_sphere
+from cryofleet.numerics.masks import soft_cylinder, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from services.alignment.align import Poses, Search, check_mask, check_transfer
 from services.alignment.array_files import Arrays
@@ -60,7 +60,7 @@ class Mask:
         """The mask `[z, y, x]` of a sphere or cylinder that has a radius; empty where it has none."""
         if self.radius_angstrom is None:
             return _NOTHING
-        edge = max(2.0, box_size / 16)
+        edge = usual_edge_voxels(box_size)
         radius = self.radius_angstrom / voxel_size_angstrom
         if self.kind == "sphere":
             return soft_sphere(box_size, radius, edge)

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution
-from cryofleet.numerics.masks import centred_coordinates, soft_sphere
+from cryofleet.numerics.masks import centred_coordinates, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from services.alignment.auto_mask import auto_mask
 from services.alignment.average_model import Helix, Iteration, Model, Statistics
@@ -148,7 +148,7 @@ def fsc_mask(model: Model) -> NDArray[np.float32]:
     if model.mask.size:
         return model.mask
     n = model.job.search.box_size
-    return soft_sphere(n, 0.4 * n, max(2.0, n / 16))
+    return soft_sphere(n, 0.4 * n, usual_edge_voxels(n))
 
 
 def curves(model: Model) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -196,7 +196,7 @@ def _centre(model: Model) -> NDArray[np.float64]:
     band = job.band()
     below = torch.from_numpy(band.radius <= job.k_start)
     n = job.search.box_size
-    mask = soft_sphere(n, 0.4 * n, max(2.0, n / 16))
+    mask = soft_sphere(n, 0.4 * n, usual_edge_voxels(n))
     volume = volume_of(band, (_joint(model) * below)[None])[0].numpy() * mask
     mass = np.maximum(volume - 0.25 * volume.max(), 0.0).astype(np.float64)
     r = centred_coordinates(n).astype(np.float64)

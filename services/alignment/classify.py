@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution
-from cryofleet.numerics.masks import soft_sphere
+from cryofleet.numerics.masks import soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment.align import (
@@ -88,7 +88,7 @@ class ClassSums:
     def resolutions(self, voxel_size_angstrom: float) -> NDArray[np.float64]:
         """Where the FSC of each class's half maps falls below 0.143, in Å; the box where a half has no particle."""
         n = self.band.box_size
-        mask = soft_sphere(n, 0.4 * n, max(2.0, n / 16))
+        mask = soft_sphere(n, 0.4 * n, usual_edge_voxels(n))
         return np.array(
             [resolution(*fsc(first, second, mask), voxel_size_angstrom) for first, second in self.half_maps()]
         )

@@ -25,7 +25,7 @@ from scipy.spatial.transform import Rotation
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution, shell_index
 from cryofleet.numerics.interpolation import transform_volume
-from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.masks import radius_grid, soft_sphere, usual_edge_voxels
 from cryofleet.progress import Progress, no_progress
 from services.alignment.align import Poses, Search, align, in_parallel
 
@@ -96,7 +96,7 @@ def distinct(
     count, n = _check(averages, half_maps, sizes, mask, same)
     search = Search(n, voxel_size_angstrom, None, low_pass_angstrom, max_candidates=max_candidates)
     search.check()
-    edge = max(2.0, n / 16)
+    edge = usual_edge_voxels(n)
     within = soft_sphere(n, n / 2 - edge, edge) if mask is None else mask
     finest = n * voxel_size_angstrom / search.k_max
     resolutions = np.full(count, np.nan)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -153,8 +154,9 @@ class State:
         """Of the model; -1 where there is none."""
         return -1 if self.model is None else self.model.iteration
 
+    @cached_property
     def digest(self) -> NDArray[np.uint8]:
-        """Of all that the state holds: sums that were made with another one are told by it."""
+        """Of all that the state holds: sums that were made with another one are told by it. Made once for all."""
         return np.frombuffer(hashlib.sha256(pack(self.to_arrays())).digest(), np.uint8)
 
     def to_arrays(self) -> Arrays:
@@ -253,7 +255,7 @@ def sums_of(
 
 def sums_to_arrays(state: State, first: int, statistics: Statistics, posterior: Posterior) -> Arrays:
     """What `sums_of` gave for the particles from row `first` on, as plain arrays that say so."""
-    arrays: Arrays = {"first": np.array(first), "iteration": np.array(state.iteration), "state": state.digest()}
+    arrays: Arrays = {"first": np.array(first), "iteration": np.array(state.iteration), "state": state.digest}
     arrays |= {f"statistics.{name}": array for name, array in statistics.to_arrays().items()}
     return arrays | {f"posterior.{name}": array for name, array in posterior.to_arrays().items()}
 
@@ -267,7 +269,7 @@ def read_sums(state: State, first: int, arrays: Mapping[str, Any], source: str) 
     try:
         arrays = {name: np.array(array) for name, array in arrays.items()}
         begins, iteration = int(arrays["first"]), int(arrays["iteration"])
-        same = np.array_equal(arrays["state"], state.digest())
+        same = np.array_equal(arrays["state"], state.digest)
         statistics = Statistics.from_arrays(_within(arrays, "statistics."))
         posterior = Posterior.from_arrays(_within(arrays, "posterior."))
         k_max = task.k_start if state.model is None else state.model.k_max

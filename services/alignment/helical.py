@@ -29,7 +29,7 @@ from cryofleet.numerics.cylindrical import cylindrical_transform
 from cryofleet.numerics.fourier import band_pass, fast_length
 from cryofleet.numerics.fsc import shell_index
 from cryofleet.numerics.interpolation import transform_volume
-from cryofleet.numerics.masks import centred_coordinates, soft_sphere
+from cryofleet.numerics.masks import centred_coordinates, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from cryofleet.numerics.spectra import SpectrumTable
 from cryofleet.progress import Progress, no_progress, part
@@ -845,7 +845,7 @@ def find_axis(volume: NDArray[np.floating], *, cycles: float = 6.0, protein_sign
     """
     checked = _checked(volume, 1.0) * np.float32(protein_sign)
     n = checked.shape[0]
-    edge = max(2.0, n / 16)
+    edge = usual_edge_voxels(n)
     mask = soft_sphere(n, n / 2 - edge, edge)
     checked = (checked - np.float32(np.average(checked, weights=mask > 0.5))) * mask
     mass = np.maximum(checked - 0.25 * checked.max(), 0).astype(np.float64)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from cryofleet.numerics.masks import soft_sphere
+from cryofleet.numerics.masks import soft_sphere, usual_edge_voxels
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
 from services.alignment.band import Band, rotation_matrices
 
@@ -39,8 +39,7 @@ class Contributions:
         n = band.box_size
         self.band = band
         self._group = rotation_matrices(_quaternions(symmetry)).to(device)
-        edge = max(2.0, n / 16)
-        self._mask = torch.from_numpy(soft_sphere(n, n / 2 - edge, edge)).to(device)
+        self._mask = torch.from_numpy(_inscribed(n)).to(device)
         k = np.fft.fftfreq(n) * n
         self._axes = [torch.from_numpy(a.astype(np.float32)).to(device) for a in (k, k, np.fft.rfftfreq(n) * n)]
         self._transfer: torch.Tensor | None = None
@@ -111,10 +110,15 @@ class Contributions:
         return terms, coverage if self._sampled is not None else coverage + total
 
 
+def _inscribed(box_size: int) -> NDArray[np.float32]:
+    """The soft sphere that can be turned within the box."""
+    edge = usual_edge_voxels(box_size)
+    return soft_sphere(box_size, box_size / 2 - edge, edge)
+
+
 def noise_share(box_size: int) -> float:
     """Of the particles' noise in a component of `Contributions`' sums: they are cut to the box's sphere."""
-    edge = max(2.0, box_size / 16)
-    return float(np.square(soft_sphere(box_size, box_size / 2 - edge, edge)).mean())
+    return float(np.square(_inscribed(box_size)).mean())
 
 
 def divide(sums: torch.Tensor, weights: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import scipy.ndimage
 from numpy.typing import NDArray
 
 from cryofleet.numerics.fsc import shell_counts, shell_sums
-from cryofleet.numerics.masks import centred_coordinates, cosine_edge, radius_grid
+from cryofleet.numerics.masks import centred_coordinates, cosine_edge, radius_grid, usual_edge_voxels
 
 SEEN = 1 / 3
 """In cycles per voxel: the particle is looked for in so much detail."""
@@ -35,17 +35,12 @@ class Sphere:
     centre: NDArray[np.float64]
     radius_voxels: float
 
-    def mask(self, box_size: int, edge_voxels: float) -> NDArray[np.float32]:
-        """1 inside, falling to 0 at the surface over `edge_voxels` as half a cosine."""
+    def mask(self, box_size: int, edge: float) -> NDArray[np.float32]:
+        """1 inside, falling to 0 at the surface over `edge` voxels as half a cosine."""
         r = centred_coordinates(box_size)
         x, y, z = (r - offset for offset in self.centre)
         distance = np.sqrt(x**2 + y[:, None] ** 2 + z[:, None, None] ** 2)
-        return cosine_edge(distance - self.radius_voxels + edge_voxels, edge_voxels)
-
-
-def edge_voxels(box_size: int) -> float:
-    """Width of the soft edge of what masks a reference."""
-    return max(2.0, box_size / 16)
+        return cosine_edge(distance - self.radius_voxels + edge, edge)
 
 
 def particle_sphere(reference: NDArray[np.float32]) -> Sphere | None:
@@ -107,7 +102,7 @@ def weights(reference: NDArray[np.float32], sphere: Sphere | None) -> NDArray[np
     n = reference.shape[0]
     if sphere is None:
         return np.ones(n // 2 + 1)
-    edge = edge_voxels(n)
+    edge = usual_edge_voxels(n)
     inside = sphere.mask(n, edge)
     outside = 1 - Sphere(sphere.centre, sphere.radius_voxels + edge).mask(n, edge)
     level = float((reference * outside).sum() / outside.sum())

@@ -22,7 +22,7 @@ from cryofleet.numerics import transfer
 from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD, CorrectedFsc, corrected_fsc, fsc
 from cryofleet.numerics.fsc import resolution as resolution_of
 from cryofleet.numerics.interpolation import transform_volume
-from cryofleet.numerics.masks import soft_cylinder, soft_dilation, soft_ellipsoid, soft_sphere
+from cryofleet.numerics.masks import soft_cylinder, soft_dilation, soft_ellipsoid, soft_sphere, usual_edge_voxels
 from cryofleet.particles import Particles
 from cryofleet.progress import part
 from cryofleet.server import Needs, Reader, Service, Task
@@ -192,7 +192,7 @@ def _mask(task: Task, uri: str, info: VolumeInfo) -> Array:
     """A mask of the same box; a sphere of 0.8 of its diameter where no URI is given."""
     if not uri:
         n = info.shape[0]
-        return soft_sphere(n, 0.4 * n, max(2.0, n / 16))
+        return soft_sphere(n, 0.4 * n, usual_edge_voxels(n))
     mask = _cube(task, uri, info)[0]
     # Written so that NaN is refused too.
     if not (mask.min() >= 0 and mask.max() <= 1 + 1e-6):
@@ -1298,7 +1298,7 @@ def average_classes(request: pb.AverageClassesRequest, task: Task) -> pb.Average
     whole = total.whole()
     n, voxel_size = total.about.box_size, total.about.voxel_size_angstrom
     info = VolumeInfo((n, n, n), voxel_size, "dark" if total.about.contrast == "dark" else "light")
-    edge = max(2.0, n / 16)
+    edge = usual_edge_voxels(n)
     radius = (
         0.4 * n
         if not request.HasField("particle_diameter_angstrom")

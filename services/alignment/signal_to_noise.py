@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import shell_counts, shell_index, shell_sums
-from cryofleet.numerics.masks import radius_grid, soft_sphere
+from cryofleet.numerics.masks import radius_grid, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
 from cryofleet.progress import Progress, no_progress
 
@@ -87,7 +87,7 @@ class _Frame:
         points = np.stack([x[chosen], y[chosen], z[chosen]], axis=1)
         self.points = torch.from_numpy(points.astype(np.float32))
         self._reach = float(np.sqrt((points**2).sum(axis=1)).max())
-        edge = max(2.0, n / 16)
+        edge = usual_edge_voxels(n)
         self._mask = torch.from_numpy(soft_sphere(n, n / 2 - edge, edge))
         self._weights = np.full(n // 2 + 1, 2.0)
         self._weights[0] = 1.0

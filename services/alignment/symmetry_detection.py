@@ -32,7 +32,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution, shell_counts, shell_index
-from cryofleet.numerics.masks import centred_coordinates, radius_grid, soft_sphere
+from cryofleet.numerics.masks import centred_coordinates, radius_grid, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
 from cryofleet.progress import Progress, no_progress, part
@@ -224,7 +224,7 @@ def detect_symmetry(
     groups = {name.upper(): point_group(name) for name in candidates}
     groups = {name: group for name, group in groups.items() if len(group) > 1}
     n = first.shape[0]
-    edge = max(2.0, n / 16)
+    edge = usual_edge_voxels(n)
     mask = soft_sphere(n, n / 2 - edge, edge)
     if low_pass_angstrom is None:
         low_pass_angstrom = resolution(*fsc(first, second, mask), voxel_size_angstrom)
