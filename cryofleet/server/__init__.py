@@ -1,6 +1,6 @@
 """The runtime that all services share: a gRPC server that runs operations and keeps their results.
 
-A service's `service.py` registers its functions with a `Service`; its `__main__.py` calls `main`.
+A service's `service` module or package registers its functions with a `Service`; its `__main__.py` calls `main`.
 """
 
 from cryofleet.server.admission import Needs

@@ -19,10 +19,11 @@ from cryofleet.formats import mrc, star
 from cryofleet.formats.volume import open_volume_file
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import part
+from cryofleet.requests import CONTRASTS
 from cryofleet.server import CallContext, Needs, Reader, Service, Task
 from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.storage import Stat, Store
-from cryofleet.v1 import common_pb2, io_pb2
+from cryofleet.v1 import io_pb2
 from cryofleet.volumes import Volume, VolumeInfo
 from services.io import export as exporting
 from services.io import filter as filtering
@@ -42,7 +43,6 @@ _LISTED_AT_ONCE = 256
 _UPLOAD = "io.Upload"
 _UPLOAD_VERSION = 1
 
-_CONTRASTS = {common_pb2.CONTRAST_DARK: "dark", common_pb2.CONTRAST_LIGHT: "light"}
 _NAN_POLICIES: dict[int, ingesting.NanPolicy] = {
     io_pb2.NAN_POLICY_REFUSE: "refuse",
     io_pb2.NAN_POLICY_FILL_MEAN: "fill_mean",
@@ -89,7 +89,7 @@ def ingest(request: io_pb2.IngestRequest, task: Task) -> io_pb2.IngestResult:
             volume, request.voxel_size_angstrom if request.HasField("voxel_size_angstrom") else None
         )
         info = VolumeInfo(
-            volume.shape, size, _CONTRASTS[request.contrast], request.tilt_min_degrees, request.tilt_max_degrees
+            volume.shape, size, CONTRASTS[request.contrast], request.tilt_min_degrees, request.tilt_max_degrees
         )
         measured = ingesting.measure(volume, _NAN_POLICIES[request.nan_policy], part(task.progress, 0.3, 0.6))
         with task.volume_writer("tomogram.mrc", info) as writer:
