@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 # More options for pip, an index of CPU-only torch builds for instance.
 PIP_OPTIONS ?=
 OUT ?= demo-out
+TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
@@ -35,8 +36,9 @@ demo: $(READY)
 endif
 	@echo "Open $(OUT)/report.html. The platform is still up; stop it with: $(BIN)/cryofleet down"
 
+# A file's tests stay in one process, so that what they share is made once; the long ones come first.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) protos-check
 	$(BIN)/ruff check .

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# As the services themselves have it: threads that wait for one another in every small product cost far more than they
+# bring, the more so beside other processes. Read when NumPy and torch are loaded, so set before any of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -74,27 +74,35 @@ class Platform:
 
 
 @contextmanager
-def running_platform(**variables: str) -> Iterator[Platform]:
-    """Start a platform in a new home, stop it and remove the home at the end.
+def platform_home(**variables: str) -> Iterator[Platform]:
+    """A new home in which no platform is up yet; what is up at the end is stopped, and the home removed.
 
     `variables` are further CRYOFLEET_ settings, as SLOTS="2".
     """
     # Not pytest's own folders: their paths are too long for Unix sockets.
     home = Path(tempfile.mkdtemp(prefix="cryofleet-"))
     names = {f"CRYOFLEET_{name}": value for name, value in variables.items()}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CRYOFLEET_")}
+    # The platform gives each service the threads it should have, where its environment says nothing else.
+    kept = {n: value for n, value in os.environ.items() if not n.startswith("CRYOFLEET_") and n != "OMP_NUM_THREADS"}
     environment = {**kept, "CRYOFLEET_HOME": str(home), "CRYOFLEET_DRAIN_SECONDS": "5", **names}
     settings = Settings.from_environment(environment)
-    before = dict(os.environ)
     try:
-        os.environ.clear()
-        os.environ.update(environment)
-        local.start(settings, wait_seconds=120)
-        os.environ.clear()
-        os.environ.update(before)
         yield Platform(settings, environment)
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         local.stop(settings)
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def running_platform(**variables: str) -> Iterator[Platform]:
+    """A platform in a new home, which is stopped and removed at the end; `variables` as for `platform_home`."""
+    with platform_home(**variables) as platform:
+        before = dict(os.environ)
+        try:
+            os.environ.clear()
+            os.environ.update(platform.environment)
+            local.start(platform.settings, wait_seconds=240)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        yield platform

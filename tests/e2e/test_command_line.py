@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cryofleet.errors import NotFound
-from tests.platform import Platform, running_platform
+from tests.platform import Platform, platform_home
 
 
 def test_ops_show_parameters_units_and_defaults(platform: Platform) -> None:
@@ -127,9 +127,10 @@ def test_gc_is_a_dry_run_unless_told(platform: Platform, tmp_path: Path) -> None
 
 
 def test_run_starts_the_platform_where_none_is_up() -> None:
-    with running_platform() as platform:
-        assert platform.command("down").returncode == 0
+    with platform_home() as platform:
         assert platform.command("runs").returncode == 5
         done = platform.command("run", "self-test")
         assert done.returncode == 0, done.stderr
         assert platform.command("up").stdout.startswith("the platform is up already")
+        assert platform.command("down").returncode == 0
+        assert platform.command("runs").returncode == 5

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,8 @@ from cryofleet.client import RunHandle
 from cryofleet.particles import Particles
 from cryofleet.storage import Store
 from cryofleet.volumes import VolumeInfo, write_subtomograms
-from tests.faults.conftest import contents
-from tests.platform import Platform, running_platform
+from tests.faults.conftest import computed, contents
+from tests.platform import Platform
 from tests.unit.alignment.samples import asymmetric, sample
 
 BOX, VOXEL, COUNT = 24, 12.0, 12
@@ -63,48 +61,34 @@ def begin(platform: Platform, project: str) -> RunHandle:
     )
 
 
-def computed(platform: Platform, run: RunHandle) -> Counter[tuple[str, str]]:
-    """How often each result of the run, by operation and key, was computed, as the services logged it."""
-    results: Counter[tuple[str, str]] = Counter()
-    for path in platform.settings.log_folder.glob("*.log"):
-        for line in path.read_text().splitlines():
-            # The last line may just be being written.
-            if line.startswith("{") and line.endswith("}"):
-                entry = json.loads(line)
-                if entry.get("message") == "computed" and entry.get("run_id") == run.id:
-                    results[entry["operation"], entry["key"]] += 1
-    return results
-
-
 def by_operation(results: Counter[tuple[str, str]]) -> Counter[str]:
     """How many different results each operation made."""
     return Counter(operation for operation, _ in results)
 
 
 @pytest.fixture(scope="module")
-def averaging() -> Iterator[Averaging]:
-    with running_platform() as platform:
-        run = begin(platform, "undisturbed").wait()
-        assert run.outputs["iterations"] == ROUNDS
-        results = computed(platform, run)
-        assert set(results.values()) == {1}
-        assert by_operation(results)[EXPECT] == SHARDS * (1 + ROUNDS)
-        yield Averaging(platform, contents(run.outputs), by_operation(results))
+def averaging(platform: Platform) -> Averaging:
+    run = begin(platform, "average-undisturbed").wait()
+    assert run.outputs["iterations"] == ROUNDS
+    results = Counter(computed(platform, run))
+    assert set(results.values()) == {1}
+    assert by_operation(results)[EXPECT] == SHARDS * (1 + ROUNDS)
+    return Averaging(platform, contents(run.outputs), by_operation(results))
 
 
 @pytest.mark.parametrize(("name", "in_round"), [("alignment", 2), ("orchestrator", 3)])
 def test_the_run_goes_on_in_its_round(averaging: Averaging, name: str, in_round: int) -> None:
     platform = averaging.platform
     killed = platform.process_id(name)
-    run = begin(platform, f"without-{name}")
+    run = begin(platform, f"average-without-{name}")
     # `first` is done, the rounds before, and one shard of this one.
     point = SHARDS * in_round + 1
     deadline = time.monotonic() + 60
-    while by_operation(computed(platform, run))[EXPECT] < point:
+    while by_operation(Counter(computed(platform, run)))[EXPECT] < point:
         assert time.monotonic() < deadline, f"round {in_round} was not reached"
         time.sleep(0.005)
     os.kill(killed, signal.SIGKILL)
-    before = computed(platform, run)
+    before = Counter(computed(platform, run))
     assert by_operation(before)[EXPECT] <= SHARDS * (1 + in_round), "killed in the middle of the round"
     run.wait()
     assert (run.state, run.record.attempt) == ("succeeded", 1), "it went on by itself"
@@ -113,7 +97,7 @@ def test_the_run_goes_on_in_its_round(averaging: Averaging, name: str, in_round:
     assert found.keys() == averaging.outputs.keys()
     for output, value in found.items():
         assert value == averaging.outputs[output], f"{output} differs from the undisturbed run's"
-    results = computed(platform, run)
+    results = Counter(computed(platform, run))
     made = by_operation(results)
     assert made <= averaging.results
     # Of a result that a killed service had just finished, the log may say nothing.

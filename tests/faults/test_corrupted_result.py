@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import numpy as np
 import pytest
 
 from cryofleet.artifacts import remove
-from cryofleet.client import RunFailed
+from cryofleet.client import RunFailed, RunHandle
 from cryofleet.errors import DataLoss
 from cryofleet.storage import Store
-from tests.platform import Platform, running_platform
+from tests.faults.conftest import computed
+from tests.platform import Platform
 
 PIPELINE = """
 name: ingest-and-filter
@@ -45,24 +45,24 @@ def flip_a_byte(path: Path) -> None:
     path.chmod(mode)
 
 
-def computed(platform: Platform) -> list[str]:
-    """Operations that the io service computed, in order, as it logged them."""
-    lines = (platform.settings.log_folder / "io.log").read_text().splitlines()
-    entries = [json.loads(line) for line in lines if line.startswith("{")]
-    return [entry["operation"] for entry in entries if entry.get("message") == "computed"]
+def operations(platform: Platform, run: RunHandle) -> list[str]:
+    """Operations that the run computed, in order."""
+    return [operation for operation, _ in computed(platform, run)]
 
 
-def test_a_damaged_result_is_noticed_taken_back_and_made_anew() -> None:
-    with running_platform() as platform, platform.client() as client:
-        pipeline = platform.settings.home / "pipeline.yaml"
+def test_a_damaged_result_is_noticed_taken_back_and_made_anew(platform: Platform, tmp_path: Path) -> None:
+    with platform.client() as shared:
+        client = shared.in_project("damaged")
+        pipeline = tmp_path / "pipeline.yaml"
         pipeline.write_text(PIPELINE)
-        source = platform.settings.home / "tomogram.mrc"
+        source = tmp_path / "tomogram.mrc"
         voxels = np.random.default_rng(1).normal(size=(24, 32, 40)).astype(np.float32)
         with mrcfile.new(source, voxels) as file:
             file.voxel_size = 10.0
-        first = client.run(pipeline, tomogram=source).wait().outputs
+        undisturbed = client.run(pipeline, tomogram=source).wait()
+        first = undisturbed.outputs
         tomogram, filtered = first["tomogram"].read(), first["filtered"].read()
-        assert computed(platform) == ["io.Ingest", "io.Filter"]
+        assert operations(platform, undisturbed) == ["io.Ingest", "io.Filter"]
 
         # The filter's result is taken away, so that the next run needs the damaged one that it is made from.
         store = Store(platform.settings.store)
@@ -79,10 +79,10 @@ def test_a_damaged_result_is_noticed_taken_back_and_made_anew() -> None:
         assert stored.name in str(failed.value), "the damaged object is named"
         assert "taken out of the store" in str(failed.value)
         assert not list(stored.parent.glob("manifest.json"))
-        assert computed(platform) == ["io.Ingest", "io.Filter"], "nothing was computed from it"
+        assert operations(platform, run) == [], "nothing was computed from it"
 
         run.resume().wait()
         assert (run.state, run.record.attempt) == ("succeeded", 2)
-        assert computed(platform) == ["io.Ingest", "io.Filter"] * 2
+        assert operations(platform, run) == ["io.Ingest", "io.Filter"]
         assert run.outputs["tomogram"].uri == first["tomogram"].uri, "the same result, in its own place"
         assert (run.outputs["tomogram"].read(), run.outputs["filtered"].read()) == (tomogram, filtered)
