@@ -30,9 +30,16 @@ from cryofleet.progress import no_progress
 from cryofleet.storage import Store
 from cryofleet.volumes import VolumeInfo, open_subtomograms, write_subtomograms
 from services.learning import clustering, datasets
-from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss, codes_collapsed
+from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss
 from services.learning.preparation import Preparation, standardise
-from services.learning.training import Training, TrainingOptions, generator_for, train, use_deterministic_algorithms
+from services.learning.training import (
+    Batch,
+    Training,
+    TrainingOptions,
+    generator_for,
+    train,
+    use_deterministic_algorithms,
+)
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -43,17 +50,22 @@ def noise(count: int, side: int) -> NDArray[np.float32]:
     return standardise(np.random.default_rng(0).standard_normal((count, side, side, side), np.float32))
 
 
+def batches_of(boxes: NDArray[np.float32], validation_fraction: float, seed: int) -> datasets.ArrayBatches:
+    rows = datasets.split_rows(len(boxes), validation_fraction, seed)
+    return datasets.ArrayBatches({"boxes": boxes}, *rows, batch_size=BATCH, seed=seed, device=CPU)
+
+
 def fit(boxes: NDArray[np.float32], epochs: int, seed: int = 0) -> Training:
-    batches = datasets.BoxBatches(boxes, batch_size=BATCH, validation_fraction=0.1, seed=seed, device=CPU)
+    loss = AutoencoderLoss(L1_PENALTY)
     return train(
         lambda generator: Autoencoder3D(boxes.shape[-1], generator),
-        AutoencoderLoss(L1_PENALTY),
-        batches,
+        loss,
+        batches_of(boxes, 0.1, seed),
         TrainingOptions(max_epochs=epochs, patience_epochs=epochs, learning_rate=1e-3, seed=seed),
         device=CPU,
         progress=no_progress,
         save_checkpoint=lambda files: None,
-        collapsed=codes_collapsed,
+        collapsed=loss.collapsed,
     )
 
 
@@ -95,14 +107,14 @@ class StepTimes:
 
     def __init__(self, side: int, steps: int) -> None:
         boxes = noise(BATCH * (steps + 1) + 1, side)
-        self.source = datasets.BoxBatches(boxes, batch_size=BATCH, validation_fraction=1e-6, seed=0, device=CPU)
+        self.source = batches_of(boxes, 1e-6, 0)
         self.seconds: list[float] = []
 
     @property
     def training_batches(self) -> int:
         return self.source.training_batches
 
-    def training(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, ...]]:
+    def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         started = time.perf_counter()
         for batch in self.source.training(epoch, first_batch):
             yield batch
@@ -110,7 +122,7 @@ class StepTimes:
             self.seconds.append(now - started)
             started = now
 
-    def validation(self) -> Iterator[tuple[Tensor, ...]]:
+    def validation(self) -> Iterator[Batch]:
         return self.source.validation()
 
 

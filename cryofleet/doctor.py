@@ -28,7 +28,7 @@ _NEEDED = ("numpy", "scipy", "grpcio", "protobuf", "protovalidate", "mrcfile", "
 _BY_SERVICE = {
     "io": ("tifffile", "pillow"),
     "alignment": ("torch", "numba"),
-    "learning": ("torch", "scikit-learn", "safetensors"),
+    "learning": ("torch", "scikit-learn", "safetensors", "pillow"),
     "simulation": ("gemmi", "numba"),
     "orchestrator": ("dbos",),
 }

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from cryofleet.artifacts.manifests import LEAVING, MANIFEST, Manifest
+from cryofleet.artifacts.models import remove_entry
 from cryofleet.artifacts.references import expand_all
 from cryofleet.errors import DataLoss, InvalidArgument, NotFound, PermissionDenied
 from cryofleet.settings import PROJECT_PATTERN
@@ -49,6 +50,7 @@ def complete(store: Store, manifest: Manifest) -> bool:
 def remove(store: Store, project: str, key: str) -> None:
     """Delete a result, its manifest first, so that it is computed again when it is asked for."""
     folder = result_uri(store, project, key)
+    remove_entry(store, folder)
     store.delete(f"{folder}/{MANIFEST}")
     for found in list(store.list(folder)):
         store.delete(found.uri)

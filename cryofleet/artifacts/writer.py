@@ -12,6 +12,7 @@ from typing import Any
 from cryofleet.artifacts.digests import combined_digest, digest_of, digested_blocks
 from cryofleet.artifacts.keys import canonical_json
 from cryofleet.artifacts.manifests import LEAVING, MANIFEST, BlobEntry, InputEntry, Manifest, is_object_name
+from cryofleet.artifacts.models import put_entry
 from cryofleet.artifacts.references import contract_all
 from cryofleet.artifacts.results import complete, load, result_uri
 from cryofleet.errors import DataLoss, InvalidArgument, NotFound, Unavailable
@@ -153,6 +154,8 @@ class ResultWriter:
         canonical_json(kept.result)
         canonical_json(kept.parameters)
         text = kept.to_json().encode()
+        names = [blob["name"] for blob in blobs]
+        put_entry(self._store, self.uri, names, operation, manifest.created_at)
         self._store.put(self._manifest_uri, text)
         try:
             self._check_untouched(blobs)

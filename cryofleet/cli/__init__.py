@@ -7,7 +7,7 @@ import sys
 import click
 
 from cryofleet import __version__
-from cryofleet.cli import operations, platform, runs, storage
+from cryofleet.cli import models, operations, platform, runs, storage
 from cryofleet.errors import Failure
 
 # What a script can tell a failure by; other failures exit with 1.
@@ -31,7 +31,7 @@ def cli() -> None:
     """
 
 
-for group in (platform, runs, operations, storage):
+for group in (platform, runs, operations, storage, models):
     for command in group.COMMANDS:
         cli.add_command(command)
 

@@ -453,11 +453,16 @@ class ReportRequest(_message.Message):
     FSC_URIS_FIELD_NUMBER: _builtins.int
     METRICS_URIS_FIELD_NUMBER: _builtins.int
     AVERAGE_PARTICLES_URIS_FIELD_NUMBER: _builtins.int
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    LABEL_NAMES_FIELD_NUMBER: _builtins.int
+    EMBEDDING_URI_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     tomogram_uri: _builtins.str
     particles_uri: _builtins.str
     particle_diameter_angstrom: _builtins.float
     centres_uri: _builtins.str
+    labels_uri: _builtins.str
+    embedding_uri: _builtins.str
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -470,6 +475,8 @@ class ReportRequest(_message.Message):
     def metrics_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def average_particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def label_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -484,10 +491,13 @@ class ReportRequest(_message.Message):
         fsc_uris: _abc.Iterable[_builtins.str] | None = ...,
         metrics_uris: _abc.Iterable[_builtins.str] | None = ...,
         average_particles_uris: _abc.Iterable[_builtins.str] | None = ...,
+        labels_uri: _builtins.str = ...,
+        label_names: _abc.Iterable[_builtins.str] | None = ...,
+        embedding_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "context", b"context", "particle_diameter_angstrom", b"particle_diameter_angstrom"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_particles_uris", b"average_particles_uris", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "fsc_uris", b"fsc_uris", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_particles_uris", b"average_particles_uris", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "embedding_uri", b"embedding_uri", "fsc_uris", b"fsc_uris", "label_names", b"label_names", "labels_uri", b"labels_uri", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
     _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015

@@ -34,6 +34,12 @@ class TrainAutoencoderRequest(_message.Message):
     L1_PENALTY_FIELD_NUMBER: _builtins.int
     VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_JITTER_FIELD_NUMBER: _builtins.int
+    WEDGE_JITTER_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     binning: _builtins.int
     pose_normalisation: _builtins.bool
@@ -44,6 +50,12 @@ class TrainAutoencoderRequest(_message.Message):
     l1_penalty: _builtins.float
     validation_fraction: _builtins.float
     seed: _builtins.int
+    particles_uri: _builtins.str
+    mixed_precision: _builtins.bool
+    rotations: _builtins.str
+    contrast_jitter: _builtins.float
+    noise_jitter: _builtins.float
+    wedge_jitter: _builtins.float
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -60,33 +72,51 @@ class TrainAutoencoderRequest(_message.Message):
         l1_penalty: _builtins.float | None = ...,
         validation_fraction: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
+        particles_uri: _builtins.str = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        rotations: _builtins.str | None = ...,
+        contrast_jitter: _builtins.float | None = ...,
+        noise_jitter: _builtins.float | None = ...,
+        wedge_jitter: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_l1_penalty", b"_l1_penalty", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_patience_epochs", b"_patience_epochs", "_pose_normalisation", b"_pose_normalisation", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "l1_penalty", b"l1_penalty", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "patience_epochs", b"patience_epochs", "pose_normalisation", b"pose_normalisation", "seed", b"seed", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_l1_penalty", b"_l1_penalty", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_pose_normalisation", b"_pose_normalisation", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "l1_penalty", b"l1_penalty", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "pose_normalisation", b"pose_normalisation", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_l1_penalty", b"_l1_penalty", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_patience_epochs", b"_patience_epochs", "_pose_normalisation", b"_pose_normalisation", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "l1_penalty", b"l1_penalty", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "patience_epochs", b"patience_epochs", "pose_normalisation", b"pose_normalisation", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_l1_penalty", b"_l1_penalty", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_pose_normalisation", b"_pose_normalisation", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "l1_penalty", b"l1_penalty", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "pose_normalisation", b"pose_normalisation", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
     _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
+    _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
     _WhichOneofReturnType__l1_penalty: _TypeAlias = _typing.Literal["l1_penalty"]  # noqa: Y015
     _WhichOneofArgType__l1_penalty: _TypeAlias = _typing.Literal["_l1_penalty", b"_l1_penalty"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
     _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__noise_jitter: _TypeAlias = _typing.Literal["noise_jitter"]  # noqa: Y015
+    _WhichOneofArgType__noise_jitter: _TypeAlias = _typing.Literal["_noise_jitter", b"_noise_jitter"]  # noqa: Y015
     _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
     _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
     _WhichOneofReturnType__pose_normalisation: _TypeAlias = _typing.Literal["pose_normalisation"]  # noqa: Y015
     _WhichOneofArgType__pose_normalisation: _TypeAlias = _typing.Literal["_pose_normalisation", b"_pose_normalisation"]  # noqa: Y015
+    _WhichOneofReturnType__rotations: _TypeAlias = _typing.Literal["rotations"]  # noqa: Y015
+    _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
     _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__wedge_jitter: _TypeAlias = _typing.Literal["wedge_jitter"]  # noqa: Y015
+    _WhichOneofArgType__wedge_jitter: _TypeAlias = _typing.Literal["_wedge_jitter", b"_wedge_jitter"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__l1_penalty) -> _WhichOneofReturnType__l1_penalty | None: ...
     @_typing.overload
@@ -94,13 +124,21 @@ class TrainAutoencoderRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_jitter) -> _WhichOneofReturnType__noise_jitter | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pose_normalisation) -> _WhichOneofReturnType__pose_normalisation | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wedge_jitter) -> _WhichOneofReturnType__wedge_jitter | None: ...
 
 Global___TrainAutoencoderRequest: _TypeAlias = TrainAutoencoderRequest  # noqa: Y015
 
@@ -179,11 +217,13 @@ class ClusterRequest(_message.Message):
     CLUSTERS_FIELD_NUMBER: _builtins.int
     LARGEST_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     model_uri: _builtins.str
     clusters: _builtins.int
     largest: _builtins.int
     seed: _builtins.int
+    particles_uri: _builtins.str
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -195,10 +235,11 @@ class ClusterRequest(_message.Message):
         clusters: _builtins.int | None = ...,
         largest: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        particles_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_clusters", b"_clusters", "_largest", b"_largest", "_seed", b"_seed", "clusters", b"clusters", "context", b"context", "largest", b"largest", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clusters", b"_clusters", "_largest", b"_largest", "_seed", b"_seed", "clusters", b"clusters", "context", b"context", "largest", b"largest", "model_uri", b"model_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clusters", b"_clusters", "_largest", b"_largest", "_seed", b"_seed", "clusters", b"clusters", "context", b"context", "largest", b"largest", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clusters: _TypeAlias = _typing.Literal["clusters"]  # noqa: Y015
     _WhichOneofArgType__clusters: _TypeAlias = _typing.Literal["_clusters", b"_clusters"]  # noqa: Y015
@@ -224,9 +265,13 @@ class ClusterResult(_message.Message):
     CENTRES_URI_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     METRICS_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    EMBEDDING_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     centres_uri: _builtins.str
     metrics_uri: _builtins.str
+    model_uri: _builtins.str
+    embedding_uri: _builtins.str
     @_builtins.property
     def largest_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -239,10 +284,12 @@ class ClusterResult(_message.Message):
         centres_uri: _builtins.str = ...,
         sizes: _abc.Iterable[_builtins.int] | None = ...,
         metrics_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+        embedding_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centres_uri", b"centres_uri", "largest_uris", b"largest_uris", "metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centres_uri", b"centres_uri", "embedding_uri", b"embedding_uri", "largest_uris", b"largest_uris", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,3 +328,1738 @@ class ClusterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ClusterResponse: _TypeAlias = ClusterResponse  # noqa: Y015
+
+@_typing.final
+class AssignClustersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    model_uri: _builtins.str
+    particles_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "subtomograms_uri", b"subtomograms_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssignClustersRequest: _TypeAlias = AssignClustersRequest  # noqa: Y015
+
+@_typing.final
+class AssignClustersResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssignClustersResult: _TypeAlias = AssignClustersResult  # noqa: Y015
+
+@_typing.final
+class AssignClustersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AssignClustersResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AssignClustersResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AssignClustersResponse: _TypeAlias = AssignClustersResponse  # noqa: Y015
+
+@_typing.final
+class SelectClustersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    ALLOW_EMPTY_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    allow_empty: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uri: _builtins.str = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        allow_empty: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "allow_empty", b"allow_empty", "context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "allow_empty", b"allow_empty", "context", b"context", "groups", b"groups", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_empty: _TypeAlias = _typing.Literal["allow_empty"]  # noqa: Y015
+    _WhichOneofArgType__allow_empty: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_empty) -> _WhichOneofReturnType__allow_empty | None: ...
+
+Global___SelectClustersRequest: _TypeAlias = SelectClustersRequest  # noqa: Y015
+
+@_typing.final
+class SelectClustersResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    GROUP_URIS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    @_builtins.property
+    def group_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        group_uris: _abc.Iterable[_builtins.str] | None = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_uris", b"group_uris", "names", b"names", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelectClustersResult: _TypeAlias = SelectClustersResult  # noqa: Y015
+
+@_typing.final
+class SelectClustersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SelectClustersResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SelectClustersResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SelectClustersResponse: _TypeAlias = SelectClustersResponse  # noqa: Y015
+
+@_typing.final
+class TrainSegmenterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    PATIENCE_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_JITTER_FIELD_NUMBER: _builtins.int
+    WEDGE_JITTER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    model_uri: _builtins.str
+    particles_uri: _builtins.str
+    level: _builtins.float
+    max_epochs: _builtins.int
+    patience_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    validation_fraction: _builtins.float
+    mixed_precision: _builtins.bool
+    rotations: _builtins.str
+    contrast_jitter: _builtins.float
+    noise_jitter: _builtins.float
+    wedge_jitter: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        model_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        level: _builtins.float | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        patience_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        validation_fraction: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        rotations: _builtins.str | None = ...,
+        contrast_jitter: _builtins.float | None = ...,
+        noise_jitter: _builtins.float | None = ...,
+        wedge_jitter: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "model_uri", b"model_uri", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
+    _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__level: _TypeAlias = _typing.Literal["level"]  # noqa: Y015
+    _WhichOneofArgType__level: _TypeAlias = _typing.Literal["_level", b"_level"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__noise_jitter: _TypeAlias = _typing.Literal["noise_jitter"]  # noqa: Y015
+    _WhichOneofArgType__noise_jitter: _TypeAlias = _typing.Literal["_noise_jitter", b"_noise_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
+    _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__rotations: _TypeAlias = _typing.Literal["rotations"]  # noqa: Y015
+    _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__wedge_jitter: _TypeAlias = _typing.Literal["wedge_jitter"]  # noqa: Y015
+    _WhichOneofArgType__wedge_jitter: _TypeAlias = _typing.Literal["_wedge_jitter", b"_wedge_jitter"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__level) -> _WhichOneofReturnType__level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_jitter) -> _WhichOneofReturnType__noise_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wedge_jitter) -> _WhichOneofReturnType__wedge_jitter | None: ...
+
+Global___TrainSegmenterRequest: _TypeAlias = TrainSegmenterRequest  # noqa: Y015
+
+@_typing.final
+class TrainSegmenterResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    BEST_VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    best_epoch: _builtins.int
+    best_validation_loss: _builtins.float
+    labels_uri: _builtins.str
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        best_epoch: _builtins.int = ...,
+        best_validation_loss: _builtins.float = ...,
+        labels_uri: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_epoch", b"best_epoch", "best_validation_loss", b"best_validation_loss", "epochs", b"epochs", "labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainSegmenterResult: _TypeAlias = TrainSegmenterResult  # noqa: Y015
+
+@_typing.final
+class TrainSegmenterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainSegmenterResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainSegmenterResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainSegmenterResponse: _TypeAlias = TrainSegmenterResponse  # noqa: Y015
+
+@_typing.final
+class TrainClassifierRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    BINNING_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    PATIENCE_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_WEIGHT_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_JITTER_FIELD_NUMBER: _builtins.int
+    WEDGE_JITTER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    network: _builtins.str
+    binning: _builtins.int
+    max_epochs: _builtins.int
+    patience_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    validation_fraction: _builtins.float
+    weight_decay: _builtins.float
+    reconstruction_weight: _builtins.float
+    mixed_precision: _builtins.bool
+    rotations: _builtins.str
+    contrast_jitter: _builtins.float
+    noise_jitter: _builtins.float
+    wedge_jitter: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        network: _builtins.str | None = ...,
+        binning: _builtins.int | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        patience_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        validation_fraction: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        reconstruction_weight: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        rotations: _builtins.str | None = ...,
+        contrast_jitter: _builtins.float | None = ...,
+        noise_jitter: _builtins.float | None = ...,
+        wedge_jitter: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
+    _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
+    _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__network: _TypeAlias = _typing.Literal["network"]  # noqa: Y015
+    _WhichOneofArgType__network: _TypeAlias = _typing.Literal["_network", b"_network"]  # noqa: Y015
+    _WhichOneofReturnType__noise_jitter: _TypeAlias = _typing.Literal["noise_jitter"]  # noqa: Y015
+    _WhichOneofArgType__noise_jitter: _TypeAlias = _typing.Literal["_noise_jitter", b"_noise_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
+    _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__reconstruction_weight: _TypeAlias = _typing.Literal["reconstruction_weight"]  # noqa: Y015
+    _WhichOneofArgType__reconstruction_weight: _TypeAlias = _typing.Literal["_reconstruction_weight", b"_reconstruction_weight"]  # noqa: Y015
+    _WhichOneofReturnType__rotations: _TypeAlias = _typing.Literal["rotations"]  # noqa: Y015
+    _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__wedge_jitter: _TypeAlias = _typing.Literal["wedge_jitter"]  # noqa: Y015
+    _WhichOneofArgType__wedge_jitter: _TypeAlias = _typing.Literal["_wedge_jitter", b"_wedge_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network) -> _WhichOneofReturnType__network | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_jitter) -> _WhichOneofReturnType__noise_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_weight) -> _WhichOneofReturnType__reconstruction_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wedge_jitter) -> _WhichOneofReturnType__wedge_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+
+Global___TrainClassifierRequest: _TypeAlias = TrainClassifierRequest  # noqa: Y015
+
+@_typing.final
+class TrainClassifierResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    BEST_VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    CALIBRATION_ERROR_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    best_epoch: _builtins.int
+    best_validation_loss: _builtins.float
+    accuracy: _builtins.float
+    calibration_error: _builtins.float
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        best_epoch: _builtins.int = ...,
+        best_validation_loss: _builtins.float = ...,
+        accuracy: _builtins.float = ...,
+        calibration_error: _builtins.float = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "best_epoch", b"best_epoch", "best_validation_loss", b"best_validation_loss", "calibration_error", b"calibration_error", "epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainClassifierResult: _TypeAlias = TrainClassifierResult  # noqa: Y015
+
+@_typing.final
+class TrainClassifierResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainClassifierResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainClassifierResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainClassifierResponse: _TypeAlias = TrainClassifierResponse  # noqa: Y015
+
+@_typing.final
+class AdaptClassifierRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    TARGET_URI_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    ADVERSARIAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_JITTER_FIELD_NUMBER: _builtins.int
+    WEDGE_JITTER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    target_uri: _builtins.str
+    max_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    adversarial_weight: _builtins.float
+    mixed_precision: _builtins.bool
+    rotations: _builtins.str
+    contrast_jitter: _builtins.float
+    noise_jitter: _builtins.float
+    wedge_jitter: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        target_uri: _builtins.str = ...,
+        max_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        adversarial_weight: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        rotations: _builtins.str | None = ...,
+        contrast_jitter: _builtins.float | None = ...,
+        noise_jitter: _builtins.float | None = ...,
+        wedge_jitter: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_rotations", b"_rotations", "_seed", b"_seed", "_wedge_jitter", b"_wedge_jitter", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "rotations", b"rotations", "seed", b"seed", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_rotations", b"_rotations", "_seed", b"_seed", "_wedge_jitter", b"_wedge_jitter", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "model_uri", b"model_uri", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "target_uri", b"target_uri", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adversarial_weight: _TypeAlias = _typing.Literal["adversarial_weight"]  # noqa: Y015
+    _WhichOneofArgType__adversarial_weight: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight"]  # noqa: Y015
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
+    _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__noise_jitter: _TypeAlias = _typing.Literal["noise_jitter"]  # noqa: Y015
+    _WhichOneofArgType__noise_jitter: _TypeAlias = _typing.Literal["_noise_jitter", b"_noise_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__rotations: _TypeAlias = _typing.Literal["rotations"]  # noqa: Y015
+    _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__wedge_jitter: _TypeAlias = _typing.Literal["wedge_jitter"]  # noqa: Y015
+    _WhichOneofArgType__wedge_jitter: _TypeAlias = _typing.Literal["_wedge_jitter", b"_wedge_jitter"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adversarial_weight) -> _WhichOneofReturnType__adversarial_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_jitter) -> _WhichOneofReturnType__noise_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wedge_jitter) -> _WhichOneofReturnType__wedge_jitter | None: ...
+
+Global___AdaptClassifierRequest: _TypeAlias = AdaptClassifierRequest  # noqa: Y015
+
+@_typing.final
+class AdaptClassifierResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptClassifierResult: _TypeAlias = AdaptClassifierResult  # noqa: Y015
+
+@_typing.final
+class AdaptClassifierResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AdaptClassifierResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AdaptClassifierResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AdaptClassifierResponse: _TypeAlias = AdaptClassifierResponse  # noqa: Y015
+
+@_typing.final
+class PredictRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    TILE_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
+    UNSEEN_CLASSES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    tomogram_uri: _builtins.str
+    tile_size_voxels: _builtins.int
+    probabilities: _builtins.bool
+    unseen_classes: _builtins.int
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        tomogram_uri: _builtins.str = ...,
+        tile_size_voxels: _builtins.int | None = ...,
+        probabilities: _builtins.bool | None = ...,
+        unseen_classes: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "probabilities", b"probabilities", "seed", b"seed", "tile_size_voxels", b"tile_size_voxels", "unseen_classes", b"unseen_classes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "probabilities", b"probabilities", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri", "unseen_classes", b"unseen_classes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__probabilities: _TypeAlias = _typing.Literal["probabilities"]  # noqa: Y015
+    _WhichOneofArgType__probabilities: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__tile_size_voxels: _TypeAlias = _typing.Literal["tile_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__unseen_classes: _TypeAlias = _typing.Literal["unseen_classes"]  # noqa: Y015
+    _WhichOneofArgType__unseen_classes: _TypeAlias = _typing.Literal["_unseen_classes", b"_unseen_classes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probabilities) -> _WhichOneofReturnType__probabilities | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_size_voxels) -> _WhichOneofReturnType__tile_size_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unseen_classes) -> _WhichOneofReturnType__unseen_classes | None: ...
+
+Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
+
+@_typing.final
+class PredictResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    PROBABILITY_URIS_FIELD_NUMBER: _builtins.int
+    TABLE_URI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    labels_uri: _builtins.str
+    table_uri: _builtins.str
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def probability_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        labels_uri: _builtins.str = ...,
+        probability_uris: _abc.Iterable[_builtins.str] | None = ...,
+        table_uri: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "names", b"names", "particles_uri", b"particles_uri", "probability_uris", b"probability_uris", "sizes", b"sizes", "table_uri", b"table_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictResult: _TypeAlias = PredictResult  # noqa: Y015
+
+@_typing.final
+class PredictResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___PredictResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___PredictResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class CompareClassesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    TRUTH_URI_FIELD_NUMBER: _builtins.int
+    KNOWN_CLASSES_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    truth_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def known_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uri: _builtins.str = ...,
+        truth_uri: _builtins.str = ...,
+        known_classes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "known_classes", b"known_classes", "particles_uri", b"particles_uri", "truth_uri", b"truth_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareClassesRequest: _TypeAlias = CompareClassesRequest  # noqa: Y015
+
+@_typing.final
+class CompareClassesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    PURITY_FIELD_NUMBER: _builtins.int
+    NORMALISED_MUTUAL_INFORMATION_FIELD_NUMBER: _builtins.int
+    ADJUSTED_RAND_INDEX_FIELD_NUMBER: _builtins.int
+    AREA_UNDER_ROC_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    accuracy: _builtins.float
+    purity: _builtins.float
+    normalised_mutual_information: _builtins.float
+    adjusted_rand_index: _builtins.float
+    area_under_roc: _builtins.float
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        accuracy: _builtins.float = ...,
+        purity: _builtins.float = ...,
+        normalised_mutual_information: _builtins.float = ...,
+        adjusted_rand_index: _builtins.float = ...,
+        area_under_roc: _builtins.float | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_area_under_roc", b"_area_under_roc", "area_under_roc", b"area_under_roc"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_area_under_roc", b"_area_under_roc", "accuracy", b"accuracy", "adjusted_rand_index", b"adjusted_rand_index", "area_under_roc", b"area_under_roc", "metrics_uri", b"metrics_uri", "normalised_mutual_information", b"normalised_mutual_information", "purity", b"purity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__area_under_roc: _TypeAlias = _typing.Literal["area_under_roc"]  # noqa: Y015
+    _WhichOneofArgType__area_under_roc: _TypeAlias = _typing.Literal["_area_under_roc", b"_area_under_roc"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__area_under_roc) -> _WhichOneofReturnType__area_under_roc | None: ...
+
+Global___CompareClassesResult: _TypeAlias = CompareClassesResult  # noqa: Y015
+
+@_typing.final
+class CompareClassesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___CompareClassesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___CompareClassesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CompareClassesResponse: _TypeAlias = CompareClassesResponse  # noqa: Y015
+
+@_typing.final
+class MapBackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    VOLUME_URIS_FIELD_NUMBER: _builtins.int
+    SEGMENTATIONS_URI_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    POSES_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    particles_uri: _builtins.str
+    segmentations_uri: _builtins.str
+    level: _builtins.float
+    poses: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def volume_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        volume_uris: _abc.Iterable[_builtins.str] | None = ...,
+        segmentations_uri: _builtins.str = ...,
+        level: _builtins.float | None = ...,
+        poses: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "_poses", b"_poses", "context", b"context", "level", b"level", "poses", b"poses"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "_poses", b"_poses", "context", b"context", "level", b"level", "particles_uri", b"particles_uri", "poses", b"poses", "segmentations_uri", b"segmentations_uri", "tomogram_uri", b"tomogram_uri", "volume_uris", b"volume_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__level: _TypeAlias = _typing.Literal["level"]  # noqa: Y015
+    _WhichOneofArgType__level: _TypeAlias = _typing.Literal["_level", b"_level"]  # noqa: Y015
+    _WhichOneofReturnType__poses: _TypeAlias = _typing.Literal["poses"]  # noqa: Y015
+    _WhichOneofArgType__poses: _TypeAlias = _typing.Literal["_poses", b"_poses"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__level) -> _WhichOneofReturnType__level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__poses) -> _WhichOneofReturnType__poses | None: ...
+
+Global___MapBackRequest: _TypeAlias = MapBackRequest  # noqa: Y015
+
+@_typing.final
+class MapBackResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    DENSITY_URI_FIELD_NUMBER: _builtins.int
+    PICTURE_URI_FIELD_NUMBER: _builtins.int
+    PLACED_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    labels_uri: _builtins.str
+    density_uri: _builtins.str
+    picture_uri: _builtins.str
+    placed: _builtins.int
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        labels_uri: _builtins.str = ...,
+        density_uri: _builtins.str = ...,
+        picture_uri: _builtins.str = ...,
+        placed: _builtins.int = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density_uri", b"density_uri", "labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "picture_uri", b"picture_uri", "placed", b"placed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapBackResult: _TypeAlias = MapBackResult  # noqa: Y015
+
+@_typing.final
+class MapBackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___MapBackResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___MapBackResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MapBackResponse: _TypeAlias = MapBackResponse  # noqa: Y015
+
+@_typing.final
+class EnrichmentRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    NEAR_PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    NEAR_LABELS_URI_FIELD_NUMBER: _builtins.int
+    NEAR_LABEL_FIELD_NUMBER: _builtins.int
+    DISTANCE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    near_particles_uri: _builtins.str
+    near_labels_uri: _builtins.str
+    near_label: _builtins.int
+    distance_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uri: _builtins.str = ...,
+        near_particles_uri: _builtins.str = ...,
+        near_labels_uri: _builtins.str = ...,
+        near_label: _builtins.int | None = ...,
+        distance_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distance_angstrom", b"_distance_angstrom", "_near_label", b"_near_label", "context", b"context", "distance_angstrom", b"distance_angstrom", "near_label", b"near_label"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distance_angstrom", b"_distance_angstrom", "_near_label", b"_near_label", "context", b"context", "distance_angstrom", b"distance_angstrom", "near_label", b"near_label", "near_labels_uri", b"near_labels_uri", "near_particles_uri", b"near_particles_uri", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__distance_angstrom: _TypeAlias = _typing.Literal["distance_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__distance_angstrom: _TypeAlias = _typing.Literal["_distance_angstrom", b"_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__near_label: _TypeAlias = _typing.Literal["near_label"]  # noqa: Y015
+    _WhichOneofArgType__near_label: _TypeAlias = _typing.Literal["_near_label", b"_near_label"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distance_angstrom) -> _WhichOneofReturnType__distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__near_label) -> _WhichOneofReturnType__near_label | None: ...
+
+Global___EnrichmentRequest: _TypeAlias = EnrichmentRequest  # noqa: Y015
+
+@_typing.final
+class EnrichmentResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASSES_FIELD_NUMBER: _builtins.int
+    RATIOS_FIELD_NUMBER: _builtins.int
+    P_VALUES_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def ratios(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def p_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        classes: _abc.Iterable[_builtins.int] | None = ...,
+        ratios: _abc.Iterable[_builtins.float] | None = ...,
+        p_values: _abc.Iterable[_builtins.float] | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "metrics_uri", b"metrics_uri", "p_values", b"p_values", "ratios", b"ratios"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrichmentResult: _TypeAlias = EnrichmentResult  # noqa: Y015
+
+@_typing.final
+class EnrichmentResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___EnrichmentResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___EnrichmentResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EnrichmentResponse: _TypeAlias = EnrichmentResponse  # noqa: Y015
+
+@_typing.final
+class TrainAnnotatorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    PAINTED_URIS_FIELD_NUMBER: _builtins.int
+    SECTIONS_FIELD_NUMBER: _builtins.int
+    PATCH_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    PATIENCE_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    AUGMENT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    feature: _builtins.str
+    patch_size_voxels: _builtins.int
+    max_epochs: _builtins.int
+    patience_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    validation_fraction: _builtins.float
+    mixed_precision: _builtins.bool
+    augment: _builtins.bool
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def painted_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        feature: _builtins.str = ...,
+        painted_uris: _abc.Iterable[_builtins.str] | None = ...,
+        sections: _abc.Iterable[_builtins.int] | None = ...,
+        patch_size_voxels: _builtins.int | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        patience_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        validation_fraction: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        augment: _builtins.bool | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_augment", b"_augment", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_patch_size_voxels", b"_patch_size_voxels", "_patience_epochs", b"_patience_epochs", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "augment", b"augment", "batch_size", b"batch_size", "context", b"context", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "patch_size_voxels", b"patch_size_voxels", "patience_epochs", b"patience_epochs", "seed", b"seed", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_augment", b"_augment", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_patch_size_voxels", b"_patch_size_voxels", "_patience_epochs", b"_patience_epochs", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "augment", b"augment", "batch_size", b"batch_size", "context", b"context", "feature", b"feature", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "painted_uris", b"painted_uris", "patch_size_voxels", b"patch_size_voxels", "patience_epochs", b"patience_epochs", "sections", b"sections", "seed", b"seed", "tomogram_uri", b"tomogram_uri", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__augment: _TypeAlias = _typing.Literal["augment"]  # noqa: Y015
+    _WhichOneofArgType__augment: _TypeAlias = _typing.Literal["_augment", b"_augment"]  # noqa: Y015
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__patch_size_voxels: _TypeAlias = _typing.Literal["patch_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__patch_size_voxels: _TypeAlias = _typing.Literal["_patch_size_voxels", b"_patch_size_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
+    _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__augment) -> _WhichOneofReturnType__augment | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patch_size_voxels) -> _WhichOneofReturnType__patch_size_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+
+Global___TrainAnnotatorRequest: _TypeAlias = TrainAnnotatorRequest  # noqa: Y015
+
+@_typing.final
+class TrainAnnotatorResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    BEST_VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    PATCHES_FIELD_NUMBER: _builtins.int
+    DICE_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    best_epoch: _builtins.int
+    best_validation_loss: _builtins.float
+    patches: _builtins.int
+    dice: _builtins.float
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        best_epoch: _builtins.int = ...,
+        best_validation_loss: _builtins.float = ...,
+        patches: _builtins.int = ...,
+        dice: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_epoch", b"best_epoch", "best_validation_loss", b"best_validation_loss", "dice", b"dice", "epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "patches", b"patches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainAnnotatorResult: _TypeAlias = TrainAnnotatorResult  # noqa: Y015
+
+@_typing.final
+class TrainAnnotatorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainAnnotatorResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainAnnotatorResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainAnnotatorResponse: _TypeAlias = TrainAnnotatorResponse  # noqa: Y015
+
+@_typing.final
+class AnnotateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    MODEL_URIS_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    PICKS_FIELD_NUMBER: _builtins.int
+    MIN_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    threshold: _builtins.float
+    picks: _builtins.bool
+    min_diameter_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def model_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        model_uris: _abc.Iterable[_builtins.str] | None = ...,
+        threshold: _builtins.float | None = ...,
+        picks: _builtins.bool | None = ...,
+        min_diameter_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_diameter_angstrom", b"_min_diameter_angstrom", "_picks", b"_picks", "_threshold", b"_threshold", "context", b"context", "min_diameter_angstrom", b"min_diameter_angstrom", "picks", b"picks", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_diameter_angstrom", b"_min_diameter_angstrom", "_picks", b"_picks", "_threshold", b"_threshold", "context", b"context", "min_diameter_angstrom", b"min_diameter_angstrom", "model_uris", b"model_uris", "picks", b"picks", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_diameter_angstrom: _TypeAlias = _typing.Literal["min_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_diameter_angstrom: _TypeAlias = _typing.Literal["_min_diameter_angstrom", b"_min_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__picks: _TypeAlias = _typing.Literal["picks"]  # noqa: Y015
+    _WhichOneofArgType__picks: _TypeAlias = _typing.Literal["_picks", b"_picks"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_diameter_angstrom) -> _WhichOneofReturnType__min_diameter_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__picks) -> _WhichOneofReturnType__picks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___AnnotateRequest: _TypeAlias = AnnotateRequest  # noqa: Y015
+
+@_typing.final
+class AnnotateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    SCORES_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    VOXELS_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    labels_uri: _builtins.str
+    scores_uri: _builtins.str
+    particles_uri: _builtins.str
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def voxels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        labels_uri: _builtins.str = ...,
+        scores_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        voxels: _abc.Iterable[_builtins.int] | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "names", b"names", "particles_uri", b"particles_uri", "scores_uri", b"scores_uri", "voxels", b"voxels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotateResult: _TypeAlias = AnnotateResult  # noqa: Y015
+
+@_typing.final
+class AnnotateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AnnotateResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AnnotateResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AnnotateResponse: _TypeAlias = AnnotateResponse  # noqa: Y015
+
+@_typing.final
+class TrainConformationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    BINNING_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    PATIENCE_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    mask_uri: _builtins.str
+    binning: _builtins.int
+    dimensions: _builtins.int
+    low_pass_angstrom: _builtins.float
+    max_epochs: _builtins.int
+    patience_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    validation_fraction: _builtins.float
+    mixed_precision: _builtins.bool
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        binning: _builtins.int | None = ...,
+        dimensions: _builtins.int | None = ...,
+        low_pass_angstrom: _builtins.float | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        patience_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        validation_fraction: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_dimensions", b"_dimensions", "_learning_rate", b"_learning_rate", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_patience_epochs", b"_patience_epochs", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "dimensions", b"dimensions", "learning_rate", b"learning_rate", "low_pass_angstrom", b"low_pass_angstrom", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "patience_epochs", b"patience_epochs", "seed", b"seed", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_dimensions", b"_dimensions", "_learning_rate", b"_learning_rate", "_low_pass_angstrom", b"_low_pass_angstrom", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_patience_epochs", b"_patience_epochs", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "dimensions", b"dimensions", "learning_rate", b"learning_rate", "low_pass_angstrom", b"low_pass_angstrom", "mask_uri", b"mask_uri", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
+    _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
+    _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
+    _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+
+Global___TrainConformationRequest: _TypeAlias = TrainConformationRequest  # noqa: Y015
+
+@_typing.final
+class TrainConformationResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    BEST_VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    POINTS_URI_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    best_epoch: _builtins.int
+    best_validation_loss: _builtins.float
+    points_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        best_epoch: _builtins.int = ...,
+        best_validation_loss: _builtins.float = ...,
+        points_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_epoch", b"best_epoch", "best_validation_loss", b"best_validation_loss", "epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "points_uri", b"points_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainConformationResult: _TypeAlias = TrainConformationResult  # noqa: Y015
+
+@_typing.final
+class TrainConformationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainConformationResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainConformationResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainConformationResponse: _TypeAlias = TrainConformationResponse  # noqa: Y015
+
+@_typing.final
+class DecodeConformationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    POINTS_URI_FIELD_NUMBER: _builtins.int
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    WAYPOINTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    points_uri: _builtins.str
+    component: _builtins.int
+    steps: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def waypoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        points_uri: _builtins.str = ...,
+        component: _builtins.int | None = ...,
+        waypoints: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_component", b"_component", "_steps", b"_steps", "component", b"component", "context", b"context", "steps", b"steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_component", b"_component", "_steps", b"_steps", "component", b"component", "context", b"context", "model_uri", b"model_uri", "points_uri", b"points_uri", "steps", b"steps", "waypoints", b"waypoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__component: _TypeAlias = _typing.Literal["component"]  # noqa: Y015
+    _WhichOneofArgType__component: _TypeAlias = _typing.Literal["_component", b"_component"]  # noqa: Y015
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__component) -> _WhichOneofReturnType__component | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+
+Global___DecodeConformationsRequest: _TypeAlias = DecodeConformationsRequest  # noqa: Y015
+
+@_typing.final
+class DecodeConformationsResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUMES_URI_FIELD_NUMBER: _builtins.int
+    PATH_URI_FIELD_NUMBER: _builtins.int
+    volumes_uri: _builtins.str
+    path_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        volumes_uri: _builtins.str = ...,
+        path_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path_uri", b"path_uri", "volumes_uri", b"volumes_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeConformationsResult: _TypeAlias = DecodeConformationsResult  # noqa: Y015
+
+@_typing.final
+class DecodeConformationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DecodeConformationsResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DecodeConformationsResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DecodeConformationsResponse: _TypeAlias = DecodeConformationsResponse  # noqa: Y015

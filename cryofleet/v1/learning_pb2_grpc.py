@@ -44,6 +44,71 @@ class LearningServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_learning__pb2.ClusterRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_learning__pb2.ClusterResponse.FromString,
                 _registered_method=True)
+        self.AssignClusters = channel.unary_stream(
+                '/cryofleet.v1.LearningService/AssignClusters',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.AssignClustersRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.AssignClustersResponse.FromString,
+                _registered_method=True)
+        self.SelectClusters = channel.unary_stream(
+                '/cryofleet.v1.LearningService/SelectClusters',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.SelectClustersRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.SelectClustersResponse.FromString,
+                _registered_method=True)
+        self.TrainSegmenter = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainSegmenter',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.FromString,
+                _registered_method=True)
+        self.TrainClassifier = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainClassifier',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainClassifierRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainClassifierResponse.FromString,
+                _registered_method=True)
+        self.AdaptClassifier = channel.unary_stream(
+                '/cryofleet.v1.LearningService/AdaptClassifier',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierResponse.FromString,
+                _registered_method=True)
+        self.Predict = channel.unary_stream(
+                '/cryofleet.v1.LearningService/Predict',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.PredictRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.PredictResponse.FromString,
+                _registered_method=True)
+        self.CompareClasses = channel.unary_stream(
+                '/cryofleet.v1.LearningService/CompareClasses',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.CompareClassesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.CompareClassesResponse.FromString,
+                _registered_method=True)
+        self.MapBack = channel.unary_stream(
+                '/cryofleet.v1.LearningService/MapBack',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.MapBackRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.MapBackResponse.FromString,
+                _registered_method=True)
+        self.Enrichment = channel.unary_stream(
+                '/cryofleet.v1.LearningService/Enrichment',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.EnrichmentRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.EnrichmentResponse.FromString,
+                _registered_method=True)
+        self.TrainAnnotator = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainAnnotator',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorResponse.FromString,
+                _registered_method=True)
+        self.Annotate = channel.unary_stream(
+                '/cryofleet.v1.LearningService/Annotate',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.AnnotateRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.AnnotateResponse.FromString,
+                _registered_method=True)
+        self.TrainConformation = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainConformation',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainConformationRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainConformationResponse.FromString,
+                _registered_method=True)
+        self.DecodeConformations = channel.unary_stream(
+                '/cryofleet.v1.LearningService/DecodeConformations',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.FromString,
+                _registered_method=True)
 
 
 class LearningServiceServicer:
@@ -61,6 +126,84 @@ class LearningServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AssignClusters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SelectClusters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainSegmenter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainClassifier(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdaptClassifier(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Predict(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompareClasses(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MapBack(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Enrichment(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainAnnotator(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Annotate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainConformation(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeConformations(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LearningServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +216,71 @@ def add_LearningServiceServicer_to_server(servicer, server):
                     servicer.Cluster,
                     request_deserializer=cryofleet_dot_v1_dot_learning__pb2.ClusterRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_learning__pb2.ClusterResponse.SerializeToString,
+            ),
+            'AssignClusters': grpc.unary_stream_rpc_method_handler(
+                    servicer.AssignClusters,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.AssignClustersRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.AssignClustersResponse.SerializeToString,
+            ),
+            'SelectClusters': grpc.unary_stream_rpc_method_handler(
+                    servicer.SelectClusters,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.SelectClustersRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.SelectClustersResponse.SerializeToString,
+            ),
+            'TrainSegmenter': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainSegmenter,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.SerializeToString,
+            ),
+            'TrainClassifier': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainClassifier,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainClassifierRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainClassifierResponse.SerializeToString,
+            ),
+            'AdaptClassifier': grpc.unary_stream_rpc_method_handler(
+                    servicer.AdaptClassifier,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierResponse.SerializeToString,
+            ),
+            'Predict': grpc.unary_stream_rpc_method_handler(
+                    servicer.Predict,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.PredictRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.PredictResponse.SerializeToString,
+            ),
+            'CompareClasses': grpc.unary_stream_rpc_method_handler(
+                    servicer.CompareClasses,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.CompareClassesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.CompareClassesResponse.SerializeToString,
+            ),
+            'MapBack': grpc.unary_stream_rpc_method_handler(
+                    servicer.MapBack,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.MapBackRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.MapBackResponse.SerializeToString,
+            ),
+            'Enrichment': grpc.unary_stream_rpc_method_handler(
+                    servicer.Enrichment,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.EnrichmentRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.EnrichmentResponse.SerializeToString,
+            ),
+            'TrainAnnotator': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainAnnotator,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorResponse.SerializeToString,
+            ),
+            'Annotate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Annotate,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.AnnotateRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.AnnotateResponse.SerializeToString,
+            ),
+            'TrainConformation': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainConformation,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainConformationRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainConformationResponse.SerializeToString,
+            ),
+            'DecodeConformations': grpc.unary_stream_rpc_method_handler(
+                    servicer.DecodeConformations,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +337,357 @@ class LearningService:
             '/cryofleet.v1.LearningService/Cluster',
             cryofleet_dot_v1_dot_learning__pb2.ClusterRequest.SerializeToString,
             cryofleet_dot_v1_dot_learning__pb2.ClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AssignClusters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/AssignClusters',
+            cryofleet_dot_v1_dot_learning__pb2.AssignClustersRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.AssignClustersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SelectClusters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/SelectClusters',
+            cryofleet_dot_v1_dot_learning__pb2.SelectClustersRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.SelectClustersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainSegmenter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainSegmenter',
+            cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainClassifier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainClassifier',
+            cryofleet_dot_v1_dot_learning__pb2.TrainClassifierRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainClassifierResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdaptClassifier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/AdaptClassifier',
+            cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.AdaptClassifierResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/Predict',
+            cryofleet_dot_v1_dot_learning__pb2.PredictRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompareClasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/CompareClasses',
+            cryofleet_dot_v1_dot_learning__pb2.CompareClassesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.CompareClassesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MapBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/MapBack',
+            cryofleet_dot_v1_dot_learning__pb2.MapBackRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.MapBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enrichment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/Enrichment',
+            cryofleet_dot_v1_dot_learning__pb2.EnrichmentRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.EnrichmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainAnnotator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainAnnotator',
+            cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainAnnotatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Annotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/Annotate',
+            cryofleet_dot_v1_dot_learning__pb2.AnnotateRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.AnnotateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainConformation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainConformation',
+            cryofleet_dot_v1_dot_learning__pb2.TrainConformationRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainConformationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeConformations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/DecodeConformations',
+            cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

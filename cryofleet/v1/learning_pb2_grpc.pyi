@@ -33,12 +33,38 @@ class LearningServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LearningServiceAsyncStub: ...
     TrainAutoencoder: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainAutoencoderRequest, _learning_pb2.TrainAutoencoderResponse]
     Cluster: _grpc.UnaryStreamMultiCallable[_learning_pb2.ClusterRequest, _learning_pb2.ClusterResponse]
+    AssignClusters: _grpc.UnaryStreamMultiCallable[_learning_pb2.AssignClustersRequest, _learning_pb2.AssignClustersResponse]
+    SelectClusters: _grpc.UnaryStreamMultiCallable[_learning_pb2.SelectClustersRequest, _learning_pb2.SelectClustersResponse]
+    TrainSegmenter: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainSegmenterRequest, _learning_pb2.TrainSegmenterResponse]
+    TrainClassifier: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainClassifierRequest, _learning_pb2.TrainClassifierResponse]
+    AdaptClassifier: _grpc.UnaryStreamMultiCallable[_learning_pb2.AdaptClassifierRequest, _learning_pb2.AdaptClassifierResponse]
+    Predict: _grpc.UnaryStreamMultiCallable[_learning_pb2.PredictRequest, _learning_pb2.PredictResponse]
+    CompareClasses: _grpc.UnaryStreamMultiCallable[_learning_pb2.CompareClassesRequest, _learning_pb2.CompareClassesResponse]
+    MapBack: _grpc.UnaryStreamMultiCallable[_learning_pb2.MapBackRequest, _learning_pb2.MapBackResponse]
+    Enrichment: _grpc.UnaryStreamMultiCallable[_learning_pb2.EnrichmentRequest, _learning_pb2.EnrichmentResponse]
+    TrainAnnotator: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainAnnotatorRequest, _learning_pb2.TrainAnnotatorResponse]
+    Annotate: _grpc.UnaryStreamMultiCallable[_learning_pb2.AnnotateRequest, _learning_pb2.AnnotateResponse]
+    TrainConformation: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainConformationRequest, _learning_pb2.TrainConformationResponse]
+    DecodeConformations: _grpc.UnaryStreamMultiCallable[_learning_pb2.DecodeConformationsRequest, _learning_pb2.DecodeConformationsResponse]
 
 @_typing.type_check_only
 class LearningServiceAsyncStub(LearningServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     TrainAutoencoder: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainAutoencoderRequest, _learning_pb2.TrainAutoencoderResponse]  # type: ignore[assignment]
     Cluster: _aio.UnaryStreamMultiCallable[_learning_pb2.ClusterRequest, _learning_pb2.ClusterResponse]  # type: ignore[assignment]
+    AssignClusters: _aio.UnaryStreamMultiCallable[_learning_pb2.AssignClustersRequest, _learning_pb2.AssignClustersResponse]  # type: ignore[assignment]
+    SelectClusters: _aio.UnaryStreamMultiCallable[_learning_pb2.SelectClustersRequest, _learning_pb2.SelectClustersResponse]  # type: ignore[assignment]
+    TrainSegmenter: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainSegmenterRequest, _learning_pb2.TrainSegmenterResponse]  # type: ignore[assignment]
+    TrainClassifier: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainClassifierRequest, _learning_pb2.TrainClassifierResponse]  # type: ignore[assignment]
+    AdaptClassifier: _aio.UnaryStreamMultiCallable[_learning_pb2.AdaptClassifierRequest, _learning_pb2.AdaptClassifierResponse]  # type: ignore[assignment]
+    Predict: _aio.UnaryStreamMultiCallable[_learning_pb2.PredictRequest, _learning_pb2.PredictResponse]  # type: ignore[assignment]
+    CompareClasses: _aio.UnaryStreamMultiCallable[_learning_pb2.CompareClassesRequest, _learning_pb2.CompareClassesResponse]  # type: ignore[assignment]
+    MapBack: _aio.UnaryStreamMultiCallable[_learning_pb2.MapBackRequest, _learning_pb2.MapBackResponse]  # type: ignore[assignment]
+    Enrichment: _aio.UnaryStreamMultiCallable[_learning_pb2.EnrichmentRequest, _learning_pb2.EnrichmentResponse]  # type: ignore[assignment]
+    TrainAnnotator: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainAnnotatorRequest, _learning_pb2.TrainAnnotatorResponse]  # type: ignore[assignment]
+    Annotate: _aio.UnaryStreamMultiCallable[_learning_pb2.AnnotateRequest, _learning_pb2.AnnotateResponse]  # type: ignore[assignment]
+    TrainConformation: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainConformationRequest, _learning_pb2.TrainConformationResponse]  # type: ignore[assignment]
+    DecodeConformations: _aio.UnaryStreamMultiCallable[_learning_pb2.DecodeConformationsRequest, _learning_pb2.DecodeConformationsResponse]  # type: ignore[assignment]
 
 class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -54,5 +80,96 @@ class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learning_pb2.ClusterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_learning_pb2.ClusterResponse], _abc.AsyncIterator[_learning_pb2.ClusterResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AssignClusters(
+        self,
+        request: _learning_pb2.AssignClustersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.AssignClustersResponse], _abc.AsyncIterator[_learning_pb2.AssignClustersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SelectClusters(
+        self,
+        request: _learning_pb2.SelectClustersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.SelectClustersResponse], _abc.AsyncIterator[_learning_pb2.SelectClustersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainSegmenter(
+        self,
+        request: _learning_pb2.TrainSegmenterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainSegmenterResponse], _abc.AsyncIterator[_learning_pb2.TrainSegmenterResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainClassifier(
+        self,
+        request: _learning_pb2.TrainClassifierRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainClassifierResponse], _abc.AsyncIterator[_learning_pb2.TrainClassifierResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AdaptClassifier(
+        self,
+        request: _learning_pb2.AdaptClassifierRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.AdaptClassifierResponse], _abc.AsyncIterator[_learning_pb2.AdaptClassifierResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Predict(
+        self,
+        request: _learning_pb2.PredictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.PredictResponse], _abc.AsyncIterator[_learning_pb2.PredictResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CompareClasses(
+        self,
+        request: _learning_pb2.CompareClassesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.CompareClassesResponse], _abc.AsyncIterator[_learning_pb2.CompareClassesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def MapBack(
+        self,
+        request: _learning_pb2.MapBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.MapBackResponse], _abc.AsyncIterator[_learning_pb2.MapBackResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Enrichment(
+        self,
+        request: _learning_pb2.EnrichmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.EnrichmentResponse], _abc.AsyncIterator[_learning_pb2.EnrichmentResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainAnnotator(
+        self,
+        request: _learning_pb2.TrainAnnotatorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainAnnotatorResponse], _abc.AsyncIterator[_learning_pb2.TrainAnnotatorResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Annotate(
+        self,
+        request: _learning_pb2.AnnotateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.AnnotateResponse], _abc.AsyncIterator[_learning_pb2.AnnotateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainConformation(
+        self,
+        request: _learning_pb2.TrainConformationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainConformationResponse], _abc.AsyncIterator[_learning_pb2.TrainConformationResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DecodeConformations(
+        self,
+        request: _learning_pb2.DecodeConformationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.DecodeConformationsResponse], _abc.AsyncIterator[_learning_pb2.DecodeConformationsResponse]]: ...
 
 def add_LearningServiceServicer_to_server(servicer: LearningServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cryofleet.numerics.label_colours import overlay
+
 Picture = NDArray[np.float32]
 
-MARK_COLOURS = ("#ffb000", "#36c5ff", "#4be38a", "#ff6fa3", "#ffe75c", "#bd93ff", "#ff7a4d", "#7fe7dd")
-"""Of circles on grey pictures; charts have the page's own, which read on its background."""
 _LARGEST_SIDE = 800
 
 
@@ -43,6 +43,16 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Points of one colour, the number of one of the page's eight."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
 
 
 def limits(pictures: Sequence[Picture], percent: float = 0.5) -> tuple[float, float]:
@@ -90,6 +100,7 @@ def orthogonal_views(
     voxel_size_angstrom: float,
     circles: tuple[Sequence[Circle], Sequence[Circle], Sequence[Circle]],
     inverted: bool = False,
+    labels: tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint16]] | None = None,
 ) -> str:
     """Three central slices in one drawing, side by side as their axes meet: xy, yz on its right, xz below it.
 
@@ -101,11 +112,13 @@ def orthogonal_views(
         voxel_size_angstrom: for the scale bar.
         circles: marks of the three pictures, each in (column, row) of the picture as drawn.
         inverted: whether high values are black.
+        labels: of the three pictures' pixels, coloured over them.
     """
     height, width = xy.shape
     depth = xz.shape[0]
     gap = max(2.0, 0.012 * max(width, height))
     low, high = limits((xy, xz, yz))
+    over = (None, None, None) if labels is None else (labels[0], labels[1], labels[2].T)
     views = (
         ("xy", xy, 0.0, 0.0, (centre[0], centre[1]), circles[0]),
         ("xz", xz, 0.0, height + gap, (centre[0], centre[2]), circles[1]),
@@ -115,13 +128,15 @@ def orthogonal_views(
     # One CSS pixel of a drawing shown 1000 pixels wide.
     unit = whole_width / 1000
     parts = []
-    for name, values, left, top, (column, row), marks in views:
+    for (name, values, left, top, (column, row), marks), labelled in zip(views, over, strict=True):
         rows, columns = values.shape
+        pixels = grey(values, low, high, inverted)
+        pixels = pixels if labelled is None else overlay(pixels, labelled)
         # A nested svg cuts off what reaches over the picture's edge.
         parts.append(
             f'<svg x="{left:.2f}" y="{top:.2f}" width="{columns}" height="{rows}" viewBox="-0.5 -0.5 {columns} {rows}">'
             f'<image x="-0.5" y="-0.5" width="{columns}" height="{rows}" preserveAspectRatio="none" '
-            f'href="{data_uri(grey(values, low, high, inverted))}"/>'
+            f'href="{data_uri(pixels)}"/>'
             f'<g class="cross"><path d="M{column} -0.5V{rows}M-0.5 {row}H{columns}"/></g>'
         )
         parts += [
@@ -140,9 +155,10 @@ def orthogonal_views(
         f'<text class="view" x="{x + bar / 2:.2f}" y="{y - 7 * unit:.2f}" text-anchor="middle" '
         f'font-size="{18 * unit:.2f}">{bar_nm:g} nm</text>'
     )
+    words = "central slices of the tomogram" + ("" if labels is None else ", its labels coloured")
     return (
         f'<svg class="views" viewBox="0 0 {whole_width:.2f} {whole_height:.2f}" role="img" '
-        f'aria-label="central slices of the tomogram" style="--unit:{unit:.4f}px">{"".join(parts)}</svg>'
+        f'aria-label="{words}" style="--unit:{unit:.4f}px">{"".join(parts)}</svg>'
     )
 
 
@@ -229,6 +245,64 @@ def chart(
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(y_label)} against {escape(x_label)}">{"".join(parts)}</svg>'
+    )
+
+
+def scatter(
+    groups: Sequence[Dots],
+    x_label: str,
+    y_label: str,
+    *,
+    marks: Sequence[tuple[float, float, str]] = (),
+    width: int = 760,
+    height: int = 520,
+) -> str:
+    """Dots in a plane whose axes have the same scale.
+
+    Args:
+        groups: the dots, the later over the earlier; those that have any are named above them.
+        x_label: what x is.
+        y_label: what y is.
+        marks: words (x, y, word) over the dots.
+        width: of the drawing, in CSS pixels.
+        height: of the drawing, in CSS pixels.
+    """
+    left, right, top, bottom = 34, 12, 40, 34
+    groups = [group for group in groups if len(group.x)]
+    xs = [x for group in groups for x in group.x]
+    ys = [y for group in groups for y in group.y]
+    x_low, x_high = _widened(min(xs), max(xs), 0.03)
+    y_low, y_high = _widened(min(ys), max(ys), 0.03)
+    scale = min((width - left - right) / (x_high - x_low), (height - top - bottom) / (y_high - y_low))
+    x_from = left + ((width - left - right) - scale * (x_high - x_low)) / 2
+    y_from = top + ((height - top - bottom) + scale * (y_high - y_low)) / 2
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return x_from + (x - x_low) * scale, y_from - (y - y_low) * scale
+
+    parts = [f'<path class="axis" d="M{left} {top}V{height - bottom}H{width - right}"/>']
+    key = float(left)
+    for group in groups:
+        places = (at(x, y) for x, y in zip(group.x, group.y, strict=True))
+        # A line of no length with round ends is a dot, and the shortest way to write one.
+        path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
+        parts.append(f'<path class="dots c{group.colour}" d="{path}"><title>{escape(group.name)}</title></path>')
+        parts.append(f'<path class="dots key c{group.colour}" d="M{key + 5:.1f} 14h0"/>')
+        parts.append(f'<text x="{key + 15:.1f}" y="18">{escape(group.name)}</text>')
+        key += 32 + 6.5 * len(group.name)
+    for mark_x, mark_y, word in marks:
+        x, y = at(mark_x, mark_y)
+        parts.append(f'<text class="mark" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(word)}</text>')
+    across, down = (left + width - right) / 2, (top + height - bottom) / 2
+    for place, word in (
+        (f"translate({across:.1f} {height - 10})", x_label),
+        (f"translate(20 {down:.1f}) rotate(-90)", y_label),
+    ):
+        parts.append(f'<text class="label" transform="{place}" text-anchor="middle">{escape(word)}</text>')
+    names = ", ".join(f"{group.name}: {len(group.x)}" for group in groups)
+    return (
+        f'<svg class="chart plane" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(y_label)} against {escape(x_label)}; dots of {escape(names)}">{"".join(parts)}</svg>'
     )
 
 

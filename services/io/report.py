@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD
+from cryofleet.numerics.label_colours import FIRST_COLOURS, label_colour
 from cryofleet.progress import Progress, no_progress
 from services.io import figures
-from services.io.figures import Circle, Line
+from services.io.figures import Circle, Dots, Line
 
 Contrast = Literal["dark", "light"]
 Volume = NDArray[np.float32]
@@ -26,8 +28,11 @@ _SLAB_BYTES = 16 << 20
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURED_CLASSES = 7
 _LONGEST_TABLE, _LONGEST_LIST = 40, 12
-#: What a picking's tables keep for the charts made of it.
-_DRAWN = ("peak_heights", "curve")
+#: What tables keep for the charts made of it.
+_DRAWN = ("peak_heights", "curve", "confusion_matrix")
+#: A drawing of more dots than these is slow to open and shows no more.
+_MOST_DOTS, _NUMBERED_CLUSTERS = 4000, 30
+_MAX_LABEL = 65535
 _ABBREVIATIONS = {"ctf", "f1", "fsc", "id", "snr"}
 _UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
 
@@ -56,6 +61,36 @@ class Picks:
     diameter_angstrom: float
     classes: Sequence[str] | None = None
     """The class of each pick by name."""
+
+
+@dataclass(frozen=True)
+class LabelView:
+    """Labels on the central slices of a tomogram, and how many voxels have each."""
+
+    xy: NDArray[np.uint16]
+    xz: NDArray[np.uint16]
+    yz: NDArray[np.uint16]
+    """[z, y]."""
+    voxels: Mapping[int, int]
+    """Of each label above 0 that there is, rising."""
+    names: Sequence[str] = ()
+    """Of the labels from 1 on."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Particles' codes in the plane."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    clusters: Sequence[int]
+    """The cluster of each, from 0."""
+    centres: Sequence[tuple[float, float]]
+    """Of each cluster."""
+    explained: Sequence[float]
+    """The two axes' shares of the codes' variance."""
+    particles: int
+    """Of which these are some."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,65 @@ def central_slices(
     return TomogramView(shape, voxel_size_angstrom, (cx, cy, cz), 2 * half + 1, mean, xz, yz)
 
 
+def central_labels(
+    read: Callable[[int, int], Volume],
+    shape: tuple[int, int, int],
+    names: Sequence[str],
+    progress: Progress = no_progress,
+) -> LabelView:
+    """The labels of a volume of labels on the three slices through its middle voxel.
+
+    Args:
+        read: sections start to stop of the labels, [z, y, x].
+        shape: (z, y, x).
+        names: of the labels from 1 on.
+        progress: called after each slab.
+
+    Raises InvalidArgument for values that are no labels.
+    """
+    depth, height, width = shape
+    cz, cy, cx = depth // 2, height // 2, width // 2
+    xy = np.zeros((height, width), np.uint16)
+    xz = np.empty((depth, width), np.uint16)
+    yz = np.empty((depth, height), np.uint16)
+    voxels = np.zeros(_MAX_LABEL + 1, np.int64)
+    step = max(1, _SLAB_BYTES // (4 * height * width))
+    for start in range(0, depth, step):
+        stop = min(start + step, depth)
+        values = read(start, stop)
+        slab = np.clip(values, 0, _MAX_LABEL).astype(np.uint16)
+        if not np.array_equal(slab, values):
+            raise InvalidArgument(f"labels must be whole numbers from 0 to {_MAX_LABEL}")
+        xz[start:stop], yz[start:stop] = slab[:, cy], slab[:, :, cx]
+        if start <= cz < stop:
+            xy = slab[cz - start].copy()
+        voxels += np.bincount(slab.ravel(), minlength=len(voxels))
+        progress(stop / depth, "reading the labels")
+    present = {int(label): int(voxels[label]) for label in np.flatnonzero(voxels) if label > 0}
+    return LabelView(xy, xz, yz, present, tuple(names))
+
+
+def embedding_of(table: Mapping[str, Any]) -> Embedding | None:
+    """The embedding of a clustering's table; None where it has none.
+
+    Reads `x`, `y` and `cluster` of some particles, `centre_x` and `centre_y` of all clusters, `explained_variance` and
+    the number of all `particles`.
+    """
+    x, y, clusters = (_numbers(table.get(name)) for name in ("x", "y", "cluster"))
+    centres = list(zip(_numbers(table.get("centre_x")), _numbers(table.get("centre_y")), strict=False))
+    if not 0 < len(x) == len(y) == len(clusters) or not centres:
+        return None
+    stated = table.get("particles")
+    return Embedding(
+        x,
+        y,
+        [int(number) for number in clusters],
+        centres,
+        _numbers(table.get("explained_variance")),
+        stated if isinstance(stated, int) else len(x),
+    )
+
+
 def build(
     title: str,
     tomogram: TomogramView | None = None,
@@ -141,6 +235,8 @@ def build(
     centres: Sequence[Centre] = (),
     averages: Sequence[Average] = (),
     tables: Sequence[Figures] = (),
+    labels: LabelView | None = None,
+    embedding: Embedding | None = None,
 ) -> str:
     """The page as text.
 
@@ -150,7 +246,9 @@ def build(
     sections = [
         _facts(tomogram, picks, centres, averages),
         "" if tomogram is None else _tomogram(tomogram, picks),
+        "" if tomogram is None or labels is None else _labels(tomogram, labels),
         _centres(centres),
+        "" if embedding is None else _embedding(embedding),
         _averages(averages),
         _tables(tables),
     ]
@@ -213,8 +311,8 @@ def _circles(tomogram: TomogramView, picks: Picks) -> tuple[tuple[list[Circle], 
     for name in names:
         counts[name] = counts.get(name, 0) + 1
     ranked = sorted(counts, key=lambda name: (-counts[name], name))
-    colours = dict(zip(ranked[:_COLOURED_CLASSES], figures.MARK_COLOURS, strict=False))
-    other = figures.MARK_COLOURS[_COLOURED_CLASSES]
+    colours = dict(zip(ranked[:_COLOURED_CLASSES], FIRST_COLOURS, strict=False))
+    other = FIRST_COLOURS[_COLOURED_CLASSES]
 
     views: tuple[list[Circle], list[Circle], list[Circle]] = ([], [], [])
     for (x, y, z), name in zip(picks.positions, names, strict=True):
@@ -234,25 +332,92 @@ def _circles(tomogram: TomogramView, picks: Picks) -> tuple[tuple[list[Circle], 
     return views, f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def _labels(tomogram: TomogramView, labels: LabelView) -> str:
+    total = math.prod(tomogram.shape)
+    note = "The same slices, with the labels of their middle voxels coloured over them."
+    none: list[Circle] = []
+    drawing = figures.orthogonal_views(
+        tomogram.xy,
+        tomogram.xz,
+        tomogram.yz,
+        tomogram.centre,
+        tomogram.voxel_size_angstrom,
+        (none, none, none),
+        labels=(labels.xy, labels.xz, labels.yz),
+    )
+    items = []
+    for label, count in list(labels.voxels.items())[:_LONGEST_TABLE]:
+        name = labels.names[label - 1] if label <= len(labels.names) and labels.names[label - 1] else f"label {label}"
+        colour = label_colour(label)
+        words = f"{escape(name)} ({count:,} voxels, {_percent(count / total)})"
+        items.append(f'<li><i style="border-color:{colour};background:{colour}"></i>{words}</li>')
+    legend = f'<ul class="legend">{"".join(items)}</ul>' if items else '<p class="note">No voxel has a label.</p>'
+    return (
+        f'<section><h2>Labels</h2><p class="note">{note}</p>{drawing}{legend}{_left_out(len(labels.voxels))}</section>'
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share >= 0.001 else "under 0.1%"
+
+
 def _centres(centres: Sequence[Centre]) -> str:
     if not centres:
         return ""
     total = sum(centre.particles or 0 for centre in centres)
     cards = []
-    for number, centre in enumerate(centres, start=1):
-        middle = centre.volume[centre.volume.shape[0] // 2]
+    for number, centre in sorted(enumerate(centres), key=lambda each: -(each[1].particles or 0)):
         caption = f"<b>Cluster {number}</b>"
         if centre.particles is not None:
             caption += f"{centre.particles:,} particle{'' if centre.particles == 1 else 's'}"
             if total:
                 share = 100 * centre.particles / total
                 caption += f' · {share:.0f}%<div class="share"><i style="width:{share:.1f}%"></i></div>'
-        image = figures.picture(_protein_bright(middle, [middle], centre.contrast), f"centre of cluster {number}")
-        cards.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        slices = _central_slices(centre.volume)
+        pictures = "".join(
+            figures.picture(
+                _protein_bright(values, [other for _, other in slices], centre.contrast),
+                f"{name} slice of the centre of cluster {number}",
+            )
+            for name, values in slices
+        )
+        cards.append(f'<figure><div class="trio">{pictures}</div><figcaption>{caption}</figcaption></figure>')
     return (
-        '<section><h2>Clusters</h2><p class="note">Central slice of each decoded centre; protein is bright.</p>'
+        '<section><h2>Clusters</h2><p class="note">Central slices (xy, xz, yz) of each decoded centre; protein is '
+        "bright. Clusters are chosen by these numbers.</p>"
         f'<div class="gallery">{"".join(cards)}</div></section>'
     )
+
+
+def _central_slices(volume: Volume) -> list[tuple[str, Volume]]:
+    z, y, x = (side // 2 for side in volume.shape)
+    return [("xy", volume[z]), ("xz", volume[:, y]), ("yz", volume[:, :, x])]
+
+
+def _embedding(embedding: Embedding) -> str:
+    """The codes as dots: the largest clusters each in its colour, all others in one."""
+    every = math.ceil(len(embedding.x) / _MOST_DOTS)
+    x, y = embedding.x[::every], embedding.y[::every]
+    members = embedding.clusters[::every]
+    coloured = _COLOURED_CLASSES if len(embedding.centres) > _COLOURED_CLASSES + 1 else len(embedding.centres)
+    groups = []
+    # Those without a colour of their own first, so that they lie beneath.
+    if coloured < len(embedding.centres):
+        rest = [row for row, number in enumerate(members) if number >= coloured]
+        groups.append(Dots("others", [x[row] for row in rest], [y[row] for row in rest], _COLOURED_CLASSES))
+    for number in range(coloured):
+        rows = [row for row, member in enumerate(members) if member == number]
+        groups.append(Dots(f"cluster {number}", [x[row] for row in rows], [y[row] for row in rows], number))
+    shares = [f" ({_percent(share)} of the variance)" for share in embedding.explained] + ["", ""]
+    drawing = figures.scatter(
+        groups,
+        f"first principal component{shares[0]}",
+        f"second principal component{shares[1]}",
+        marks=[(*centre, str(number)) for number, centre in enumerate(embedding.centres[:_NUMBERED_CLUSTERS])],
+    )
+    shown = f"{len(x):,} of {embedding.particles:,}" if len(x) < embedding.particles else f"All {len(x):,}"
+    note = f"{shown} particles by their codes; a number lies at its cluster's centre. Near to each other here is alike."
+    return f'<section><h2>Codes</h2><p class="note">{note}</p>{drawing}</section>'
 
 
 def _averages(averages: Sequence[Average]) -> str:
@@ -261,8 +426,7 @@ def _averages(averages: Sequence[Average]) -> str:
     cards = []
     for number, average in enumerate(averages, start=1):
         volume = average.volume
-        z, y, x = (side // 2 for side in volume.shape)
-        slices = [("xy", volume[z]), ("xz", volume[:, y]), ("yz", volume[:, :, x])]
+        slices = _central_slices(volume)
         pictures = "".join(
             f"<figure>{figures.picture(_protein_bright(s, [s for _, s in slices], average.contrast), f'{name} slice')}"
             f"<figcaption>{name}</figcaption></figure>"
@@ -277,7 +441,7 @@ def _averages(averages: Sequence[Average]) -> str:
             resolution = average.fsc.resolution_angstrom
             known.append(f"{resolution:.1f} Å at FSC 0.143" if resolution else "FSC does not fall below 0.143")
             curve = _fsc_chart(average.fsc)
-        name = f"Average {number}" if average.cluster is None else f"Average of cluster {average.cluster + 1}"
+        name = f"Average {number}" if average.cluster is None else f"Average of cluster {average.cluster}"
         heading = f"<h3>{name} <span>· {' · '.join(known)}</span></h3>"
         cards.append(
             f'<div class="average{"" if curve else " alone"}"><div>{heading}<div class="trio">{pictures}</div></div>'
@@ -355,7 +519,7 @@ def _object(table: Mapping[str, Any]) -> str:
     single = {key: value for key, value in table.items() if _is_single(value)}
     blocks = [_single_values(single)] if single else []
     charts = _curves({key: value for key, value in table.items() if _numbers(value)})
-    charts += _histogram(table) + _detection_curves(table)
+    charts += _histogram(table) + _detection_curves(table) + _confusion(table)
     blocks += charts
     blocks += [
         _several_values(key, value)
@@ -406,6 +570,37 @@ def _detection_curves(table: Mapping[str, Any]) -> list[str]:
         figures.chart([Line("precision", recall, precision)], "recall", "precision", y_range=(0, 1.02)),
         figures.chart([Line("recall", false, recall)], "false positives", "recall", y_range=(0, 1.02)),
     ]
+
+
+def _confusion(table: Mapping[str, Any]) -> list[str]:
+    """A matrix of counts, each cell the darker, the larger its share of its row."""
+    matrix = table.get("confusion_matrix")
+    if not isinstance(matrix, Mapping) or not isinstance(matrix.get("counts"), list):
+        return []
+    rows, columns = (matrix.get(f"{side}_names", matrix.get("names")) for side in ("row", "column"))
+    counts = [_numbers(row) for row in matrix["counts"]]
+    if not isinstance(rows, list) or not isinstance(columns, list) or not counts or len(counts) != len(rows):
+        return []
+    if any(len(row) != len(columns) for row in counts):
+        return []
+    down, across = escape(str(matrix.get("rows", "rows"))), escape(str(matrix.get("columns", "columns")))
+    head = "".join(f'<th scope="col" class="n">{escape(_text(name))}</th>' for name in columns[:_LONGEST_TABLE])
+    body = ""
+    for name, row in list(zip(rows, counts, strict=True))[:_LONGEST_TABLE]:
+        whole = sum(row) or 1
+        cells = "".join(
+            # At most so dark that the count can be read on it.
+            f'<td class="n" style="--part:{55 * max(count, 0) / whole:.1f}%" title="{_percent(count / whole)}">'
+            f"{count:,.0f}</td>"
+            for count in row[:_LONGEST_TABLE]
+        )
+        body += f'<tr><th scope="row">{escape(_text(name))}</th>{cells}</tr>'
+    grid = (
+        f'<table class="confusion"><caption>Rows: {down}; columns: {across}</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    left_out = _left_out(max(len(rows), len(columns)))
+    return [f'<h3>Confusion matrix</h3><div class="scroll">{grid}</div>{left_out}']
 
 
 def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:

@@ -244,6 +244,8 @@ def _report_needs(request: io_pb2.ReportRequest, reader: Reader) -> Needs:
         needed += _slab_bytes(_single(reader, request.tomogram_uri).info.shape)
     for uri in (request.centres_uri, *request.average_uris):
         needed += 3 * reader.open_volume(uri).info.data_bytes if uri else 0
+    # A JSON table as text and as Python's numbers.
+    needed += 20 * reader.open_blob(request.embedding_uri).size_bytes if request.embedding_uri else 0
     for uri in (request.particles_uri, *request.average_particles_uris):
         needed += ROW_BYTES * row_count(reader.open_blob(uri), uri) if uri else 0
     return Needs(needed)
@@ -263,8 +265,9 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
         tomogram = _single(task, request.tomogram_uri)
         size, thickness = tomogram.info.voxel_size_angstrom, request.particle_diameter_angstrom / 4
         view = reporting.central_slices(
-            tomogram.slab, tomogram.info.shape, size, thickness, part(task.progress, 0, 0.7)
+            tomogram.slab, tomogram.info.shape, size, thickness, part(task.progress, 0, 0.4)
         )
+    labels = _labels(task, request, view.shape) if view is not None and request.labels_uri else None
     sizes = [int(count) for count in request.cluster_sizes]
     averages = []
     for i, uri in enumerate(request.average_uris):
@@ -293,6 +296,8 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
         _centres(task, request.centres_uri, sizes) if request.centres_uri else (),
         averages,
         [reporting.Figures(_origin(task.store, uri), task.read_table(uri)) for uri in request.metrics_uris],
+        labels,
+        _embedding(task, request.embedding_uri) if request.embedding_uri else None,
     )
     return io_pb2.ReportResult(report_uri=task.write_bytes("report.html", page.encode()))
 
@@ -324,7 +329,7 @@ def _picks(task: Task, request: io_pb2.ReportRequest, voxel_size_angstrom: float
     if "class_name" in table and any(table["class_name"]):
         classes = [str(name) or "no class" for name in table["class_name"]]
     elif "class_id" in table:
-        classes = [f"class {number + 1}" if number >= 0 else "no class" for number in table["class_id"]]
+        classes = [f"class {number}" if number >= 0 else "no class" for number in table["class_id"]]
     # Voxel i of a binned volume lies at i times the binning.
     scale = particles.voxel_size_angstrom / voxel_size_angstrom
     places = (particles.positions() + particles.shifts()) * scale
@@ -338,6 +343,26 @@ def _centres(task: Task, uri: str, sizes: list[int]) -> list[reporting.Centre]:
         raise InvalidArgument(f"{len(sizes)} cluster_sizes for {len(boxes)} centres")
     contrast = _contrast(volume)
     return [reporting.Centre(box, contrast, sizes[i] if i < len(sizes) else None) for i, box in enumerate(boxes)]
+
+
+def _labels(task: Task, request: io_pb2.ReportRequest, shape: tuple[int, int, int]) -> reporting.LabelView:
+    volume = _single(task, request.labels_uri)
+    if volume.info.shape != shape:
+        raise FailedPrecondition(
+            f"{request.labels_uri} has {volume.info.shape} voxels (z, y, x), {request.tomogram_uri} has {shape}: "
+            "give the labels of the tomogram that is shown"
+        )
+    try:
+        return reporting.central_labels(volume.slab, shape, list(request.label_names), part(task.progress, 0.4, 0.7))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{request.labels_uri}: {error}") from None
+
+
+def _embedding(task: Task, uri: str) -> reporting.Embedding:
+    embedding = reporting.embedding_of(task.read_table(uri))
+    if embedding is None:
+        raise InvalidArgument(f"{uri} holds no codes: it must have x, y and cluster, centre_x and centre_y")
+    return embedding
 
 
 def _origin(store: Store, uri: str) -> str:

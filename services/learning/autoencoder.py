@@ -24,10 +24,17 @@ from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from services.learning.single_channel import convolve_from_one, convolve_to_one
+from services.learning.training import Batch
 
 NAME = "autoencoder3d"
 VERSION = 1
 """Raised when the same weights would compute something else."""
+
+USE = "learning.Cluster sorts subtomograms by its codes; learning.Predict gives the codes themselves."
+LIMITS = (
+    "It has seen no labels: codes tell what makes boxes differ most, which may be size, contrast or pose rather than "
+    "structure."
+)
 
 CODE_SIZE = 32
 CHANNELS = 32
@@ -102,12 +109,14 @@ class AutoencoderLoss:
     loss = mean over batch and voxels of (x - x')^2 + l1_penalty * mean over the batch of sum_j |c_j|
     """
 
+    NAME = "reconstruction-and-l1"
+
     def __init__(self, l1_penalty: float) -> None:
         self.l1_penalty = l1_penalty
 
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Means over the batch: `loss`, its two terms, and `active`, the share of codes above zero."""
-        (boxes,) = batch
+        boxes = batch["boxes"]
         reconstructions, codes = model(boxes)
         reconstruction = functional.mse_loss(reconstructions, boxes)
         penalty = self.l1_penalty * codes.abs().sum(dim=1).mean()
@@ -119,12 +128,11 @@ class AutoencoderLoss:
             "active": active,
         }
 
-
-def codes_collapsed(training: Mapping[str, float], validation: Mapping[str, float]) -> bool:
-    """True where every code was zero in a whole epoch: the code's ReLU is dead, no gradient reaches the encoder any
-    more.
-    """
-    return training["active"] == 0.0 and validation["active"] == 0.0
+    def collapsed(self, training: Mapping[str, float], validation: Mapping[str, float]) -> bool:
+        """True where every code was zero in a whole epoch: the code's ReLU is dead, no gradient reaches the encoder any
+        more.
+        """
+        return training["active"] == 0.0 and validation["active"] == 0.0
 
 
 def config(box_size: int) -> dict[str, Any]:
@@ -152,10 +160,10 @@ def check_config(settings: Mapping[str, Any]) -> None:
         raise FailedPrecondition("the model's box_size, binning and subtomogram_box_size contradict each other")
 
 
-def from_config(settings: Mapping[str, Any]) -> Autoencoder3D:
+def from_config(settings: Mapping[str, Any], generator: torch.Generator | None = None) -> Autoencoder3D:
     """The network of a model's config; FailedPrecondition as `check_config`."""
     check_config(settings)
-    return Autoencoder3D(settings["box_size"])
+    return Autoencoder3D(settings["box_size"], generator)
 
 
 def check_box_size(box_size: int) -> None:

@@ -98,6 +98,12 @@ def decode(
     return boxes
 
 
+def distances(codes: NDArray[np.float32], found: Clustering) -> NDArray[np.float64]:
+    """How far each of the clustered codes (n, d) lies from its cluster's centre, Euclidean, (n,)."""
+    result: NDArray[np.float64] = np.linalg.norm(codes.astype(np.float64) - found.centres[found.labels], axis=1)
+    return result
+
+
 def cluster(codes: NDArray[np.float32], clusters: int, seed: int, progress: Progress) -> Clustering:
     """k-means of codes (n, d) as they are, k = `clusters`, the best of 10 starts by k-means++.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.progress import Progress
 from cryofleet.scratch_array import reserved_array
 from services.learning.preparation import Preparation
+from services.learning.training import Batch, generator_for
 
 Read = Callable[[int, int], NDArray[np.float32]]
 """`read(first, count)` gives boxes `[i, z, y, x]` as extracted."""
@@ -89,56 +90,86 @@ def load_prepared(
     return prepared
 
 
-class BoxBatches:
-    """Batches of prepared boxes, in an order that is a function of the seed and the epoch alone.
+def split_rows(
+    count: int, validation_fraction: float, seed: int, classes: NDArray[np.integer[Any]] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows for training and rows for validation, each in rising order.
 
-    The split: a permutation by the seed; its first round(fraction * n), at least 1 and at most n - 1, are for
-    validation. InvalidArgument for fewer than 2 boxes.
+    A permutation by the seed; its first round(fraction * n), at least 1 and at most n - 1, are for validation. With
+    `classes` (n,) the same is done within each class, and one of a single box is trained on. Raises InvalidArgument
+    where either side would be empty.
+    """
+    if count < 2:
+        raise InvalidArgument(f"training needs at least 2 subtomograms, one of them for validation: there is {count}")
+    shuffled = np.random.default_rng((seed, 0)).permutation(count)
+    groups = [shuffled] if classes is None else [shuffled[classes[shuffled] == each] for each in np.unique(classes)]
+    held_back = np.concatenate(
+        [group[: min(max(1, round(validation_fraction * len(group))), len(group) - 1)] for group in groups]
+    )
+    if not len(held_back):
+        raise InvalidArgument("no class has 2 subtomograms, of which one would be for validation")
+    return np.setdiff1d(shuffled, held_back), np.sort(held_back)
+
+
+class ArrayBatches:
+    """Batches of prepared boxes and of what belongs to them, in an order that is a function of seed and epoch alone.
+
+    `arrays` have the boxes as first dimension: "boxes" (n, z, y, x) or (n, y, x) float32, which get a channel, and
+    others that are handed out under their names, whole numbers as int64. `change` is applied to batches for training,
+    on the device, with a generator that follows from seed, epoch and batch.
     """
 
     def __init__(
         self,
-        boxes: NDArray[np.float32],
+        arrays: Mapping[str, NDArray[Any]],
+        training_rows: NDArray[np.int64],
+        validation_rows: NDArray[np.int64],
         *,
         batch_size: int,
-        validation_fraction: float,
         seed: int,
         device: torch.device,
+        change: Callable[[Batch, torch.Generator], Batch] | None = None,
     ) -> None:
-        if len(boxes) < 2:
-            raise InvalidArgument(
-                f"training needs at least 2 subtomograms, one of them for validation: there is {len(boxes)}"
-            )
-        self._boxes = boxes
+        self._arrays = arrays
+        self.training_rows = training_rows
+        self.validation_rows = validation_rows
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
-        shuffled = np.random.default_rng((seed, 0)).permutation(len(boxes))
-        held_back = min(max(1, round(validation_fraction * len(boxes))), len(boxes) - 1)
-        self.validation_rows = np.sort(shuffled[:held_back])
-        self.training_rows = np.sort(shuffled[held_back:])
+        self._change = change
 
     @property
     def training_batches(self) -> int:
         """Batches in an epoch; the last may be smaller."""
         return -(-len(self.training_rows) // self._batch_size)
 
-    def training(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of an epoch, counted from 0, from `first_batch` on; each is one tensor (batch, 1, n, n, n)."""
+    def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 0, from `first_batch` on."""
         order = np.random.default_rng((self._seed, 1, epoch)).permutation(self.training_rows)
-        return self._batches(order[first_batch * self._batch_size :])
+        batches = self._batches(order[first_batch * self._batch_size :])
+        for position, batch in enumerate(batches, start=first_batch):
+            if self._change is None:
+                yield batch
+            else:
+                yield self._change(batch, generator_for(self._seed, 5, epoch, position))
 
-    def validation(self) -> Iterator[tuple[Tensor, ...]]:
-        """The boxes held back, always in the same order."""
+    def validation(self) -> Iterator[Batch]:
+        """The boxes held back, always in the same order and as they are."""
         return self._batches(self.validation_rows)
 
-    def _batches(self, rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, ...]]:
-        def load(first: int) -> tuple[Tensor, ...]:
+    def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        def load(first: int) -> Batch:
             # Sorted within the batch, so that a mapped file is read forwards; a batch has no order.
             chosen = np.sort(rows[first : first + self._batch_size])
-            return (torch.from_numpy(np.take(self._boxes, chosen, axis=0))[:, None].to(self._device),)
+            return {name: self._tensor(name, np.take(array, chosen, axis=0)) for name, array in self._arrays.items()}
 
         return ahead(load, range(0, len(rows), self._batch_size))
+
+    def _tensor(self, name: str, values: NDArray[Any]) -> Tensor:
+        if np.issubdtype(values.dtype, np.integer):
+            values = values.astype(np.int64)
+        tensor = torch.from_numpy(values).to(self._device)
+        return tensor[:, None] if name == "boxes" else tensor
 
 
 def ahead(load: Callable[[int], Loaded], arguments: Iterable[int], depth: int = 2) -> Iterator[Loaded]:

@@ -16,6 +16,7 @@ from cryofleet.errors import DataLoss, FailedPrecondition
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "card.md"
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -2,7 +2,9 @@
 from.
 
 The loop knows no network and no data. It is handed a function that builds the network, an objective that turns a batch
-into a loss, and batches; and it calls `progress` after every batch, which is how it is watched and stopped.
+into a loss, and batches; and it calls `progress` after every batch, which is how it is watched and stopped. Where
+several processes train one network, each takes its part of every batch, and the `Peers` bring the parts together: all
+of them then hold the same weights and the same figures.
 
 Nothing random has a state of its own: first weights, split, order and whatever an objective draws are functions of the
 seed and of the attempt, epoch and batch. So a checkpoint is tensors and numbers, and a resumed run takes exactly the
@@ -14,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -26,7 +28,10 @@ from torch import Tensor, nn
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.progress import Progress
 
-Batch = tuple[Tensor, ...]
+Batch = Mapping[str, Tensor]
+"""Tensors by name, whose first dimension is the batch: "boxes" (b, 1, n, n, n) or, of 2D networks, (b, 1, y, x); and
+what belongs to them row by row, as "labels" (b,) or "targets" (b, n, n, n), both int64."""
+
 Checkpoint = dict[str, bytes]
 
 TENSORS_FILE = "state.safetensors"
@@ -34,7 +39,7 @@ STATE_FILE = "state.json"
 
 
 class Batches(Protocol):
-    """Where batches come from; the first dimension of a batch's first tensor is the batch."""
+    """Where batches come from."""
 
     @property
     def training_batches(self) -> int:
@@ -56,20 +61,73 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars, each a mean over the batch: `loss`, which is minimised, and whatever else is worth a curve.
 
-        Random numbers come from the generator (on the CPU) alone.
+        `model.training` tells training from validation. Random numbers come from the generator (on the CPU) alone.
         """
         ...
 
 
+@runtime_checkable
+class MayCollapse(Protocol):
+    """An objective that can tell when a network will learn no more."""
+
+    def collapsed(self, training: Mapping[str, float], validation: Mapping[str, float]) -> bool:
+        """Whether it must start again, by the means of an epoch."""
+        ...
+
+
+class Peers(Protocol):
+    """The processes that train one network together."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this one, from 0."""
+        ...
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """The network as it is to be trained by several."""
+        ...
+
+    def part(self, batch: Batch) -> tuple[Batch, float]:
+        """This process's part of a batch, and the boxes that it counts for: together, those of the batch."""
+        ...
+
+    def average(self, tensors: Sequence[Tensor], boxes: float) -> None:
+        """Replace tensors, each a mean over this process's boxes, by those over the boxes of all."""
+        ...
+
+
+class Alone:
+    """One process, which takes whole batches."""
+
+    rank = 0
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """As it is."""
+        return model
+
+    def part(self, batch: Batch) -> tuple[Batch, float]:
+        """All of it."""
+        return batch, float(boxes_of(batch))
+
+    def average(self, tensors: Sequence[Tensor], boxes: float) -> None:
+        """Nothing: they are over all boxes already."""
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. `betas` are those of Adam; a collapsed model is started again at most `max_restarts` times."""
+    """How to train. `betas` and `weight_decay` (added to the gradient) are those of Adam; `mixed_precision` computes in
+    bfloat16 on a GPU, with weights in float32, and changes nothing on a CPU; with `keep_last` the last epoch's weights
+    count, whatever its validation loss; a collapsed model is started again at most `max_restarts` times.
+    """
 
     max_epochs: int
     patience_epochs: int
     learning_rate: float
     seed: int
     betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    mixed_precision: bool = False
+    keep_last: bool = False
     max_restarts: int = 3
     checkpoint_seconds: float = 20.0
     report_seconds: float = 0.2
@@ -145,17 +203,19 @@ def train(
     save_checkpoint: Callable[[Checkpoint], None],
     checkpoint: Mapping[str, bytes] | None = None,
     collapsed: Callable[[Mapping[str, float], Mapping[str, float]], bool] = never,
+    peers: Peers | None = None,
 ) -> Training:
     """Train until the validation loss has not improved for `patience_epochs`, or for `max_epochs`.
 
     A checkpoint is saved after every epoch and at least every `checkpoint_seconds` within one; handed back as
     `checkpoint`, it resumes the run. `collapsed` looks at the means of an epoch, of training and of validation: where
     it says so, the network starts again from the next weights of the same seed; what was learnt before is dropped, but
-    stays in the history.
+    stays in the history. Of several `peers`, each is handed the same batches and the same checkpoint; `progress` and
+    `save_checkpoint` are called in each.
 
     Raises FailedPrecondition where every attempt collapses, or where the loss stops being a number.
     """
-    run = _Run(build, objective, batches, options, device, progress, save_checkpoint, collapsed)
+    run = _Run(build, objective, batches, options, device, progress, save_checkpoint, collapsed, peers or Alone())
     if checkpoint is not None:
         run.restore(checkpoint)
     return run.finish()
@@ -179,6 +239,11 @@ def generator_for(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def boxes_of(batch: Batch) -> int:
+    """How many boxes a batch has."""
+    return len(next(iter(batch.values())))
+
+
 class _Run:
     """One training, step by step."""
 
@@ -192,6 +257,7 @@ class _Run:
         progress: Progress,
         save_checkpoint: Callable[[Checkpoint], None],
         collapsed: Callable[[Mapping[str, float], Mapping[str, float]], bool],
+        peers: Peers,
     ) -> None:
         self.build = build
         self.objective = objective
@@ -201,6 +267,7 @@ class _Run:
         self.progress = progress
         self.save_checkpoint = save_checkpoint
         self.collapsed = collapsed
+        self.peers = peers
         self.state = _State()
         self.fraction = 0.0
         self.saved_at = time.monotonic()
@@ -209,10 +276,14 @@ class _Run:
     def start_attempt(self) -> None:
         """First weights, a fresh optimiser."""
         generator = generator_for(self.options.seed, 2, self.state.attempt)
-        self.model = self.build(generator).to(self.device)
+        self.model = self.peers.adapted(self.build(generator).to(self.device))
         self.best = self.weights()
         self.optimiser = torch.optim.Adam(
-            self.model.parameters(), lr=self.options.learning_rate, betas=self.options.betas, fused=True
+            self.model.parameters(),
+            lr=self.options.learning_rate,
+            betas=self.options.betas,
+            weight_decay=self.options.weight_decay,
+            fused=True,
         )
 
     def finish(self) -> Training:
@@ -224,7 +295,7 @@ class _Run:
             if self.collapsed(training, validation):
                 self.restart()
             else:
-                if validation["loss"] < state.best_loss:
+                if validation["loss"] < state.best_loss or self.options.keep_last:
                     state.best_loss, state.best_epoch = validation["loss"], state.epoch
                     self.best = self.weights()
                 state.epoch += 1
@@ -258,13 +329,16 @@ class _Run:
         reported_at = -math.inf
         loss: float | None = None
         for batch in self.batches.training(state.epoch - 1, state.position):
-            generator = generator_for(self.options.seed, 3, state.attempt, state.epoch, state.position)
-            values = self.objective(self.model, batch, generator)
+            part, boxes = self.peers.part(batch)
+            values = self.values(part, 3, state.attempt, state.epoch, state.position)
             self.optimiser.zero_grad(set_to_none=True)
             values["loss"].backward()  # type: ignore[no-untyped-call]
+            means = {name: value.detach().to(torch.float32) for name, value in values.items()}
+            gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+            self.peers.average([*gradients, *means.values()], boxes)
             self.optimiser.step()
-            _add(sums, values, len(batch[0]))
-            state.boxes += len(batch[0])
+            _add(sums, means, boxes_of(batch))
+            state.boxes += boxes_of(batch)
             state.position += 1
             now = time.monotonic()
             if now - reported_at >= self.options.report_seconds:
@@ -275,6 +349,8 @@ class _Run:
                 state.sums = {name: float(value) for name, value in sums.items()}
                 self.save()
         self.checked(float(sums["loss"]))
+        # Running statistics, which each peer gathers of its own parts.
+        self.peers.average([value for value in self.statistics().values() if value.is_floating_point()], 1.0)
         return {name: float(value) / state.boxes for name, value in sums.items()}
 
     def validate(self) -> dict[str, float]:
@@ -284,12 +360,23 @@ class _Run:
         boxes = 0
         with torch.no_grad():
             for position, batch in enumerate(self.batches.validation()):
-                generator = generator_for(self.options.seed, 4, position)
-                _add(sums, self.objective(self.model, batch, generator), len(batch[0]))
-                boxes += len(batch[0])
+                part, counted = self.peers.part(batch)
+                values = self.values(part, 4, position)
+                means = {name: value.to(torch.float32) for name, value in values.items()}
+                self.peers.average(list(means.values()), counted)
+                _add(sums, means, boxes_of(batch))
+                boxes += boxes_of(batch)
                 self.progress(self.fraction, f"validating epoch {self.state.epoch}")
         self.checked(float(sums["loss"]))
         return {name: float(value) / boxes for name, value in sums.items()}
+
+    def values(self, batch: Batch, *numbers: int) -> dict[str, Tensor]:
+        """The objective's, with random numbers that follow from the numbers, and differ from peer to peer."""
+        others = (self.peers.rank,) if self.peers.rank else ()
+        generator = generator_for(self.options.seed, *numbers, *others)
+        mixed = self.options.mixed_precision and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            return self.objective(self.model, batch, generator)
 
     def restart(self) -> None:
         """Begin again from other first weights."""
@@ -321,6 +408,11 @@ class _Run:
                 f"the loss is no longer a number in epoch {self.state.epoch}: a lower learning_rate is needed"
             )
         return loss
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the network keeps besides its parameters."""
+        parameters = dict(self.model.named_parameters())
+        return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

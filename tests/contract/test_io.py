@@ -382,8 +382,8 @@ async def test_averages_are_named_by_their_clusters(channel: grpc.aio.Channel, s
     page = store.get((await call_operation(channel, request)).result.report_uri).decode()
     headings = re.findall(r"<h3>(.*?) <span>· (.*?) ·", page)
     assert headings == [
-        ("Average of cluster 1", "3 particles"),
-        ("Average of cluster 3", "2 particles"),
+        ("Average of cluster 0", "3 particles"),
+        ("Average of cluster 2", "2 particles"),
         ("Average 3", "3 particles"),
         ("Average 4", "3 particles"),
     ]
@@ -400,6 +400,38 @@ async def test_report_with_the_tomogram_alone_and_with_too_much(channel: grpc.ai
     request.fsc_uris.append(put(store, "fsc.json", b"{}"))
     message = await refused(channel, request, grpc.StatusCode.INVALID_ARGUMENT)
     assert "1 fsc_uris for 0 average_uris" in message
+
+
+async def test_report_with_labels_and_codes(channel: grpc.aio.Channel, store: Store) -> None:
+    labels = np.zeros(INFO.shape, np.float32)
+    labels[:, 1:3] = 2
+    codes = {"x": [0, 1.0], "y": [0, 2.0], "cluster": [0, 1], "centre_x": [0, 1], "centre_y": [0, 2]}
+    request = io_pb2.ReportRequest(
+        title="Labels",
+        tomogram_uri=put(store, "tomogram.mrc", encode_volume(TOMOGRAM, INFO)),
+        labels_uri=put(store, "labels.mrc", encode_volume(labels, INFO)),
+        label_names=["ribosome", "membrane"],
+        embedding_uri=put(store, "embedding.json", json.dumps(codes).encode()),
+    )
+    page = store.get((await call_operation(channel, request)).result.report_uri).decode()
+    assert f"membrane ({int((labels == 2).sum()):,} voxels" in page
+    assert "ribosome (" not in page
+    assert "All 2 particles by their codes" in page
+
+    other = VolumeInfo((4, 4, 4), INFO.voxel_size_angstrom, "dark")
+    small = put(store, "small.mrc", encode_volume(np.zeros((4, 4, 4)), other))
+    halves = put(store, "halves.mrc", encode_volume(labels + 0.5, INFO))
+    table = put(store, "table.json", b'{"f1": 1}')
+    invalid, failed = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
+    for field, value, status, words in (
+        ("labels_uri", small, failed, "(4, 4, 4) voxels"),
+        ("labels_uri", halves, invalid, "whole numbers"),
+        ("embedding_uri", table, invalid, "holds no codes"),
+        ("tomogram_uri", "", invalid, "give tomogram_uri too"),
+    ):
+        wrong = io_pb2.ReportRequest.FromString(request.SerializeToString())
+        setattr(wrong, field, value)
+        assert words in await refused(channel, wrong, status)
 
 
 # --- Upload --------------------------------------------------------------------------------------------------------

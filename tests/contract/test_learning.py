@@ -67,6 +67,15 @@ def put_subtomograms(
     return uri
 
 
+def put_particles(store: Store, name: str, ids: list[int]) -> str:
+    """A table of particles with those ids."""
+    writer = ResultWriter(store, "default", hashlib.sha256(name.encode()).hexdigest())
+    table = Particles.from_positions(np.zeros((len(ids), 3)), VOXEL, "t", id=np.array(ids))
+    uri = writer.put("particles.parquet", table.to_parquet())
+    writer.commit(operation="test.Make", version=1, parameters={}, inputs={}, result={"uri": uri}, seconds=0.0)
+    return uri
+
+
 @pytest.fixture
 def subtomograms(store: Store) -> str:
     return put_subtomograms(store, "two-kinds", two_kinds(COUNT, SIDE, 0)[0])
@@ -138,6 +147,75 @@ async def test_train_and_cluster(channel: grpc.aio.Channel, store: Store, subtom
     assert figures["code_standard_deviations"] == pytest.approx(
         [float(codes[f"code_{i}"].to_numpy().astype(np.float64).std()) for i in range(32)]
     )
+
+
+async def test_some_of_the_subtomograms_are_trained_on_and_the_card_says_how(
+    channel: grpc.aio.Channel, store: Store, subtomograms: str
+) -> None:
+    table = put_particles(store, "chosen", [103, 101, 130, 120, 121, 122, 135])
+    request = training(
+        subtomograms,
+        particles_uri=table,
+        max_epochs=2,
+        validation_fraction=0.3,
+        rotations="cube",
+        contrast_jitter=0.1,
+        noise_jitter=0.2,
+        wedge_jitter=5,
+    )
+    result = (await call_operation(channel, request)).result
+    config = json.loads(store.get(f"{result.model_uri}/config.json"))
+    assert config["subtomograms"] == 7
+    assert (config["figures"]["training_subtomograms"], config["figures"]["validation_subtomograms"]) == (5, 2)
+    assert config["parameters"]["rotations"] == "cube"
+    assert len(config["particles_digest"]) == len(config["subtomograms_digest"]) == 64
+    card = store.get(f"{result.model_uri}/card.md").decode()
+    assert card.startswith("# autoencoder3d, version 1\n")
+    for line in (
+        "- Subtomograms trained on: 5",
+        "- Box side (voxels): 16",
+        "- Voxel size (Å): 13.5",
+        "- Contrast of the subtomograms: dark",
+        "- Tilt range (degrees): -60, 60",
+        f"- Digest of the subtomograms: {config['subtomograms_digest']}",
+        "- rotations: cube",
+        "- epochs: 2",
+        "## Use",
+        "## Limits",
+    ):
+        assert line in card.splitlines(), card
+    assert "Zeng et al. 2018" in card
+    # It may be given away: neither it nor the config says where anything lies.
+    for text in (card, json.dumps(config)):
+        assert store.root not in text
+        assert "store:/" not in text
+    # Boxes of other sets are in the digest that names the result.
+    plain = (await call_operation(channel, training(subtomograms, max_epochs=2))).result
+    assert plain.model_uri != result.model_uri
+    entries = [found.uri for found in store.list(f"{store.root}/default/_models")]
+    assert len(entries) == 2
+
+
+async def test_augmentation_and_choices_that_can_not_be(
+    channel: grpc.aio.Channel, store: Store, subtomograms: str
+) -> None:
+    code, message = await refused(channel, training(subtomograms, wedge_jitter=5, pose_normalisation=True))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert "wedge_jitter" in message
+    code, message = await refused(channel, training(subtomograms, wedge_jitter=60))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert "from -60 to 60 degrees nothing may be left" in message
+    code, message = await refused(channel, training(subtomograms, rotations="all"))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert "rotations" in message
+    strange = put_particles(store, "strange", [100, 7])
+    code, message = await refused(channel, training(subtomograms, particles_uri=strange))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert f"particle 7 of {strange} has no subtomogram" in message
+    one = put_particles(store, "one-particle", [100])
+    code, message = await refused(channel, training(subtomograms, particles_uri=one))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert f"{one} has 1 subtomogram" in message
 
 
 async def test_models_with_pose_normalisation(channel: grpc.aio.Channel, store: Store, subtomograms: str) -> None:

@@ -64,6 +64,21 @@ def test_the_report_stands_alone(discovery: Path) -> None:
     assert 'href="http' not in page
 
 
+def test_the_trained_model_is_listed_and_its_card_shown(platform: Platform, discovery: Path) -> None:
+    models = [model for model in platform.json("models") if model["operation"] == "learning.TrainAutoencoder"]
+    assert models
+    assert {model["architecture"] for model in models} == {"autoencoder3d"}
+    model = models[0]
+    assert model["training_set_size"] > 0
+    assert model["uri"] in platform.command("models").stdout
+    shown = platform.command("models", "show", model["uri"]).stdout
+    assert shown.startswith("# autoencoder3d")
+    assert f"- Subtomograms trained on: {model['training_set_size']}" in shown.splitlines()
+    missing = platform.command("models", "show", model["uri"] + "s")
+    assert missing.returncode == 2
+    assert "is no model" in missing.stderr
+
+
 def test_a_second_run_is_answered_from_the_store(platform: Platform, scene: dict[str, Any], discovery: Path) -> None:
     with platform.client() as client:
         run = client.run("discover", tomogram=scene["tomogram"], truth=scene["truth"], **SMALL_DISCOVERY).wait()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cryofleet.errors import InvalidArgument
+from cryofleet.numerics.label_colours import label_colour
 from services.io import figures, report
 
 SHAPE = (24, 50, 64)
@@ -131,7 +133,7 @@ def test_circles_are_where_the_picks_are() -> None:
     expected = {("32.00", "25.00"), ("10.00", "40.00"), ("32.00", "12.00"), ("12.00", "25.00")}
     assert places == {(*place, "4.00") for place in expected}
     assert len(circles) == 4
-    assert {circle["stroke"] for circle in circles} == {figures.MARK_COLOURS[0]}
+    assert {circle["stroke"] for circle in circles} == {label_colour(1)}
 
 
 def test_many_classes_share_the_last_colour() -> None:
@@ -228,3 +230,100 @@ def test_losses_become_one_chart_whichever_way_they_are_kept() -> None:
         assert len(page.all("polyline")) == 2, table
         assert "training loss" in page.text()
         assert "validation loss" in page.text()
+
+
+def test_clusters_are_shown_by_the_numbers_they_are_chosen_by() -> None:
+    sizes = (5, 40, 9)
+    centres = [report.Centre(np.random.default_rng(n).random((8, 8, 8), np.float32), "light", n) for n in sizes]
+    text = whole_page(centres=centres)
+    # The largest first, each with the number of its place in the stack.
+    assert re.findall(r"<b>Cluster (\d+)</b>(\d+) particles", text) == [("1", "40"), ("2", "9"), ("0", "5")]
+    alts = [image["alt"] for image in Page(text).all("img")]
+    for number in range(3):
+        shown = [f"{name} slice of the centre of cluster {number}" for name in ("xy", "xz", "yz")]
+        assert [alt for alt in alts if alt in shown] == shown
+    assert "Average of cluster 2" in whole_page(
+        averages=[report.Average(centres[0].volume, "dark", 10.0, 9, None, cluster=2)]
+    )
+
+
+def labelled(array: np.ndarray[Any, Any], names: tuple[str, ...] = ()) -> report.LabelView:
+    return report.central_labels(lambda i, j: array[i:j].astype(np.float32), array.shape, names)
+
+
+def test_labels_are_coloured_over_the_slices_with_a_legend() -> None:
+    array = np.zeros(SHAPE, np.uint16)
+    array[10:14, 20:30, 5:10] = 3
+    array[0, 0, 0:7] = 1
+    view = labelled(array, ("membrane", "", "<b>"))
+    assert view.voxels == {1: 7, 3: 4 * 10 * 5}
+    for found, expected in ((view.xy, array[12]), (view.xz, array[:, 25]), (view.yz, array[:, :, 32])):
+        assert np.array_equal(found, expected)
+    text = whole_page(labels=view)
+    page = Page(text)
+    assert "membrane (7 voxels, under 0.1%)" in page.text()
+    assert "&lt;b&gt; (200 voxels, 0.3%)" in text
+    drawn = [str(image["href"]) for image in page.all("image")]
+    assert len(drawn) == 6  # the slices without and with labels
+    plain, coloured = (np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn[n].split(",")[1])))) for n in (0, 3))
+    inside = array[12] == 3
+    assert np.array_equal(coloured[~inside], np.repeat(plain[~inside][:, None], 3, axis=1))
+    colour = np.array([int(label_colour(3)[i : i + 2], 16) for i in (1, 3, 5)])
+    assert coloured[inside] == pytest.approx((plain[inside][:, None] + colour) / 2, abs=1)
+    assert "No voxel has a label" in whole_page(labels=labelled(np.zeros(SHAPE, np.uint16)))
+    for wrong in (-1.0, 0.5, 70000.0):
+        with pytest.raises(InvalidArgument, match="whole numbers"):
+            labelled(np.full(SHAPE, wrong, np.float32))
+
+
+def test_codes_are_drawn_as_dots_with_their_clusters_numbers() -> None:
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 12, 9000)
+    table = {
+        "particles": 12345,
+        "explained_variance": [0.5, 0.25],
+        "cluster": clusters.tolist(),
+        "x": (clusters + rng.normal(0, 0.1, 9000)).tolist(),
+        "y": rng.normal(0, 1, 9000).tolist(),
+        "centre_x": list(map(float, range(12))),
+        "centre_y": [0.0] * 12,
+    }
+    found = report.embedding_of(table)
+    assert found is not None
+    text = whole_page(embedding=found)
+    page = Page(text)
+    assert "3,000 of 12,345 particles" in page.text()
+    assert "first principal component (50.0% of the variance)" in page.text()
+    groups = [path for path in page.all("path") if str(path.get("class")).startswith("dots c")]
+    assert [path["class"] for path in groups] == ["dots c7", *(f"dots c{n}" for n in range(7))]
+    assert sum(str(path["d"]).count("M") for path in groups) == 3000
+    assert str(groups[3]["d"]).count("M") == (clusters[::3] == 2).sum()
+    # Cluster 2's dots lie about its number, which lies at its centre.
+    places = re.findall(r'class="mark" x="([\d.]+)" y="([\d.]+)"[^>]*>(\d+)<', text)
+    assert [number for *_, number in places] == [str(n) for n in range(12)]
+    columns = [float(place) for place in re.findall(r"M([\d.]+) ", str(groups[3]["d"]))]
+    assert np.mean(columns) == pytest.approx(float(places[2][0]), abs=2)
+    (drawing,) = [svg for svg in page.all("svg") if "plane" in str(svg.get("class"))]
+    assert "cluster 0: " in str(drawing["aria-label"])
+    few = report.embedding_of({"x": [1.0], "y": [1.0], "cluster": [0], "centre_x": [1.0], "centre_y": [1.0]})
+    assert "All 1 particles" in Page(whole_page(embedding=few)).text()
+    for lacking in ("x", "cluster", "centre_y"):
+        assert report.embedding_of({**table, lacking: []}) is None
+
+
+def test_a_confusion_matrix_is_a_table_shaded_by_rows() -> None:
+    matrix = {"rows": "true classes", "columns": "classes found", "counts": [[30, 10], [0, 5]]}
+    both = {"accuracy": 0.7, "confusion_matrix": {**matrix, "names": ["<a>", "b"]}}
+    each = {"confusion_matrix": {**matrix, "row_names": ["<a>", "b"], "column_names": ["one", 2]}}
+    for table, names in ((both, ["<a>", "b"]), (each, ["one", "2"])):
+        text = whole_page(tables=[report.Figures("learning.CompareClasses", table)])
+        page = Page(text)
+        assert [cell["scope"] for cell in page.all("th") if "scope" in cell and cell.get("class")] == ["col", "col"]
+        words = page.text()
+        assert "Rows: true classes; columns: classes found" in words
+        assert f"{names[0]} {names[1]} <a> 30 10 b 0 5" in words
+        styles = [cell["style"] for cell in page.all("td") if "style" in cell]
+        assert styles == ["--part:41.2%", "--part:13.8%", "--part:0.0%", "--part:55.0%"]
+    broken: Any
+    for broken in ({"counts": [[1, 2]]}, {"names": ["a"], "counts": [[1, 2]]}, {"names": "a", "counts": 3}, [1], None):
+        assert "Confusion" not in whole_page(tables=[report.Figures("t", {"confusion_matrix": broken, "f1": 1.0})])

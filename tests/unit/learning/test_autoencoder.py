@@ -124,7 +124,7 @@ def test_loss_is_mean_squared_error_plus_the_sum_of_codes() -> None:
         def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
             return boxes + 0.5, torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 5.0]])
 
-    values = AutoencoderLoss(0.1)(Network(), (torch.zeros(2, 1, 4, 4, 4),), seeded())
+    values = AutoencoderLoss(0.1)(Network(), {"boxes": torch.zeros(2, 1, 4, 4, 4)}, seeded())
     assert float(values["reconstruction"]) == pytest.approx(0.25)
     assert float(values["penalty"]) == pytest.approx(0.1 * (3 + 5) / 2)
     assert float(values["loss"]) == pytest.approx(0.25 + 0.4)

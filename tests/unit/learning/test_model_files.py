@@ -11,6 +11,8 @@ import torch
 
 from cryofleet.errors import DataLoss, FailedPrecondition
 from services.learning import autoencoder
+from services.learning.architectures import ARCHITECTURES
+from services.learning.model_card import card
 from services.learning.model_files import CONFIG_FILE, WEIGHTS_FILE, read_config, read_model, write_model
 
 CONFIG: dict[str, Any] = autoencoder.config(8) | {
@@ -94,3 +96,38 @@ def test_weights_are_plain_safetensors() -> None:
     tensors = safetensors.torch.load(files[WEIGHTS_FILE])
     assert tensors["convolution_2.weight"].shape == (32, 32, 3, 3, 3)
     assert len(tensors) == 14
+
+
+def test_the_card_tells_network_data_parameters_and_figures() -> None:
+    config = CONFIG | {
+        "subtomograms": 40,
+        "subtomograms_digest": "d" * 64,
+        "class_counts": {"ribosome": 30, "odd | name": 10},
+        "parameters": {"learning_rate": 0.001, "rotations": "any"},
+        "figures": {"training_subtomograms": 36, "best_validation_loss": 0.123456789},
+    }
+    lines = card(config, autoencoder).splitlines()
+    assert lines[0] == "# autoencoder3d, version 1"
+    assert (
+        lines[2] == "Autoencoder3D: the convolutional autoencoder of Zeng et al. 2018 (J. Struct. Biol. 202:150-160)."
+    )
+    for line in (
+        "- Subtomograms: 40",
+        "- Subtomograms trained on: 36",
+        "- Voxel size (Å): 13.5",
+        "- Poses normalised: yes",
+        "| ribosome | 30 |",
+        "| odd \\| name | 10 |",
+        "- learning rate: 0.001",
+        "- best validation loss: 0.123457",
+    ):
+        assert line in lines
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == ["## Data", "## Parameters", "## Figures", "## Use", "## Limits"]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_network_says_what_it_is(name: str) -> None:
+    about = card({"architecture": name, "architecture_version": 1}, ARCHITECTURES[name]).splitlines()[2]
+    assert len(about) > 40
+    assert about.endswith(".")

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.progress import no_progress
-from services.learning import datasets
 from services.learning.preparation import Preparation, standardise
 
 IDS = np.array([70, 71, 72, 73, 74])
@@ -63,69 +57,3 @@ def test_a_box_that_is_constant_once_binned_is_refused() -> None:
 def test_binning_must_divide_the_box() -> None:
     with pytest.raises(InvalidArgument, match="binning"):
         Preparation(20, 3, False, "dark")
-
-
-def test_large_sets_go_to_a_file_in_chunks_and_come_out_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets, "CHUNK_BYTES", 2 * 4 * 8**3)
-    source = boxes()
-    reads: list[tuple[int, int]] = []
-
-    def read(first: int, count: int) -> NDArray[np.float32]:
-        reads.append((first, count))
-        return source[first : first + count]
-
-    preparation = Preparation(8, 2, False, "dark")
-    small = datasets.load_prepared(read, IDS, preparation, tmp_path, no_progress)
-    assert not list(tmp_path.iterdir())
-    large = datasets.load_prepared(read, IDS, preparation, tmp_path, no_progress, memory_limit_bytes=4 * 5 * 4**3 - 1)
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [4 * 5 * 4**3]
-    np.testing.assert_array_equal(small, large)
-    np.testing.assert_array_equal(small, preparation(source, IDS))
-    assert reads == [(0, 2), (2, 2), (4, 1)] * 2
-
-
-def test_batches_hold_each_training_box_once_and_depend_on_seed_and_epoch() -> None:
-    numbered = np.broadcast_to(np.arange(23, dtype=np.float32)[:, None, None, None], (23, 4, 4, 4)).copy()
-
-    def make(seed: int) -> datasets.BoxBatches:
-        return datasets.BoxBatches(
-            numbered, batch_size=4, validation_fraction=0.2, seed=seed, device=torch.device("cpu")
-        )
-
-    def seen(batches: datasets.BoxBatches, epoch: int, first: int = 0) -> list[list[int]]:
-        return [batch[:, 0, 0, 0, 0].int().tolist() for (batch,) in batches.training(epoch, first)]
-
-    batches = make(1)
-    held_back = [number for (batch,) in batches.validation() for number in batch[:, 0, 0, 0, 0].int().tolist()]
-    assert len(held_back) == 5
-    first, second = seen(batches, 0), seen(batches, 1)
-    assert len(first) == batches.training_batches == 5
-    assert sorted(itertools.chain(*first)) == sorted(set(range(23)) - set(held_back))
-    assert first != second
-    assert seen(make(1), 1, 2) == second[2:]
-    assert seen(make(2), 0) != first
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_each_side_of_the_split_has_a_box(fraction: float) -> None:
-    batches = datasets.BoxBatches(
-        boxes()[:2], batch_size=8, validation_fraction=fraction, seed=0, device=torch.device("cpu")
-    )
-    assert len(batches.training_rows) == len(batches.validation_rows) == 1
-    with pytest.raises(InvalidArgument, match="at least 2"):
-        datasets.BoxBatches(boxes()[:1], batch_size=8, validation_fraction=fraction, seed=0, device=torch.device("cpu"))
-
-
-def test_loading_ahead_keeps_the_order_and_passes_errors_on() -> None:
-    def load(number: int) -> int:
-        if number == 3:
-            raise InvalidArgument("three")
-        return number * 10
-
-    assert list(datasets.ahead(load, [5, 4, 2])) == [50, 40, 20]
-    results = datasets.ahead(load, range(9))
-    assert [next(results) for _ in range(3)] == [0, 10, 20]
-    with pytest.raises(InvalidArgument, match="three"):
-        next(results)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from cryofleet.errors import Cancelled, FailedPrecondition, InvalidArgument
 from cryofleet.progress import no_progress
-from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss, codes_collapsed
-from services.learning.datasets import BoxBatches
+from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss
+from services.learning.datasets import ArrayBatches, split_rows
 from services.learning.preparation import standardise
-from services.learning.training import Training, TrainingOptions, train, use_deterministic_algorithms
+from services.learning.training import Batch, Training, TrainingOptions, train, use_deterministic_algorithms
 from tests.unit.learning.shapes import two_kinds
 
 CPU = torch.device("cpu")
+LOSS = AutoencoderLoss(1e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,9 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def batches(count: int = 20, seed: int = 0) -> BoxBatches:
+def batches(count: int = 20, seed: int = 0) -> ArrayBatches:
     boxes = standardise(two_kinds(count, 8, 1)[0])
-    return BoxBatches(boxes, batch_size=6, validation_fraction=0.2, seed=seed, device=CPU)
+    return ArrayBatches({"boxes": boxes}, *split_rows(count, 0.2, seed), batch_size=6, seed=seed, device=CPU)
 
 
 def options(**changes: Any) -> TrainingOptions:
@@ -46,9 +47,9 @@ def train_autoencoder(**arguments: Any) -> Training:
         "device": CPU,
         "progress": no_progress,
         "save_checkpoint": lambda files: None,
-        "collapsed": codes_collapsed,
+        "collapsed": LOSS.collapsed,
     }
-    return train(lambda generator: Autoencoder3D(8, generator), AutoencoderLoss(1e-4), **(values | arguments))
+    return train(lambda generator: Autoencoder3D(8, generator), LOSS, **(values | arguments))
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -159,13 +160,13 @@ class Scripted:
         self.active = iter(active or [1.0] * len(losses))
         self.alive = 1.0
 
-    def training(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, ...]]:
-        return iter([(torch.ones(1),)][first_batch:])
+    def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        return iter([{"boxes": torch.ones(1)}][first_batch:])
 
-    def validation(self) -> Iterator[tuple[Tensor, ...]]:
-        return iter([(torch.ones(1),)])
+    def validation(self) -> Iterator[Batch]:
+        return iter([{"boxes": torch.ones(1)}])
 
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         if model.training:
             self.alive = next(self.active)
             return {"loss": -model.get_parameter("weight").sum(), "active": torch.tensor(self.alive)}
@@ -181,7 +182,7 @@ def run_script(script: Scripted, **changes: Any) -> Training:
         device=CPU,
         progress=no_progress,
         save_checkpoint=lambda files: None,
-        collapsed=codes_collapsed,
+        collapsed=LOSS.collapsed,
     )
 
 
@@ -234,7 +235,7 @@ def test_dead_codes_of_the_real_network_are_noticed_and_another_start_tried() ->
         device=CPU,
         progress=no_progress,
         save_checkpoint=lambda files: None,
-        collapsed=codes_collapsed,
+        collapsed=LOSS.collapsed,
     )
     assert len(attempts) == 2
     assert result.restarts == 1
@@ -253,4 +254,41 @@ def test_collapse_needs_both_training_and_validation_to_be_dead() -> None:
         ({"active": 0.0}, {"active": 0.01}, False),
     ]
     for training, validation, expected in cases:
-        assert codes_collapsed(training, validation) is expected
+        assert LOSS.collapsed(training, validation) is expected
+
+
+def test_mixed_precision_changes_nothing_on_a_cpu() -> None:
+    plain, mixed = train_autoencoder(), train_autoencoder(options=options(mixed_precision=True))
+    assert same_weights(plain.model, mixed.model)
+    assert plain.history == mixed.history
+    assert all(value.dtype == torch.float32 for value in mixed.model.state_dict().values())
+
+
+def test_weight_decay_is_adams() -> None:
+    """A weight whose loss is flat moves by the decay alone: Adam's first step is the learning rate, against its
+    sign.
+    """
+
+    class Flat(Scripted):
+        def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"loss": 0.0 * model.get_parameter("weight").sum() + 1.0, "active": torch.tensor(1.0)}
+
+    def build(generator: torch.Generator) -> nn.Module:
+        model = One()
+        nn.init.constant_(model.weight, 5.0)
+        return model
+
+    weights = []
+    for decay in (0.0, 1e-3):
+        script = Flat([])
+        result = train(
+            build,
+            script,
+            script,
+            options(max_epochs=1, learning_rate=0.5, weight_decay=decay),
+            device=CPU,
+            progress=no_progress,
+            save_checkpoint=lambda files: None,
+        )
+        weights.append(weight(result))
+    assert weights == pytest.approx([5.0, 4.5], rel=1e-5)

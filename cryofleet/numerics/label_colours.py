@@ -1,0 +1,35 @@
+"""Colours of labels, the same wherever labels are drawn."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Of the first labels; those behind go on round the colour circle.
+FIRST_COLOURS = ("#ffb000", "#36c5ff", "#4be38a", "#ff6fa3", "#ffe75c", "#bd93ff", "#ff7a4d", "#7fe7dd")
+_GOLDEN_ANGLE = 0.381966
+"""Of a turn: hues this far apart are never near to those before them."""
+
+
+def label_colour(label: int) -> str:
+    """The colour of a label from 1 on, as #rrggbb; bright, to lie on grey pictures."""
+    if label <= len(FIRST_COLOURS):
+        return FIRST_COLOURS[label - 1]
+    red, green, blue = colorsys.hls_to_rgb((label * _GOLDEN_ANGLE) % 1, 0.65, 0.9)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer], opacity: float = 0.5) -> NDArray[np.uint8]:
+    """A grey picture [y, x] with its labels' colours over it, as [y, x, rgb]; label 0 leaves the grey as it is."""
+    present, places = np.unique(labels, return_inverse=True)
+    colours = np.array([_rgb(label_colour(int(label))) if label > 0 else (0, 0, 0) for label in present], np.float32)
+    weight = np.where(labels > 0, np.float32(opacity), np.float32(0))[..., None]
+    mixed = (1 - weight) * grey[..., None] + weight * colours[places.reshape(labels.shape)]
+    painted: NDArray[np.uint8] = np.rint(mixed).astype(np.uint8)
+    return painted
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

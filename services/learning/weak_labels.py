@@ -1,0 +1,91 @@
+"""Labels for a segmentation network from decoded subtomograms: weak, as nobody has drawn them.
+
+Zeng et al. 2018 (J. Struct. Biol. 202:150-160), section 3.4.2: each member of the selected clusters is decoded by the
+autoencoder, and its decoded box, not its cluster's centre, is cut at a level into background and structure. The paper
+takes "greater than 0.5" for background and "less than or equal to 0.5" for structure, protein being dark, and does not
+say in what units. Here protein is positive, boxes have mean 0 and standard deviation 1, and a decoded box holds less by
+what the autoencoder drops as noise; so the level is counted within each decoded box: the share of the way from its
+median, which the surroundings of a structure have, to its brightest voxels, the 98th percentile. In simulated
+tomograms, at level 0.5, labels then agree with the truth by a Dice of 0.61 for membranes and 0.60 for globules; with
+the 99.9th percentile by 0.49 and 0.40, as the few brightest voxels lie high above the rest of a decoded structure.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cryofleet.progress import Progress
+from services.learning.autoencoder import Autoencoder3D
+from services.learning.clustering import batch_size
+from services.learning.pose_normalisation import Poses, find_poses, structure_weights, turn_back
+from services.learning.preparation import standardise
+
+BRIGHTEST = 0.98
+"""The quantile of a decoded box's voxels that counts as its brightest."""
+
+
+def thresholds(decoded: NDArray[np.float32], level: float) -> NDArray[np.float32]:
+    """Where to cut boxes `[i, z, y, x]`, protein positive: median + level * (98th percentile - median) of each."""
+    flat = decoded.reshape(len(decoded), -1)
+    low, high = np.quantile(flat, (0.5, BRIGHTEST), axis=1)
+    cuts: NDArray[np.float32] = (low + level * (high - low)).astype(np.float32)
+    return cuts
+
+
+def structure(decoded: NDArray[np.float32], level: float) -> NDArray[np.bool_]:
+    """Where decoded boxes `[i, z, y, x]` are structure: at and above their thresholds.
+
+    A box all of one value has none.
+    """
+    cuts = thresholds(decoded, level)
+    varied = decoded.max(axis=(1, 2, 3)) > decoded.min(axis=(1, 2, 3))
+    found: NDArray[np.bool_] = (decoded >= cuts[:, None, None, None]) & varied[:, None, None, None]
+    return found
+
+
+def label_boxes(
+    model: Autoencoder3D,
+    boxes: NDArray[np.float32],
+    classes: NDArray[np.int32],
+    targets: NDArray[np.uint8],
+    *,
+    level: float,
+    pose_normalisation: bool,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Write labels into `targets` `[i, z, y, x]`: box i's class where its decoded self is structure, 0 elsewhere.
+
+    Args:
+        model: the autoencoder, on the device.
+        boxes: prepared boxes `[i, z, y, x]` in the pose that they were extracted in.
+        classes: (n,) from 1 to 255.
+        targets: of the boxes' shape.
+        level: as in `thresholds`.
+        pose_normalisation: whether the autoencoder was trained on boxes in their own pose. Labels are turned back from
+            there: a segmentation network meets tomograms, where structures lie as they do.
+        device: of the model.
+        progress: called after each batch.
+    """
+    step = batch_size(model.box_size)
+    with torch.inference_mode():
+        for first in range(0, len(boxes), step):
+            batch = np.ascontiguousarray(boxes[first : first + step])
+            poses = find_poses(structure_weights(batch)) if pose_normalisation else None
+            seen = batch if poses is None else standardise(turn_back(batch, poses))
+            decoded = model(torch.from_numpy(seen)[:, None].to(device))[0][:, 0].cpu().numpy()
+            found = structure(decoded, level)
+            if poses is not None:
+                # Labels as shares of a voxel, so that turning them moves an edge by less than a voxel.
+                found = turn_back(found.astype(np.float32) - 0.5, inverse(poses)) >= 0
+            stop = first + len(batch)
+            targets[first:stop] = found * classes[first:stop, None, None, None]
+            progress(stop / len(boxes), "labelling", subtomograms=stop)
+
+
+def inverse(poses: Poses) -> Poses:
+    """The poses that take structures from the box centre and the box's axes back to where they were."""
+    axes = poses.axes.transpose(0, 2, 1)
+    return Poses(-np.einsum("nij,nj->ni", axes, poses.centres), axes)

@@ -1,0 +1,147 @@
+"""Clusters over real gRPC: their model, further subtomograms, and classes made of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from cryofleet.particles import Particles
+from cryofleet.settings import Settings
+from cryofleet.storage import Store
+from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.v1 import learning_pb2
+from cryofleet.volumes import open_volume
+from services.learning import autoencoder
+from services.learning.service import service
+from tests.contract.learning_models import data_facts, put_model
+from tests.contract.test_learning import put_particles, put_subtomograms, refused, table
+from tests.unit.learning.shapes import two_kinds
+
+STATUS = grpc.StatusCode
+COUNT = 24
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_for(tmp_path)
+
+
+@pytest.fixture
+def store(settings: Settings) -> Store:
+    return Store.open(settings)
+
+
+@pytest.fixture
+async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
+    async with running_server(service, settings) as opened:
+        yield opened
+
+
+def put_autoencoder(store: Store) -> str:
+    return put_model(store, "autoencoder", autoencoder.config(8) | data_facts())
+
+
+async def test_clusters_can_be_used_on_further_subtomograms(channel: grpc.aio.Channel, store: Store) -> None:
+    boxes = two_kinds(COUNT, 16, 0)[0]
+    subtomograms = put_subtomograms(store, "clustered", boxes)
+    made = learning_pb2.ClusterRequest(subtomograms_uri=subtomograms, model_uri=put_autoencoder(store), clusters=2)
+    clusters = (await call_operation(channel, made)).result
+    embedding = table(store, clusters.embedding_uri)
+    assert embedding["id"] == list(range(100, 100 + COUNT))
+    assert embedding["sampling"] == "all particles"
+    assert embedding["explained_variance"][0] > embedding["explained_variance"][1] > 0
+    classes = Particles.from_parquet(store.get(clusters.particles_uri)).table["class_id"].tolist()
+    assert embedding["cluster"] == classes
+    # Balls and shells lie apart on the first component.
+    first = np.array(embedding["x"])
+    assert abs(first[::2].mean() - first[1::2].mean()) > 3 * max(first[::2].std(), first[1::2].std())
+    assert table(store, f"{clusters.model_uri}/config.json")["clusters"] == 2
+    assert "autoencoder3d-clusters" in store.get(f"{clusters.model_uri}/card.md").decode()
+
+    assign = learning_pb2.AssignClustersRequest(subtomograms_uri=subtomograms, model_uri=clusters.model_uri)
+    same = (await call_operation(channel, assign)).result
+    assert list(same.sizes) == list(clusters.sizes)
+    again = Particles.from_parquet(store.get(same.particles_uri)).table
+    assert again["class_id"].tolist() == classes
+    metrics = table(store, same.metrics_uri)
+    # One in twenty of the clustered set itself, as far as 24 can show that.
+    assert metrics["share_farther_than_95_percent_of_clustered_set"] <= 2 / COUNT
+    assert metrics["distances"] == pytest.approx(metrics["distances_of_clustered_set"], rel=1e-3)
+    assert sorted((-again["score"]).tolist())[-1] == pytest.approx(metrics["distances"][-1])
+
+    noise = np.random.default_rng(5).standard_normal((9, 16, 16, 16), np.float32)
+    other = put_subtomograms(store, "noise", noise)
+    assign = learning_pb2.AssignClustersRequest(
+        subtomograms_uri=other,
+        model_uri=clusters.model_uri,
+        particles_uri=put_particles(store, "some", [104, 101, 107]),
+    )
+    foreign = (await call_operation(channel, assign)).result
+    assert sum(foreign.sizes) == 3
+    assert Particles.from_parquet(store.get(foreign.particles_uri)).table["id"].tolist() == [104, 101, 107]
+    assert table(store, foreign.metrics_uri)["share_farther_than_95_percent_of_clustered_set"] == 1
+
+    # Some of them once more, by the autoencoder in the model of the clusters.
+    once_more = learning_pb2.ClusterRequest(
+        subtomograms_uri=subtomograms,
+        model_uri=clusters.model_uri,
+        clusters=3,
+        particles_uri=put_particles(store, "balls", list(range(100, 100 + COUNT, 2))),
+    )
+    finer = (await call_operation(channel, once_more)).result
+    assert sum(finer.sizes) == COUNT // 2
+    assert open_volume(store, finer.centres_uri).info.count == 3
+
+
+async def test_models_that_are_none_of_clusters(channel: grpc.aio.Channel, store: Store) -> None:
+    subtomograms = put_subtomograms(store, "clustered", two_kinds(6, 16, 0)[0])
+    model = put_autoencoder(store)
+    code, message = await refused(
+        channel, learning_pb2.AssignClustersRequest(subtomograms_uri=subtomograms, model_uri=model)
+    )
+    assert code == STATUS.FAILED_PRECONDITION
+    assert "'autoencoder3d', 'autoencoder3d-clusters' is needed" in message
+    store.put(f"{model}/model.safetensors", store.get(f"{model}/model.safetensors")[:-4] + b"abcd")
+    code, message = await refused(
+        channel, learning_pb2.ClusterRequest(subtomograms_uri=subtomograms, model_uri=model, clusters=2)
+    )
+    assert code == STATUS.DATA_LOSS
+    assert "model.safetensors" in message
+
+
+async def test_clusters_joined_into_classes(channel: grpc.aio.Channel, store: Store) -> None:
+    numbers = np.array([0, 1, 2, 3, 0, 1, 2, 4], np.int32)
+    particles = Particles.from_positions(np.zeros((8, 3)), 10.0, "t", class_id=numbers, class_name=np.repeat("old", 8))
+    uri = f"{store.root}/default/brought/particles.parquet"
+    store.put(uri, particles.to_parquet())
+
+    def select(*groups: str) -> learning_pb2.SelectClustersRequest:
+        return learning_pb2.SelectClustersRequest(particles_uri=uri, groups=groups)
+
+    result = (await call_operation(channel, select("membrane:1,3-4", "globule:0"))).result
+    assert list(result.names) == ["membrane", "globule"]
+    assert list(result.sizes) == [4, 2]
+    selected = Particles.from_parquet(store.get(result.particles_uri)).table
+    assert selected["id"].tolist() == [0, 1, 3, 4, 5, 7]
+    assert selected["class_id"].tolist() == [2, 1, 1, 2, 1, 1]
+    assert selected["class_name"].tolist() == ["globule", "membrane", "membrane", "globule", "membrane", "membrane"]
+    groups = [Particles.from_parquet(store.get(group)).table for group in result.group_uris]
+    assert [group["id"].tolist() for group in groups] == [[1, 3, 5, 7], [0, 4]]
+
+    for texts, words in (
+        (["membrane:0,9"], "cluster 9 of 'membrane' is not there"),
+        (["membrane:0", "globule:0-1"], "cluster 0 is in 'membrane' and in 'globule'"),
+        ([":0"], "no name before the colon"),
+        (["membrane 0"], "as membrane:0,3,7-9"),
+    ):
+        code, message = await refused(channel, select(*texts))
+        assert code == STATUS.INVALID_ARGUMENT
+        assert words in message
+    store.put(uri, Particles.from_positions(np.zeros((2, 3)), 10.0, "t").to_parquet())
+    code, message = await refused(channel, select("membrane:0"))
+    assert code == STATUS.INVALID_ARGUMENT
+    assert "has no column class_id" in message
