@@ -74,9 +74,9 @@ class _Estimator:
         """The step's outputs where they are known; {} of a step that is left out."""
         figures = self._figures(path, step)
         look_up = look_up_in(values)
-        if step.condition is not None and step.condition.root in values and not look_up(step.condition):
+        if step.left_out(values, look_up):
             return {}
-        if step.repeat is not None and _all_known([step.condition, step.repeat.rounds], values):
+        if step.repeat is not None and _all_known([*step.conditions, step.repeat.rounds], values):
             return await self._rounds(step, step.repeat, values, path)
         if any(reference.root not in values for reference in step.references()):
             await self._unknown(step, values, path)

@@ -46,7 +46,7 @@ the outputs of the steps inside in the last round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +121,17 @@ class Step:
     """Where it stands in the pipeline's document."""
     operation: Operation | None
     fields: Mapping[str, Expression]
-    condition: Reference | None = None
+    conditions: tuple[Reference, ...] = ()
+    """What must be there, and be neither false, zero nor empty, for the step to run."""
     foreach: Reference | None = None
     item: str = "item"
     repeat: Repeat | None = None
     shards: Shards | None = None
     steps: tuple[Step, ...] = ()
+
+    def left_out(self, known: Container[str], look_up: Callable[[Reference], Any]) -> bool:
+        """Whether a condition fails, as far as what they refer to is known."""
+        return any(reference.root in known and not look_up(reference) for reference in self.conditions)
 
     def calls(self) -> Iterator[tuple[Operation, Mapping[str, Expression], Path]]:
         """The operations that the step itself calls, their fields, and where these stand in the document."""
@@ -138,8 +143,7 @@ class Step:
 
     def references(self) -> Iterator[Reference]:
         """All values that the step and what is inside it refer to, apart from its own."""
-        if self.condition is not None:
-            yield self.condition
+        yield from self.conditions
         if self.foreach is not None:
             yield self.foreach
         own = {self.item} if self.foreach is not None else set()
@@ -207,7 +211,7 @@ class Pipeline:
         """What of the operations' fields is known before anything runs, and breaks a rule of the contract."""
         look_up = look_up_in(values)
         for step in steps:
-            if step.condition is not None and step.condition.root in values and not look_up(step.condition):
+            if step.left_out(values, look_up):
                 continue
             if step.repeat is not None and all(r.root in values for r in references(step.repeat.rounds)):
                 try:

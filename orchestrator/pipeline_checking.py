@@ -42,7 +42,7 @@ class _Scope:
     values: Mapping[str, ValueType]
     steps: Mapping[str, StepType]
     """Outputs of the steps, found so far; empty for a step with an error."""
-    conditions: Mapping[str, Reference]
+    conditions: Mapping[str, tuple[Reference, ...]]
     """Of the steps that have one."""
     given: frozenset[Reference] = frozenset()
     """References that the conditions around a step have found to be there."""
@@ -61,7 +61,9 @@ class _Scope:
             # The step may run without it.
             return False
         roots = {given.root for given in self.given if given.root in self.steps}
-        return reference.root in roots or self.conditions.get(reference.root) in self.given
+        if reference.root in roots:
+            return True
+        return reference.root in self.conditions and self.given.issuperset(self.conditions[reference.root])
 
 
 class _Checker:
@@ -93,8 +95,8 @@ class _Checker:
         for step in self._in_order_of_need(named):
             outputs = self._step(step, scope)
             conditions = scope.conditions
-            if step.condition is not None:
-                conditions = {**conditions, step.id: step.condition}
+            if step.conditions:
+                conditions = {**conditions, step.id: step.conditions}
             scope = replace(scope, steps={**scope.steps, step.id: outputs}, conditions=conditions)
         return scope
 
@@ -113,9 +115,9 @@ class _Checker:
 
     def _step(self, step: Step, scope: _Scope) -> StepType:
         what = f"step {step.id!r}"
-        if step.condition is not None:
-            self._type_of(step.condition, scope, (*step.document_path, "if"), what)
-            scope = replace(scope, given=scope.given | {step.condition})
+        for condition in step.conditions:
+            self._type_of(condition, scope, (*step.document_path, "if"), what)
+        scope = replace(scope, given=scope.given.union(step.conditions))
         if step.foreach is not None:
             scope = self._with_item(step, step.foreach, scope)
         if step.repeat is not None:
@@ -174,7 +176,7 @@ class _Checker:
         for each in step.steps:
             if each.id in inner.steps:
                 last = inner.steps[each.id]
-                outputs[each.id] = last if each.condition is None else _optional(last)
+                outputs[each.id] = _optional(last) if each.conditions else last
         return outputs
 
     def _check_next(self, step: Step, repeat: Repeat, carried: StepType, inner: _Scope) -> None:

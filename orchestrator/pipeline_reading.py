@@ -100,15 +100,24 @@ class _Reader:
             return None
 
     def _reference(self, data: Mapping[str, Any], path: Path, key: str) -> Reference | None:
-        if key not in data:
-            return None
-        path = (*path, key)
-        expression = self._expression(data[key], path)
+        return self._as_reference(data[key], (*path, key), key) if key in data else None
+
+    def _as_reference(self, value: Any, path: Path, key: str) -> Reference | None:
+        expression = self._expression(value, path)
         if isinstance(expression, Reference):
             return expression
-        if expression is not None or data[key] is None:
+        if expression is not None or value is None:
             self._problem(path, f"{key!r} must be a reference, as ${{name}} or ${{step.output}}")
         return None
+
+    def _conditions(self, data: Mapping[str, Any], path: Path) -> tuple[Reference, ...]:
+        """Those of `if`: a reference, or a list of them that must all hold."""
+        value = data.get("if")
+        if isinstance(value, list):
+            found = [self._as_reference(each, (*path, "if", index), "if") for index, each in enumerate(value)]
+        else:
+            found = [self._reference(data, path, "if")]
+        return tuple(reference for reference in found if reference is not None)
 
     # Inputs and parameters
 
@@ -205,7 +214,7 @@ class _Reader:
             document_path=path,
             operation=operation,
             fields=self._fields(data, path),
-            condition=self._reference(data, path, "if"),
+            conditions=self._conditions(data, path),
             foreach=self._reference(data, path, "foreach"),
             item=item,
             repeat=repeat,

@@ -147,9 +147,7 @@ async def _block(
         ):
             return {"place": place + step.id, "state": CANCELLED}
         look_up = look_up_in(values)
-        if (step.condition is not None and not look_up(step.condition)) or (
-            step.foreach is not None and look_up(step.foreach) is None
-        ):
+        if step.left_out(values, look_up) or (step.foreach is not None and look_up(step.foreach) is None):
             return {"place": place + step.id, "state": SKIPPED}
         if step.foreach is None and step.repeat is None and step.shards is None:
             assert step.operation is not None

@@ -267,11 +267,13 @@ class ClusterResult(_message.Message):
     METRICS_URI_FIELD_NUMBER: _builtins.int
     MODEL_URI_FIELD_NUMBER: _builtins.int
     EMBEDDING_URI_FIELD_NUMBER: _builtins.int
+    POSED_PARTICLES_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     centres_uri: _builtins.str
     metrics_uri: _builtins.str
     model_uri: _builtins.str
     embedding_uri: _builtins.str
+    posed_particles_uri: _builtins.str
     @_builtins.property
     def largest_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -286,10 +288,11 @@ class ClusterResult(_message.Message):
         metrics_uri: _builtins.str = ...,
         model_uri: _builtins.str = ...,
         embedding_uri: _builtins.str = ...,
+        posed_particles_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centres_uri", b"centres_uri", "embedding_uri", b"embedding_uri", "largest_uris", b"largest_uris", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centres_uri", b"centres_uri", "embedding_uri", b"embedding_uri", "largest_uris", b"largest_uris", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "posed_particles_uri", b"posed_particles_uri", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,8 +368,10 @@ class AssignClustersResult(_message.Message):
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     METRICS_URI_FIELD_NUMBER: _builtins.int
+    POSED_PARTICLES_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     metrics_uri: _builtins.str
+    posed_particles_uri: _builtins.str
     @_builtins.property
     def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -375,10 +380,11 @@ class AssignClustersResult(_message.Message):
         particles_uri: _builtins.str = ...,
         sizes: _abc.Iterable[_builtins.int] | None = ...,
         metrics_uri: _builtins.str = ...,
+        posed_particles_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri", "posed_particles_uri", b"posed_particles_uri", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,7 +464,9 @@ class SelectClustersResult(_message.Message):
     GROUP_URIS_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
+    count: _builtins.int
     @_builtins.property
     def group_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -472,10 +480,11 @@ class SelectClustersResult(_message.Message):
         group_uris: _abc.Iterable[_builtins.str] | None = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
         sizes: _abc.Iterable[_builtins.int] | None = ...,
+        count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_uris", b"group_uris", "names", b"names", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "group_uris", b"group_uris", "names", b"names", "particles_uri", b"particles_uri", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from cryofleet.errors import InvalidArgument
 from cryofleet.progress import Progress
 from cryofleet.scratch_array import reserved_array
+from services.learning.pose_normalisation import Poses
 from services.learning.preparation import Preparation
 from services.learning.training import Batch, generator_for
 
@@ -43,9 +44,15 @@ def loading_bytes(preparation: Preparation) -> int:
 
 
 def prepared_chunks(
-    read: Read, ids: Sequence[int] | NDArray[np.int64], preparation: Preparation
+    read: Read,
+    ids: Sequence[int] | NDArray[np.int64],
+    preparation: Preparation,
+    found_poses: Callable[[Poses], None] | None = None,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """All boxes, prepared, as (first, boxes): the next chunk is loaded while the caller works on one."""
+    """All boxes, prepared, as (first, boxes): the next chunk is loaded while the caller works on one.
+
+    `found_poses` is called, chunk by chunk in their order, with the poses that boxes were normalised from.
+    """
     step = chunk_count(preparation.box_size)
 
     def load(first: int) -> tuple[int, NDArray[np.float32]]:
@@ -54,7 +61,10 @@ def prepared_chunks(
         expected = (count, *(preparation.box_size,) * 3)
         if boxes.shape != expected:
             raise InvalidArgument(f"the subtomograms from {first} on have shape {boxes.shape}, {expected} was expected")
-        return first, preparation(boxes, ids[first : first + count])
+        prepared, poses = preparation.with_poses(boxes, ids[first : first + count])
+        if poses is not None and found_poses is not None:
+            found_poses(poses)
+        return first, prepared
 
     return ahead(load, range(0, len(ids), step))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import fourier_crop
-from services.learning.pose_normalisation import normalise_poses
+from services.learning.pose_normalisation import Poses, find_poses, structure_weights, turn_back
 
 CONTRAST = "light"
 """Of prepared boxes: protein is positive, as in density maps."""
@@ -54,6 +54,12 @@ class Preparation:
         """Prepared boxes. InvalidArgument names the particle, by `ids`, whose box is constant or holds NaN or
         infinity.
         """
+        return self.with_poses(boxes, ids)[0]
+
+    def with_poses(
+        self, boxes: NDArray[np.float32], ids: Sequence[int] | NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], Poses | None]:
+        """Prepared boxes and, where poses are normalised, where the structures were in the binned boxes."""
         highest, lowest = boxes.max(axis=(1, 2, 3)), boxes.min(axis=(1, 2, 3))
         finite = np.isfinite(highest) & np.isfinite(lowest)
         if not finite.all():
@@ -71,7 +77,10 @@ class Preparation:
             )
         sign = -1 if self.contrast == "dark" else 1
         prepared /= (sign * deviations)[:, None, None, None]
-        return standardise(normalise_poses(prepared)) if self.pose_normalisation else prepared
+        if not self.pose_normalisation:
+            return prepared, None
+        poses = find_poses(structure_weights(prepared))
+        return standardise(turn_back(prepared, poses)), poses
 
 
 def standardise(boxes: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from cryofleet.particles import Particles
 from cryofleet.settings import Settings
@@ -19,7 +20,7 @@ from services.learning import autoencoder
 from services.learning.service import service
 from tests.contract.learning_models import data_facts, put_model
 from tests.contract.test_learning import put_particles, put_subtomograms, refused, table
-from tests.unit.learning.shapes import two_kinds
+from tests.unit.learning.shapes import CHIRAL, blobs, two_kinds
 
 STATUS = grpc.StatusCode
 COUNT = 24
@@ -145,3 +146,28 @@ async def test_clusters_joined_into_classes(channel: grpc.aio.Channel, store: St
     code, message = await refused(channel, select("membrane:0"))
     assert code == STATUS.INVALID_ARGUMENT
     assert "has no column class_id" in message
+
+
+async def test_normalised_poses_lead_back_to_where_structures_are(channel: grpc.aio.Channel, store: Store) -> None:
+    random = np.random.default_rng(3)
+    turns, shifts = Rotation.random(6, rng=random), random.uniform(-1, 1, (6, 3))
+    boxes = np.stack([blobs(CHIRAL, 16, turn, tuple(shift)) for turn, shift in zip(turns, shifts, strict=True)])
+    subtomograms = put_subtomograms(store, "turned", boxes)
+    facts = data_facts(16, 1, pose_normalisation=True)
+    model = put_model(store, "poses", autoencoder.config(16) | facts)
+    made = learning_pb2.ClusterRequest(subtomograms_uri=subtomograms, model_uri=model, clusters=2)
+    clusters = (await call_operation(channel, made)).result
+    posed = Particles.from_parquet(store.get(clusters.posed_particles_uri))
+    found = posed.rotations()
+    assert found is not None
+    # Whatever the axes of the structure are, they turn and move with it.
+    between = (found * found[0].inv()) * (turns * turns[0].inv()).inv()
+    assert np.degrees(between.magnitude()).max() < 3
+    middles = turns.inv().apply(posed.shifts() - shifts)
+    assert np.abs(middles - middles[0]).max() < 0.15
+    plain = Particles.from_parquet(store.get(clusters.particles_uri))
+    assert plain.rotations() is None
+    further = learning_pb2.AssignClustersRequest(subtomograms_uri=subtomograms, model_uri=clusters.model_uri)
+    assigned = (await call_operation(channel, further)).result
+    again = Particles.from_parquet(store.get(assigned.posed_particles_uri))
+    np.testing.assert_array_equal(again.shifts(), posed.shifts())

@@ -54,7 +54,8 @@ def cluster(request: learning_pb2.ClusterRequest, task: Task) -> learning_pb2.Cl
     what = _clustered_set(request, task)
     training.use_deterministic_algorithms(task.threads)
     model, _ = encoding.open_autoencoder(task, request.model_uri)
-    codes = encoding.encode(task, model, what, part(task.progress, 0.0, 0.7))
+    encoded = encoding.encode(task, model, what, part(task.progress, 0.0, 0.7))
+    codes = encoded.codes
     found = clustering.cluster(codes, request.clusters, request.seed, part(task.progress, 0.7, 0.9))
     centres = clustering.decode(model, found.centres, torch.device(task.device), part(task.progress, 0.9, 1.0))
 
@@ -97,6 +98,7 @@ def cluster(request: learning_pb2.ClusterRequest, task: Task) -> learning_pb2.Cl
         metrics_uri=task.write_table("metrics.json", metrics),
         model_uri=_write_model(request, task, what, model, found, metrics),
         embedding_uri=task.write_table("embedding.json", _embedding(what.chosen.ids, codes, found)),
+        posed_particles_uri=encoded.write_posed(task, what, classified),
     )
 
 
@@ -175,7 +177,8 @@ def assign_clusters(request: learning_pb2.AssignClustersRequest, task: Task) -> 
     training.use_deterministic_algorithms(task.threads)
     model, clusters = encoding.open_autoencoder(task, request.model_uri)
     assert clusters is not None
-    codes = encoding.encode(task, model, what, task.progress)
+    encoded = encoding.encode(task, model, what, task.progress)
+    codes = encoded.codes
     found = cluster_model.nearest(codes, clusters.centres.cpu().numpy())
     count = len(clusters.centres)
     sizes = np.bincount(found.labels, minlength=count).tolist()
@@ -208,6 +211,7 @@ def assign_clusters(request: learning_pb2.AssignClustersRequest, task: Task) -> 
         particles_uri=task.write_particles("particles.parquet", assigned),
         sizes=sizes,
         metrics_uri=task.write_table("metrics.json", metrics),
+        posed_particles_uri=encoded.write_posed(task, what, assigned),
     )
 
 
@@ -237,6 +241,7 @@ def select_clusters(request: learning_pb2.SelectClustersRequest, task: Task) -> 
         group_uris=[_write_group(task, selected, number) for number in range(1, len(groups) + 1)],
         names=names,
         sizes=np.bincount(numbers, minlength=len(groups) + 1)[1:].tolist(),
+        count=len(selected),
     )
 
 

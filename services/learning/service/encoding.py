@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
+from cryofleet.particles import Particles
 from cryofleet.progress import Progress
 from cryofleet.server import Reader, Task
 from services.learning import autoencoder, cluster_model, clustering, datasets
 from services.learning.autoencoder import Autoencoder3D
 from services.learning.cluster_model import ClusterModel
+from services.learning.pose_normalisation import Poses
 from services.learning.preparation import Preparation
 from services.learning.service import inputs
 
@@ -68,7 +71,30 @@ def open_autoencoder(task: Task, model_uri: str) -> tuple[Autoencoder3D, Cluster
     return model, None
 
 
-def encode(task: Task, model: Autoencoder3D, what: EncodingSet, progress: Progress) -> NDArray[np.float32]:
-    """Codes (n, 32) of the chosen subtomograms, row by row."""
-    chunks = datasets.prepared_chunks(what.chosen.read, what.chosen.ids, what.preparation)
-    return clustering.encode(model, chunks, len(what.chosen), torch.device(task.device), progress)
+@dataclass(frozen=True)
+class Encoded:
+    """Codes (n, 32), row by row, and the poses (in binned voxels) that boxes were normalised from, where they were."""
+
+    codes: NDArray[np.float32]
+    poses: list[Poses]
+
+    def write_posed(self, task: Task, what: EncodingSet, particles: Particles) -> str:
+        """Writes the particles with those poses, which take a decoded centre to where its member is; the table's URI,
+        empty where no poses were normalised.
+        """
+        if not self.poses:
+            return ""
+        axes = np.concatenate([poses.axes for poses in self.poses])
+        centres = np.concatenate([poses.centres for poses in self.poses])
+        voxel = what.chosen.info.voxel_size_angstrom * what.preparation.binning / particles.voxel_size_angstrom
+        x, y, z = (centres * voxel).T
+        posed = particles.with_rotations(Rotation.from_matrix(axes)).with_columns(shift_x=x, shift_y=y, shift_z=z)
+        return task.write_particles("posed-particles.parquet", posed)
+
+
+def encode(task: Task, model: Autoencoder3D, what: EncodingSet, progress: Progress) -> Encoded:
+    """Encode the chosen subtomograms."""
+    poses: list[Poses] = []
+    chunks = datasets.prepared_chunks(what.chosen.read, what.chosen.ids, what.preparation, poses.append)
+    codes = clustering.encode(model, chunks, len(what.chosen), torch.device(task.device), progress)
+    return Encoded(codes, poses)

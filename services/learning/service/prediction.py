@@ -134,7 +134,7 @@ def _encode(request: learning_pb2.PredictRequest, task: Task) -> learning_pb2.Pr
     """Codes of subtomograms."""
     what = encoding.encoding_set(task, request.subtomograms_uri, request.model_uri, request.particles_uri)
     model, _ = encoding.open_autoencoder(task, request.model_uri)
-    codes = encoding.encode(task, model, what, task.progress)
+    codes = encoding.encode(task, model, what, task.progress).codes
     table = {"id": what.chosen.ids.tolist(), "codes": _numbers(codes)}
     spread = codes.std(axis=0, dtype=np.float64)
     metrics = {

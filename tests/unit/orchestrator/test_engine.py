@@ -70,12 +70,17 @@ steps:
     if: ${wanted}
     op: runtime.SelfTest
     with: {index: 3}
+  - id: both
+    if: ["${right.index}", "${wanted}"]
+    op: runtime.SelfTest
+    with: {index: 4}
   - id: after_maybe
     op: runtime.SelfTest
     with: {index: "${right.index}", particles_uri: ""}
 outputs:
   last: ${last.index}
   maybe: ${maybe.index}
+  both: ${both.index}
 """
 
 BLOCKS = """
@@ -165,8 +170,9 @@ async def test_steps_run_as_soon_as_what_they_need_is_there(platform: Platform) 
     run = await platform.ended()
     assert run.state == pb.RUN_STATE_SUCCEEDED
     steps = {step.id: step for step in run.steps}
-    assert [step.id for step in run.steps] == ["last", "left", "right", "maybe", "after_maybe"]
+    assert [step.id for step in run.steps] == ["last", "left", "right", "maybe", "both", "after_maybe"]
     assert states(run)["maybe"] == "SKIPPED"
+    assert states(run)["both"] == "SKIPPED", "one of its two conditions fails"
     # left and right ran together, last and after_maybe behind them.
     assert steps["left"].started_at.ToNanoseconds() < steps["right"].finished_at.ToNanoseconds()
     assert steps["right"].started_at.ToNanoseconds() < steps["left"].finished_at.ToNanoseconds()

@@ -88,6 +88,8 @@ def test_a_sound_pipeline() -> None:
     assert boxes.shards.reduce is not None
     assert boxes.shards.reduce.output == "subtomograms_uri"
     assert [str(reference) for reference in found.steps[3].references()] == ["${volumes}", "${diameter}"]
+    # Each of several conditions makes sure of its value.
+    load(GOOD.replace("if: ${truth}", 'if: ["${diameter}", "${truth}"]'), "sound.yaml")
 
 
 # Each case: what is replaced, by what, the line that the error must name (by text on it), and what it must say.
@@ -130,6 +132,18 @@ FAULTS = {
         "${compare.f1}\n      contrast",
         "- id: pick",
         "in a circle: pick -> compare",
+    ),
+    "may be missing though another is there": (
+        "    if: ${truth}\n",
+        '    if: ["${volumes}", "${tomogram}"]\n',
+        "truth_uri:",
+        "'if: ${truth}'",
+    ),
+    "a condition that is no reference": (
+        "    if: ${truth}\n",
+        '    if: ["${truth}", "truth"]\n',
+        '"truth"',
+        "'if' must be a reference",
     ),
     "may be missing": ("    if: ${truth}\n", "", "truth_uri:", "'if: ${truth}'"),
     "foreach over one": ("foreach: ${volumes}", "foreach: ${tomogram}", "foreach:", "foreach needs a list"),
