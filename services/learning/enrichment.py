@@ -10,12 +10,11 @@ Soc. B 57:289-300).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, spatial, stats
+from scipy import spatial, stats
 
 from cryofleet.errors import FailedPrecondition
 from cryofleet.progress import Progress, no_progress
@@ -26,10 +25,6 @@ CONFIDENCE = 0.95
 _NEGLIGIBLE = 1e-30
 #: Positions of one particle in two tables differ by no more than this, in Å.
 _SAME_PLACE = 1e-3
-#: Voxels of a label volume that are read at a time.
-_READ_VOXELS = 2 << 20
-#: What one of them takes: read, compared, eroded, and on a surface with its share of the tree.
-_VOXEL_BYTES = 12 + 80
 
 
 @dataclass(frozen=True)
@@ -147,62 +142,4 @@ def near_points(
         itself = known & (away[:, nth] <= _SAME_PLACE)
         itself[itself] = target_ids[which[itself, nth]] == ids[itself]
         near |= known & ~itself & (away[:, nth] <= distance)
-    return near
-
-
-def near_label_bytes(shape: tuple[int, int, int]) -> int:
-    """Memory that `near_label` takes at most, whatever the labels."""
-    return _VOXEL_BYTES * (_sections(shape) + 2) * shape[1] * shape[2]
-
-
-def _sections(shape: tuple[int, int, int]) -> int:
-    """Sections of a label volume that are read at a time."""
-    return max(1, min(shape[0], _READ_VOXELS // (shape[1] * shape[2])))
-
-
-def near_label(
-    positions: NDArray[np.float64],
-    read: Callable[[int, int], NDArray[np.float32]],
-    shape: tuple[int, int, int],
-    label: int,
-    distance: float,
-    progress: Progress = no_progress,
-) -> NDArray[np.bool_]:
-    """Which positions (n, 3), as x, y, z, lie within a distance of a voxel of a label, all in voxels.
-
-    The volume is looked at slab by slab, as it is larger than memory. A position outside of an object is nearest to one
-    of the object's surface voxels, so only those are searched.
-
-    Args:
-        positions: may lie outside of the volume.
-        read: sections first to last of the volume, `[z, y, x]`.
-        shape: of the volume, (z, y, x).
-        label: the voxels that count.
-        distance: how far near is.
-        progress: told of each slab.
-
-    Raises FailedPrecondition where no voxel has the label.
-    """
-    step = _sections(shape)
-    cross = ndimage.generate_binary_structure(3, 1)
-    near = np.zeros(len(positions), np.bool_)
-    voxels = np.floor(positions + 0.5).astype(np.int64)
-    within = ((voxels >= 0) & (voxels < np.array(shape[::-1]))).all(axis=1)
-    height = positions[:, 2]
-    seen = False
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        low, high = max(0, first - 1), min(shape[0], last + 1)
-        objects = read(low, high) == label
-        z, y, x = np.nonzero((objects & ~ndimage.binary_erosion(objects, cross))[first - low : last - low])
-        here = np.flatnonzero(within & (voxels[:, 2] >= first) & (voxels[:, 2] < last))
-        near[here] |= objects[voxels[here, 2] - low, voxels[here, 1], voxels[here, 0]]
-        asked = np.flatnonzero(~near & (height >= first - distance) & (height <= last - 1 + distance))
-        if len(z) and len(asked):
-            surface = spatial.KDTree(np.stack([x, y, z + first], axis=1))
-            near[asked] = surface.query(positions[asked])[0] <= distance
-        seen = seen or len(z) > 0
-        progress(last / shape[0], "reading the labels")
-    if not seen:
-        raise FailedPrecondition(f"no voxel has the label {label}: there is nothing to lie near")
     return near

@@ -234,7 +234,7 @@ async def test_particles_near_a_label(channel: grpc.aio.Channel, store: Store) -
     assert [row["name"] for row in metrics["classes"]] == ["bound", "free"]
     assert metrics["classes"][0]["ratio_low"] > 1 > metrics["classes"][1]["ratio_high"]
     request.near_label = 7
-    assert "no voxel has the label 7" in (await refused(channel, request))[1]
+    assert "no voxel of the segmentation has the label 7" in (await refused(channel, request))[1]
 
 
 async def test_particles_near_others_of_their_tomogram(channel: grpc.aio.Channel, store: Store) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.numerics import object_distance
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import Progress, part
 from cryofleet.scratch_array import ScratchVolume
@@ -308,7 +309,7 @@ def _enrichment_needs(request: learning_pb2.EnrichmentRequest, reader: Reader) -
     )
     labels = 0
     if request.near_labels_uri:
-        labels = enriching.near_label_bytes(_tomogram(reader, request.near_labels_uri).info.shape)
+        labels = object_distance.memory_bytes(_tomogram(reader, request.near_labels_uri).info.shape)
     return Needs(inputs.BASE_BYTES + rows + labels)
 
 
@@ -415,7 +416,7 @@ def _near_label(
         )
     labels = _tomogram(task, request.near_labels_uri)
     size = labels.info.voxel_size_angstrom
-    return enriching.near_label(
+    away = object_distance.object_distances(
         _places(particles) / size,
         labels.slab,
         labels.info.shape,
@@ -423,6 +424,7 @@ def _near_label(
         request.distance_angstrom / size,
         progress,
     )
+    return np.isfinite(away)
 
 
 def _some(names: NDArray[Any]) -> str:

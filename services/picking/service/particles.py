@@ -10,11 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
+from cryofleet.numerics import object_distance
 from cryofleet.particles import Particles
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.v1 import picking_pb2
 from cryofleet.volumes import VolumeInfo
-from services.picking import particle_lists, segmentation_distance, surface_sampling
+from services.picking import particle_lists, surface_sampling
 from services.picking.score_threshold import background
 from services.picking.service.inputs import (
     BASE_BYTES,
@@ -50,7 +51,7 @@ def _filter_needs(request: picking_pb2.FilterParticlesRequest, reader: Reader) -
     rows = sum(count_rows(reader, uri) for uri in request.particles_uris)
     needed = BASE_BYTES + 4 * ROW_BYTES * rows
     if request.segmentation_uri:
-        needed += segmentation_distance.memory_bytes(open_tomogram(reader, request.segmentation_uri).info.shape)
+        needed += object_distance.memory_bytes(open_tomogram(reader, request.segmentation_uri).info.shape)
     return Needs(needed)
 
 
@@ -76,13 +77,17 @@ def filter_particles(request: picking_pb2.FilterParticlesRequest, task: Task) ->
         keep("mask", particle_lists.by_mask(_positions_in(particles, mask.info), mask.slab, mask.info.shape))
     if request.segmentation_uri:
         objects = open_tomogram(task, request.segmentation_uri)
-        away = segmentation_distance.distances(
-            _positions_in(particles, objects.info), objects.slab, objects.info.shape, task.progress
-        )
-        away *= objects.info.voxel_size_angstrom
+        size = objects.info.voxel_size_angstrom
         nearest = request.segmentation_distance_min_angstrom
         has_limit = request.HasField("segmentation_distance_max_angstrom")
         farthest = request.segmentation_distance_max_angstrom if has_limit else np.inf
+        away = size * object_distance.object_distances(
+            _positions_in(particles, objects.info),
+            objects.slab,
+            objects.info.shape,
+            limit=farthest / size,
+            progress=task.progress,
+        )
         keep("segmentation", (away >= nearest) & (away <= farthest))
     if request.border_angstrom:
         if particles.tomogram_shape is None:

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import ndimage, stats
+from scipy import stats
 
 from cryofleet.errors import FailedPrecondition
 from services.learning import enrichment as enriching
-from services.learning.enrichment import enrichment, near_label, near_points
+from services.learning.enrichment import enrichment, near_points
 
 
 def test_the_p_value_of_one_tomogram_is_the_share_of_all_shuffles() -> None:
@@ -101,22 +101,3 @@ def test_no_particle_is_near_itself_but_near_its_twin() -> None:
     assert near_points(positions, ids, positions, ids + 10, 5).all()
     assert near_points(positions, ids, positions[:1], ids[:1], 60).tolist() == [False, True, True, False, False]
     assert not near_points(positions, ids, positions[:0], ids[:0], 60).any()
-
-
-def test_distances_to_a_label_are_those_of_the_whole_volume(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(3)
-    labels = np.zeros((24, 30, 26), np.float32)
-    labels[5:12, 8:20, 6:9] = 2
-    labels[15:18, 3:9, 12:20] = 1
-    positions = np.stack([rng.integers(0, side, 200) for side in (26, 30, 24)], axis=1).astype(np.float64)
-    monkeypatch.setattr(enriching, "_READ_VOXELS", 30 * 26 * 5)
-    for label in (1, 2):
-        away = ndimage.distance_transform_edt(labels != label)
-        x, y, z = positions.astype(int).T
-        found = near_label(positions, lambda i, j: labels[i:j], (24, 30, 26), label, 4.5)
-        assert np.array_equal(found, away[z, y, x] <= 4.5)
-        assert 10 < found.sum() < 190
-    outside = near_label(np.array([[7.0, 10, 30], [7, 10, 60]]), lambda i, j: labels[i:j], (24, 30, 26), 2, 19.5)
-    assert outside.tolist() == [True, False]
-    with pytest.raises(FailedPrecondition, match="no voxel has the label 9"):
-        near_label(positions, lambda i, j: labels[i:j], (24, 30, 26), 9, 4.5)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from services.picking import surface_sampling
-from services.picking.segmentation_distance import distances
 from services.picking.slabs import ReadSlab
 from services.picking.surface_sampling import grid, onto_normals, sample
 
@@ -104,14 +102,3 @@ def test_grid_is_regular_centred_and_masked() -> None:
     assert masked[:, 0].min() == 20
     with pytest.raises(FailedPrecondition, match="mask is 0"):
         grid((21, 31, 41), 10, reader(np.zeros((21, 31, 41), np.bool_)))
-
-
-def test_distances_are_those_of_the_distance_transform() -> None:
-    objects = (radius() < 9) | (np.abs(radius() - 20) < 1.2)
-    truth = np.asarray(distance_transform_edt(~objects))
-    rng = np.random.default_rng(0)
-    voxels = np.stack([rng.integers(0, side, 400) for side in SHAPE[::-1]], axis=1)
-    found = distances(voxels.astype(np.float64), reader(objects), SHAPE)
-    assert found == pytest.approx(truth[voxels[:, 2], voxels[:, 1], voxels[:, 0]])
-    with pytest.raises(FailedPrecondition, match="0 everywhere"):
-        distances(voxels.astype(np.float64), reader(np.zeros(SHAPE, np.bool_)), SHAPE)
