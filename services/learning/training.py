@@ -177,7 +177,7 @@ class _State:
 
     def to_json(self) -> bytes:
         document = asdict(self) | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
-        return json.dumps(document, sort_keys=True, allow_nan=False).encode()
+        return json.dumps(document, allow_nan=False).encode()
 
     @staticmethod
     def from_json(data: bytes) -> _State:

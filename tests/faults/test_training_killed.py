@@ -73,12 +73,9 @@ async def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path
         undisturbed = await call_operation(channel, request(other), timeout=300)
     assert min(epochs_of(undisturbed)) == 1
     assert resumed.result.best_validation_loss == undisturbed.result.best_validation_loss
-    curves = [
-        json.loads(kept.get(reply.result.metrics_uri))["losses"]
-        for kept, reply in ((store, resumed), (other, undisturbed))
-    ]
-    assert len(curves[0]) == EPOCHS
-    assert curves[0] == curves[1]
+    metrics = [kept.get(reply.result.metrics_uri) for kept, reply in ((store, resumed), (other, undisturbed))]
+    assert len(json.loads(metrics[0])["losses"]) == EPOCHS
+    assert metrics[0] == metrics[1]
     weights = [
         kept.get(f"{reply.result.model_uri}/model.safetensors")
         for kept, reply in ((store, resumed), (other, undisturbed))
