@@ -730,6 +730,7 @@ class TrainClassifierRequest(_message.Message):
     NOISE_JITTER_FIELD_NUMBER: _builtins.int
     WEDGE_JITTER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_WEIGHT_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     particles_uri: _builtins.str
     network: _builtins.str
@@ -747,6 +748,7 @@ class TrainClassifierRequest(_message.Message):
     noise_jitter: _builtins.float
     wedge_jitter: _builtins.float
     seed: _builtins.int
+    consistency_weight: _builtins.float
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -770,15 +772,18 @@ class TrainClassifierRequest(_message.Message):
         noise_jitter: _builtins.float | None = ...,
         wedge_jitter: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
+        consistency_weight: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_consistency_weight", b"_consistency_weight", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "consistency_weight", b"consistency_weight", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_binning", b"_binning", "_consistency_weight", b"_consistency_weight", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_network", b"_network", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_reconstruction_weight", b"_reconstruction_weight", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "binning", b"binning", "consistency_weight", b"consistency_weight", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "network", b"network", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "reconstruction_weight", b"reconstruction_weight", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__binning: _TypeAlias = _typing.Literal["binning"]  # noqa: Y015
     _WhichOneofArgType__binning: _TypeAlias = _typing.Literal["_binning", b"_binning"]  # noqa: Y015
+    _WhichOneofReturnType__consistency_weight: _TypeAlias = _typing.Literal["consistency_weight"]  # noqa: Y015
+    _WhichOneofArgType__consistency_weight: _TypeAlias = _typing.Literal["_consistency_weight", b"_consistency_weight"]  # noqa: Y015
     _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
     _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
@@ -809,6 +814,8 @@ class TrainClassifierRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__binning) -> _WhichOneofReturnType__binning | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consistency_weight) -> _WhichOneofReturnType__consistency_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
     @_typing.overload

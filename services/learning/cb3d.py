@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from services.learning import classifiers
 from services.learning.autoencoder import memory_order
-from services.learning.classifiers import pool
+from services.learning.classifiers import normalise, pool
 from services.learning.single_channel import convolve_from_one
 
 NAME = "cb3d"
@@ -71,7 +71,7 @@ class CB3D(classifiers.Classifier):
                 assert isinstance(convolution, nn.Conv3d)
                 first = convolution.in_channels == 1
                 features = convolve_from_one(features, convolution) if first else convolution(features)
-                features = functional.relu(norm(features), inplace=True)
+                features = functional.relu(normalise(norm, features), inplace=True)
             features = pool(features)
         features = functional.relu(self.dense_1(features.contiguous().flatten(1)))
         return functional.relu(self.dense_2(self.dropout(features, DROPOUT, generator)))

@@ -115,6 +115,18 @@ def pool(features: Tensor) -> Tensor:
     return max_pool(features)
 
 
+def normalise(norm: nn.Module, features: Tensor) -> Tensor:
+    """Batch normalisation, by the running statistics where a batch has one value of each channel: a single box whose
+    voxels have all been pooled into one. A last batch may be one box.
+    """
+    if isinstance(norm, nn.BatchNorm3d) and norm.training and features.numel() == features.shape[1]:
+        return functional.batch_norm(
+            features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
+    normalised: Tensor = norm(features)
+    return normalised
+
+
 def config(name: str, version: int, box_size: int, ids: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """What names the architecture in a model's config; `ids` and `names` of the classes in the order of the outputs."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryofleet.errors import InvalidArgument
+from cryofleet.numerics.fourier import fourier_crop
 from cryofleet.progress import Progress
 from cryofleet.scratch_array import reserved_array
 from services.learning.pose_normalisation import Poses
-from services.learning.preparation import Preparation
+from services.learning.preparation import Preparation, Scale
 from services.learning.training import Batch, generator_for
 
 Read = Callable[[int, int], NDArray[np.float32]]
@@ -67,6 +69,28 @@ def prepared_chunks(
         return first, prepared
 
     return ahead(load, range(0, len(ids), step))
+
+
+def measure_scale(read: Read, count: int, preparation: Preparation, progress: Progress) -> Scale:
+    """The scale of all voxels of `count` boxes, binned. Raises InvalidArgument where they hold NaN or infinity, or are
+    all of one value.
+    """
+    means, squares = np.empty(count), np.empty(count)
+    step = chunk_count(preparation.box_size)
+    for first in range(0, count, step):
+        boxes = fourier_crop(read(first, min(step, count - first)), preparation.binning)
+        stop = first + len(boxes)
+        means[first:stop] = boxes.mean(axis=(1, 2, 3), dtype=np.float64)
+        squares[first:stop] = boxes.var(axis=(1, 2, 3), dtype=np.float64)
+        progress(stop / count, "measuring intensities", subtomograms=stop)
+    # A sum of the variances within boxes and between them: no difference of large numbers.
+    deviation = math.sqrt(float(squares.mean() + means.var()))
+    if not math.isfinite(deviation) or deviation == 0.0:
+        raise InvalidArgument(
+            f"{preparation.source}: the standard deviation of all boxes is {deviation:g}; finite values are needed, "
+            "which are not all the same"
+        )
+    return Scale(float(means.mean()), deviation)
 
 
 def load_prepared(

@@ -1,11 +1,12 @@
 """DSRF3D-v2: the classifier of small receptive fields of Che et al. 2018 (Mach. Vis. Appl. 29:1227-1236), after VGG.
 
-    conv 3^3 x 32, ReLU, conv 3^3 x 32, ReLU, max-pool 2^3, conv 3^3 x 64, ReLU, conv 3^3 x 64, ReLU, max-pool 2^3,
+    conv 3^3 x 32, ReLU, conv 3^3 x 32, max-pool 2^3, ReLU, conv 3^3 x 64, ReLU, conv 3^3 x 64, max-pool 2^3, ReLU,
     flatten, dense 512, ReLU, dropout 70%, dense 512, ReLU, dropout 70%, dense, softmax
 
 The layers are those of its authors' forerunner DSRF3D; what the paper leaves open is chosen so: convolutions have
-stride 1 and are padded with zeros to keep the size, dropout follows either dense layer as in VGG, and first weights are
-He's. ReLU follows the pooling, with which it commutes. Boxes of any side that is a multiple of 4.
+stride 1 and are padded with zeros to keep the size, dropout follows either dense layer as in VGG, first weights are
+He's, and batch normalisation comes before each ReLU of the convolutions (`encoder` says what it is worth). Boxes of any
+side that is a multiple of 4.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from services.learning import classifiers
 from services.learning.autoencoder import max_pool, memory_order
+from services.learning.classifiers import normalise
 from services.learning.single_channel import convolve_from_one
 
 NAME = "dsrf3d-v2"
-VERSION = 1
+VERSION = 2
 """Raised when the same weights would compute something else."""
 
 USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
@@ -46,9 +48,13 @@ class DSRF3D(classifiers.Classifier):
         super().__init__(box_size, classes)
         fine, coarse = CHANNELS
         self.convolution_1 = nn.Conv3d(1, fine, 3, padding=1)
+        self.norm_1 = nn.BatchNorm3d(fine)
         self.convolution_2 = nn.Conv3d(fine, fine, 3, padding=1)
+        self.norm_2 = nn.BatchNorm3d(fine)
         self.convolution_3 = nn.Conv3d(fine, coarse, 3, padding=1)
+        self.norm_3 = nn.BatchNorm3d(coarse)
         self.convolution_4 = nn.Conv3d(coarse, coarse, 3, padding=1)
+        self.norm_4 = nn.BatchNorm3d(coarse)
         self.dense_1 = nn.Linear(coarse * (box_size // 4) ** 3, DENSE)
         self.dense_2 = nn.Linear(DENSE, DENSE)
         self.output = nn.Linear(DENSE, classes)
@@ -56,10 +62,12 @@ class DSRF3D(classifiers.Classifier):
 
     def features(self, boxes: Tensor, generator: torch.Generator | None) -> Tensor:
         """(batch, 512) of boxes (batch, 1, n, n, n)."""
-        features = functional.relu(convolve_from_one(memory_order(boxes), self.convolution_1), inplace=True)
-        features = functional.relu(max_pool(self.convolution_2(features)), inplace=True)
-        features = functional.relu(self.convolution_3(features), inplace=True)
-        features = functional.relu(max_pool(self.convolution_4(features)), inplace=True)
+        features = normalise(self.norm_1, convolve_from_one(memory_order(boxes), self.convolution_1))
+        features = functional.relu(features, inplace=True)
+        # The maximum before the normalisation: an eighth of the voxels to normalise.
+        features = functional.relu(normalise(self.norm_2, max_pool(self.convolution_2(features))), inplace=True)
+        features = functional.relu(normalise(self.norm_3, self.convolution_3(features)), inplace=True)
+        features = functional.relu(normalise(self.norm_4, max_pool(self.convolution_4(features))), inplace=True)
         features = functional.relu(self.dense_1(features.contiguous().flatten(1)))
         return functional.relu(self.dense_2(self.dropout(features, DROPOUT, generator)))
 

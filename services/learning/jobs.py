@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,7 +25,8 @@ class Job:
 
     `network` is a config as `architectures.build` takes it, `objective` a spec as `architectures.objective` takes it;
     both are JSON. `stratify` names the array of classes that are split evenly between training and validation, ""
-    for none. `augmentation` changes the batches of training alone.
+    for none. `augmentation` changes the batches of training alone. An epoch shows each labelled box `labelled_repeats`
+    times, where some of "labels" are -1 and these few would be rare among the others.
     """
 
     network: Mapping[str, Any]
@@ -34,6 +36,7 @@ class Job:
     validation_fraction: float
     augmentation: Augmentation = field(default_factory=Augmentation)
     stratify: str = ""
+    labelled_repeats: int = 1
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON."""
@@ -58,6 +61,14 @@ def split(job: Job, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], N
     """
     classes = arrays[job.stratify] if job.stratify else None
     return datasets.split_rows(len(arrays["boxes"]), job.validation_fraction, job.options.seed, classes)
+
+
+def shown_rows(job: Job, arrays: Mapping[str, NDArray[Any]], training_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What an epoch shows of the rows that are trained on: each once, and labelled ones `labelled_repeats` times."""
+    if job.labelled_repeats == 1:
+        return training_rows
+    labelled = training_rows[arrays["labels"][training_rows] >= 0]
+    return np.concatenate([training_rows, np.repeat(labelled, job.labelled_repeats - 1)])
 
 
 def run_job(
@@ -123,7 +134,7 @@ def run_alone(
     training_rows, validation_rows = split(job, arrays)
     batches = datasets.ArrayBatches(
         arrays,
-        training_rows,
+        shown_rows(job, arrays, training_rows),
         validation_rows,
         batch_size=job.batch_size,
         seed=job.options.seed,

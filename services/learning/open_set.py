@@ -1,7 +1,8 @@
 """The open-set classifier: classes far apart and close in themselves, so that what belongs to none of them is noticed.
 
-After Du et al. 2019 (open-set recognition of macromolecules by a large-margin cosine loss, BMVC). The layers of
-DSRF3D-v2 up to its second dense one are followed by a dense layer of 64 numbers, scaled to unit length: the features.
+After Du et al. 2019 (open-set recognition of macromolecules by a large-margin cosine loss, BMVC). The
+code of the autoencoding classifier's encoder, 128 numbers, is followed by dropout of 50% and a dense layer of 64
+numbers, scaled to unit length: the features.
 The logit of a class is 16 times the cosine of the features with that class's weights, also of unit length; while
 training, the right class's cosine is lowered by a margin of 0.3 (Wang et al. 2018, CosFace), so that each class is
 drawn into a narrow cone about its weights and away from the others'. Features are of any sign: ReLU would leave them
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 from cryofleet.errors import FailedPrecondition
 from cryofleet.progress import Progress
 from services.learning import classifiers, clustering
-from services.learning.dsrf3d import DENSE, DSRF3D
+from services.learning.encoder import CODE_SIZE, Encoder
 from services.learning.training import Batch
 
 NAME = "open-set"
-VERSION = 1
+VERSION = 2
 """Raised when the same weights would compute something else."""
 
 USE = (
@@ -43,13 +44,14 @@ LIMITS = (
 )
 
 FEATURES = 64
+DROPOUT = 0.5
 SCALE = 16.0
 MARGIN = 0.3
 KEPT_SHARE = 0.95
 """Of the validation boxes, by the threshold of rejection."""
 
 
-class OpenSetClassifier(DSRF3D):
+class OpenSetClassifier(classifiers.Classifier):
     """The network for boxes of `box_size` voxels and so many known classes.
 
     `prototypes` (classes, 64) of unit length are set after the training. Raises InvalidArgument for a side that is not
@@ -60,7 +62,8 @@ class OpenSetClassifier(DSRF3D):
 
     def __init__(self, box_size: int, classes: int, generator: torch.Generator | None = None) -> None:
         super().__init__(box_size, classes)
-        self.embedding = nn.Linear(DENSE, FEATURES)
+        self.encoder = Encoder(box_size)
+        self.embedding = nn.Linear(CODE_SIZE, FEATURES)
         self.output = nn.Linear(FEATURES, classes, bias=False)
         self.register_buffer("prototypes", torch.zeros(classes, FEATURES))
         classifiers.initialise(self, generator)
@@ -68,7 +71,8 @@ class OpenSetClassifier(DSRF3D):
     def features(self, boxes: Tensor, generator: torch.Generator | None) -> Tensor:
         """(batch, 64) of unit length, of boxes (batch, 1, n, n, n)."""
         # Normalised in float32: under mixed precision, cosines would be rounded to 8 bits.
-        return functional.normalize(self.embedding(super().features(boxes, generator)).float(), dim=1)
+        codes = self.dropout(self.encoder(boxes), DROPOUT, generator)
+        return functional.normalize(self.embedding(codes).float(), dim=1)
 
     def logits(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         """(batch, classes): 16 times the cosines of features (batch, 64) with the classes' weights."""

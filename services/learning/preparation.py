@@ -1,7 +1,9 @@
 """What happens to a subtomogram before a network sees it, in training and in use alike.
 
 Checked, binned by cropping in Fourier space, turned to protein-positive values, its pose normalised where wanted, and
-standardised: each box has mean 0 and standard deviation 1. That is the intensity scale of all networks here.
+standardised: each box has mean 0 and standard deviation 1. That is the intensity scale of all networks here but the
+segmentation network, which is to tell bright structures from faint ones: its boxes share one `Scale`, that of all boxes
+of the set.
 """
 
 from __future__ import annotations
@@ -24,11 +26,19 @@ CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The mean and the standard deviation of a set's voxels, binned, in the values as extracted."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class Preparation:
     """From boxes `[i, z, y, x]` as extracted to boxes as networks take them.
 
     `box_size` is the side as extracted, in voxels, which `binning` must divide; `contrast` is "dark" or "light";
-    `source` is what errors call the set.
+    `source` is what errors call the set; `scale` is one for all boxes, each box has its own where it is left out.
     """
 
     box_size: int
@@ -36,6 +46,7 @@ class Preparation:
     pose_normalisation: bool
     contrast: str
     source: str = "subtomograms"
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.box_size % self.binning:
@@ -67,7 +78,8 @@ class Preparation:
             raise InvalidArgument(
                 f"{self.source}: the box of particle {particle} holds values that are NaN or infinite"
             )
-        prepared, deviations = _centre(fourier_crop(boxes, self.binning))
+        binned = fourier_crop(boxes, self.binning)
+        prepared, deviations = _centre(binned)
         varied = deviations > CONSTANT * np.maximum(np.abs(highest), np.abs(lowest))
         if not varied.all():
             particle = ids[int(varied.argmin())]
@@ -76,7 +88,10 @@ class Preparation:
                 "there is nothing to learn from it"
             )
         sign = -1 if self.contrast == "dark" else 1
-        prepared /= (sign * deviations)[:, None, None, None]
+        if self.scale is not None:
+            prepared = (binned - np.float32(self.scale.mean)) / np.float32(sign * self.scale.deviation)
+        else:
+            prepared /= (sign * deviations)[:, None, None, None]
         if not self.pose_normalisation:
             return prepared, None
         poses = find_poses(structure_weights(prepared))

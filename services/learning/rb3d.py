@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from services.learning import classifiers
 from services.learning.autoencoder import max_pool, memory_order
+from services.learning.classifiers import normalise
 from services.learning.single_channel import convolve_from_one
 
 NAME = "rb3d"
@@ -58,10 +59,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, inputs, n, n, n) to (batch, outputs, n, n, n)."""
-        path = functional.relu(self.reduce_norm(self.reduce(features)), inplace=True)
-        path = functional.relu(self.spatial_norm(self.spatial(path)), inplace=True)
-        path = self.restore_norm(self.restore(path))
-        return functional.relu(path + self.shortcut_norm(self.shortcut(features)), inplace=True)
+        path = functional.relu(normalise(self.reduce_norm, self.reduce(features)), inplace=True)
+        path = functional.relu(normalise(self.spatial_norm, self.spatial(path)), inplace=True)
+        path = normalise(self.restore_norm, self.restore(path))
+        return functional.relu(path + normalise(self.shortcut_norm, self.shortcut(features)), inplace=True)
 
 
 class RB3D(classifiers.Classifier):

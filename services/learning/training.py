@@ -13,6 +13,7 @@ steps of an undisturbed one: on a CPU with the same number of threads its weight
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -24,6 +25,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.progress import Progress
@@ -36,6 +38,9 @@ Checkpoint = dict[str, bytes]
 
 TENSORS_FILE = "state.safetensors"
 STATE_FILE = "state.json"
+
+SETTLING_BATCHES = 16
+"""Batches that the statistics of batch normalisation are taken from after an epoch."""
 
 
 class Batches(Protocol):
@@ -349,9 +354,38 @@ class _Run:
                 state.sums = {name: float(value) for name, value in sums.items()}
                 self.save()
         self.checked(float(sums["loss"]))
+        self.settle_statistics()
         # Running statistics, which each peer gathers of its own parts.
         self.peers.average([value for value in self.statistics().values() if value.is_floating_point()], 1.0)
         return {name: float(value) / state.boxes for name, value in sums.items()}
+
+    def settle_statistics(self) -> None:
+        """What batch normalisation goes by in use, by the weights as they are now.
+
+        Running means lag some ten steps behind, and Adam moves the mean of a wide layer by about its standard deviation
+        in each of the first steps: a network of eight such layers that was right in 0.70 of the cases by the statistics
+        of the weights it had was so in 0.20 by the running ones. Nothing else of the network is changed.
+        """
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        if not norms:
+            return
+        own = {id(buffer) for norm in norms for buffer in norm.buffers()}
+        others = [(buffer, buffer.clone()) for buffer in self.model.buffers() if id(buffer) not in own]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            # The plain mean over the batches.
+            norm.momentum = None
+        state = self.state
+        with torch.no_grad():
+            batches = itertools.islice(self.batches.training(state.epoch - 1, 0), SETTLING_BATCHES)
+            for position, batch in enumerate(batches):
+                self.values(self.peers.part(batch)[0], 6, state.attempt, state.epoch, position)
+                self.report()
+            for buffer, value in others:
+                buffer.copy_(value)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
     def validate(self) -> dict[str, float]:
         """Means over the validation boxes."""

@@ -5,9 +5,11 @@ autoencoder, and its decoded box, not its cluster's centre, is cut at a level in
 takes "greater than 0.5" for background and "less than or equal to 0.5" for structure, protein being dark, and does not
 say in what units. Here protein is positive, boxes have mean 0 and standard deviation 1, and a decoded box holds less by
 what the autoencoder drops as noise; so the level is counted within each decoded box: the share of the way from its
-median, which the surroundings of a structure have, to its brightest voxels, the 98th percentile. In simulated
-tomograms, at level 0.5, labels then agree with the truth by a Dice of 0.61 for membranes and 0.60 for globules; with
-the 99.9th percentile by 0.49 and 0.40, as the few brightest voxels lie high above the rest of a decoded structure.
+median, which the surroundings of a structure have, to its brightest voxels, the 98th percentile. In a simulated
+tomogram of corrected contrast transfer, at level 0.5, labels then agree with the truth by a Dice of 0.72 for membranes
+and 0.73 for globules; with the 99.9th percentile by 0.71 and 0.66, as the few brightest voxels lie high above the rest
+of a decoded structure. Without the correction no level can do it: the noise-free tomogram itself, cut at its best,
+then agrees by 0.58 and 0.77.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def label_boxes(
     Args:
         model: the autoencoder, on the device.
         boxes: prepared boxes `[i, z, y, x]` in the pose that they were extracted in.
-        classes: (n,) from 1 to 255.
+        classes: (n,) up to 255; 0 for boxes of nothing but background.
         targets: of the boxes' shape.
         level: as in `thresholds`.
         pose_normalisation: whether the autoencoder was trained on boxes in their own pose. Labels are turned back from

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryofleet.artifacts import ResultWriter
+from cryofleet.numerics.fourier import fourier_crop
 from cryofleet.particles import Particles
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
@@ -87,7 +88,7 @@ async def test_codes(channel: grpc.aio.Channel, store: Store) -> None:
 
 async def test_labels_of_subtomograms(channel: grpc.aio.Channel, store: Store) -> None:
     model = put_model(store, "segmenter", segmenter(binning=2))
-    boxes = two_kinds(5, 16, 0)[0]
+    boxes = two_kinds(5, 16, 0)[0] * np.array([1, 2, 4, 1, 1], np.float32)[:, None, None, None]
     request = learning_pb2.PredictRequest(
         model_uri=model,
         subtomograms_uri=put_subtomograms(store, "boxes", boxes),
@@ -103,6 +104,14 @@ async def test_labels_of_subtomograms(channel: grpc.aio.Channel, store: Store) -
     chances = np.stack([open_volume(store, uri).read() for uri in result.probability_uris])
     np.testing.assert_allclose(chances.sum(axis=0), 1, atol=1e-5)
     np.testing.assert_array_equal(chances.argmax(axis=0), labels.read())
+    # One scale for all five, the two that were not chosen among them.
+    binned = fourier_crop(boxes, 2)
+    network = architectures.build(segmenter(binning=2), torch.Generator().manual_seed(0)).eval()
+    assert isinstance(network, EDSS3D)
+    with torch.no_grad():
+        scaled = torch.from_numpy((binned - binned.mean()) / binned.std())[[4, 1, 2]]
+        expected = network.probabilities(scaled[:, None]).numpy()
+    np.testing.assert_allclose(chances.swapaxes(0, 1)[..., ::2, ::2, ::2], expected, rtol=0, atol=1e-5)
     assert Particles.from_parquet(store.get(result.particles_uri)).table["id"].tolist() == [104, 101, 102]
 
 
@@ -116,7 +125,7 @@ async def test_labels_of_a_tomogram(channel: grpc.aio.Channel, store: Store) -> 
     assert open_volume(store, result.labels_uri).info == VolumeInfo((18, 24, 30), VOXEL, "light", -60, 60)
     network = architectures.build(segmenter(), torch.Generator().manual_seed(0)).eval()
     assert isinstance(network, EDSS3D)
-    whole = np.pad(standardise_locally(voxels, 8), [(0, 2), (0, 0), (0, 2)])
+    whole = np.pad(standardise_locally(voxels, 16), [(0, 2), (0, 0), (0, 2)])
     with torch.no_grad():
         expected = network.probabilities(torch.from_numpy(whole)[None, None])[0, :, :18, :, :30].numpy()
     chances = np.stack([open_volume(store, uri).read() for uri in result.probability_uris])

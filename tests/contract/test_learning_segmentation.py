@@ -83,6 +83,7 @@ async def test_training(channel: grpc.aio.Channel, store: Store, pose_normalisat
     assert config["class_counts"] == {"ball": 7, "shell": 7}
     assert config["pose_normalisation"] is False
     assert (config["box_size"], config["level"]) == (8, 0.5)
+    assert config["intensity"].startswith("all boxes of a set together")
     metrics = table(store, trained.metrics_uri)
     assert metrics["validation_subtomograms"] == 4
     assert metrics["losses"][-1]["training_loss"] < metrics["losses"][0]["training_loss"]
@@ -96,6 +97,18 @@ async def test_training(channel: grpc.aio.Channel, store: Store, pose_normalisat
     assert 0 < (shown > 0).mean() < 0.5
 
 
+async def test_boxes_of_background(channel: grpc.aio.Channel, store: Store) -> None:
+    subtomograms = put_subtomograms(store, "boxes", two_kinds(COUNT, 16, 0)[0])
+    model = put_model(store, "autoencoder", autoencoder.config(8) | data_facts())
+    selected = put_selected(store, class_name=np.array(["background", "shell"], object))
+    trained = (await call_operation(channel, request(store, subtomograms, model, particles_uri=selected))).result
+    assert list(trained.names) == ["background", "shell"]
+    assert table(store, f"{trained.model_uri}/config.json")["class_counts"] == {"background": 7, "shell": 7}
+    shown = open_volume(store, trained.labels_uri).read()
+    assert not shown[:4].any()
+    assert set(np.unique(shown[4:])) == {0, 1}
+
+
 async def test_particles_that_are_no_classes(channel: grpc.aio.Channel, store: Store) -> None:
     subtomograms = put_subtomograms(store, "boxes", two_kinds(COUNT, 16, 0)[0])
     model = put_model(store, "autoencoder", autoencoder.config(8) | data_facts())
@@ -106,7 +119,7 @@ async def test_particles_that_are_no_classes(channel: grpc.aio.Channel, store: S
         ({"class_id": np.arange(COUNT)}, "particle 100 of"),
         ({"class_id": np.ones(COUNT, int), "class_name": names}, "class 1 is named 'ball' and 'shell'"),
         ({"class_name": np.array(["ball"], object)}, "class 2 is named 'ball'; each class needs a name of its own"),
-        ({"class_name": np.array(["background"], object), "class_id": 1}, "other than 'background'"),
+        ({"class_name": np.array(["background"], object), "class_id": 1}, "has no class but 'background'"),
         ({"id": 100 + 2 * np.arange(COUNT)}, "has no subtomogram in"),
     ):
         wrong = request(store, subtomograms, model, particles_uri=put_selected(store, **columns))

@@ -52,6 +52,10 @@ class Labels:
     ids: list[int]
     names: list[str]
 
+    def share(self) -> float:
+        """The share of the labelled ones."""
+        return float((self.labels >= 0).mean())
+
     def counts(self) -> dict[str, int]:
         """Particles of each class, by its name."""
         return inputs.class_counts(self.labels, dict(enumerate(self.names)))
@@ -145,10 +149,12 @@ def _training_set(
 def _train_needs(request: learning_pb2.TrainClassifierRequest, reader: Reader) -> Needs:
     chosen, preparation, _, config = _training_set(request, reader)
     inputs.augmentation(request, chosen.info)
+    # Of unlabelled boxes a second view is looked at.
+    views = 2 if request.network == autoencoding_classifier.NAME else 1
     return inputs.training_needs(
         preparation,
         len(chosen),
-        batch_size=request.batch_size,
+        batch_size=views * request.batch_size,
         box_bytes=_box_bytes(preparation.prepared_size),
         weight_bytes=_weight_bytes(config),
         row_bytes=64,
@@ -160,7 +166,9 @@ def _objective(request: learning_pb2.TrainClassifierRequest, labels: Labels) -> 
         return {
             "name": autoencoding_classifier.AutoencodingLoss.NAME,
             "reconstruction_weight": request.reconstruction_weight,
-            "labelled_share": float((labels.labels >= 0).mean()),
+            "consistency_weight": request.consistency_weight,
+            "labelled_share": labels.share(),
+            "labelled_repeats": autoencoding_classifier.labelled_repeats(labels.share()),
         }
     if request.network == open_set.NAME:
         return {"name": open_set.OpenSetLoss.NAME}
@@ -190,6 +198,7 @@ def train_classifier(request: learning_pb2.TrainClassifierRequest, task: Task) -
         validation_fraction=request.validation_fraction,
         augmentation=inputs.augmentation(request, chosen.info),
         stratify="labels",
+        labelled_repeats=autoencoding_classifier.labelled_repeats(labels.share()),
     )
     trained = jobs.run_job(
         job,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.particles import Particles
+from cryofleet.progress import Progress
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.volumes import Subtomograms, VolumeInfo
 from services.learning import architectures, datasets, model_card, model_files, training
@@ -104,6 +105,12 @@ def preparation(subtomograms: Subtomograms, binning: int, pose_normalisation: bo
         contrast=subtomograms.info.contrast,
         source=subtomograms.uri,
     )
+
+
+def scaled(subtomograms: Subtomograms, preparation: Preparation, progress: Progress) -> Preparation:
+    """The preparation with one scale for all boxes: that of the whole set, whichever of its subtomograms are chosen."""
+    scale = datasets.measure_scale(subtomograms.read, subtomograms.count, preparation, progress)
+    return replace(preparation, scale=scale)
 
 
 def ids(particles: Particles) -> NDArray[np.int64]:

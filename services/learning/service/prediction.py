@@ -153,6 +153,8 @@ def _segment_boxes(
 ) -> learning_pb2.PredictResult:
     """A stack of labels in the particles' order."""
     chosen, preparation = _boxes(request, task, config)
+    preparation = inputs.scaled(chosen.subtomograms, preparation, part(task.progress, 0.0, 0.1))
+    report = part(task.progress, 0.1, 1.0)
     names, device = config["class_names"], torch.device(task.device)
     step = clustering.batch_size(preparation.prepared_size)
     sizes, sums = np.zeros(len(names), np.int64), np.zeros(len(names))
@@ -168,7 +170,7 @@ def _segment_boxes(
                 sums += found.sum(axis=(0, 2, 3, 4), dtype=np.float64)
                 volumes.write_boxes(labels, found)
                 done = first + start + len(batch)
-                task.progress(done / len(chosen), "segmenting", subtomograms=done)
+                report(done / len(chosen), "segmenting", subtomograms=done)
     metrics = _voxel_metrics(names, sizes, sums) | {"subtomograms": len(chosen)}
     return learning_pb2.PredictResult(
         particles_uri=task.write_particles("particles.parquet", chosen.particles),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,9 @@ MAX_CLASSES = 254
 
 @dataclass(frozen=True)
 class _Classes:
-    """The particles' classes as labels: `labels` (n,) from 1, `names` with the background first."""
+    """The particles' classes as labels: `labels` (n,), 0 for those of a class that is named as the background, whose
+    boxes hold nothing to be found; `names` with the background first.
+    """
 
     labels: NDArray[np.int32]
     names: list[str]
@@ -69,21 +72,25 @@ def _classes(chosen: inputs.Chosen) -> _Classes:
     if numbers.min() < 1:
         particle = chosen.ids[int((numbers < 1).argmax())]
         raise InvalidArgument(f"particle {particle} of {chosen.source} has class {numbers.min()}, below 1: {needed}")
-    ids, labels = np.unique(numbers, return_inverse=True)
+    ids = np.unique(numbers)
     if len(ids) > MAX_CLASSES:
         raise InvalidArgument(f"{chosen.source} has {len(ids)} classes; {MAX_CLASSES} are possible")
-    names = [edss3d.BACKGROUND]
+    names, labels = [edss3d.BACKGROUND], np.zeros(len(numbers), np.int32)
     for number in ids:
         found = sorted(set(table["class_name"].to_numpy()[numbers == number].tolist()))
         if len(found) > 1:
             raise InvalidArgument(f"{chosen.source}: class {number} is named {found[0]!r} and {found[1]!r}: {needed}")
+        if found[0] == edss3d.BACKGROUND:
+            continue
         if not found[0] or found[0] in names:
             raise InvalidArgument(
-                f"{chosen.source}: class {number} is named {found[0]!r}; each class needs a name of its own, other "
-                f"than {edss3d.BACKGROUND!r}"
+                f"{chosen.source}: class {number} is named {found[0]!r}; each class needs a name of its own"
             )
+        labels[numbers == number] = len(names)
         names.append(found[0])
-    return _Classes((labels + 1).astype(np.int32), names)
+    if len(names) == 1:
+        raise InvalidArgument(f"{chosen.source} has no class but {edss3d.BACKGROUND!r}: give one of a structure too")
+    return _Classes(labels, names)
 
 
 def _train_needs(request: learning_pb2.TrainSegmenterRequest, reader: Reader) -> Needs:
@@ -99,7 +106,7 @@ def _train_needs(request: learning_pb2.TrainSegmenterRequest, reader: Reader) ->
         row_bytes=side**3,
     )
     # Labelling comes before training, and what it takes is free again.
-    labelling = found.encoding.memory_bytes + len(found.chosen) * 5 * side**3
+    labelling = found.encoding.memory_bytes + len(found.chosen) * side**3
     return Needs(max(needs.memory_bytes, labelling))
 
 
@@ -110,8 +117,9 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
     chosen, classes, preparation = found.chosen, found.classes, found.preparation
     training.use_deterministic_algorithms(task.threads)
     device = torch.device(task.device)
-    boxes = datasets.load_prepared(chosen.read, chosen.ids, preparation, task.scratch, part(task.progress, 0.0, 0.05))
-    targets = _label_boxes(request, task, found, boxes)
+    targets = _label_boxes(request, task, found)
+    scaled = inputs.scaled(chosen.subtomograms, preparation, part(task.progress, 0.05, 0.07))
+    boxes = datasets.load_prepared(chosen.read, chosen.ids, scaled, task.scratch, part(task.progress, 0.07, 0.1))
     labels_info = VolumeInfo(
         shape=(preparation.prepared_size,) * 3,
         voxel_size_angstrom=chosen.info.voxel_size_angstrom * preparation.binning,
@@ -126,13 +134,15 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
         replace(labels_info, count=len(shown)),
     )
 
+    counts = inputs.class_counts(classes.labels, dict(enumerate(classes.names)))
     config = (
         edss3d.config(classes.names)
         | inputs.data_facts(task, chosen, preparation)
         | {
             "box_size": preparation.prepared_size,
             "level": request.level,
-            "class_counts": inputs.class_counts(classes.labels, dict(enumerate(classes.names[1:], start=1))),
+            "intensity": edss3d.INTENSITY,
+            "class_counts": {name: count for name, count in counts.items() if count},
         }
     )
     job = jobs.Job(
@@ -180,26 +190,30 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
     )
 
 
-def _label_boxes(
-    request: learning_pb2.TrainSegmenterRequest, task: Task, found: _TrainingSet, boxes: NDArray[np.float32]
-) -> NDArray[np.uint8]:
-    """The voxels' classes `[i, z, y, x]` of the boxes; in memory where the boxes would fit there four times over."""
+def _label_boxes(request: learning_pb2.TrainSegmenterRequest, task: Task, found: _TrainingSet) -> NDArray[np.uint8]:
+    """The voxels' classes `[i, z, y, x]` of the chosen boxes; in memory where the boxes would fit there four times
+    over.
+    """
+    chosen, preparation = found.chosen, found.preparation
     model, _ = encoding.open_autoencoder(task, request.model_uri)
+    shape = (len(chosen), *(preparation.prepared_size,) * 3)
     targets: NDArray[np.uint8]
-    if boxes.size <= datasets.MEMORY_LIMIT_BYTES:
-        targets = np.empty(boxes.shape, np.uint8)
+    if math.prod(shape) <= datasets.MEMORY_LIMIT_BYTES:
+        targets = np.empty(shape, np.uint8)
     else:
-        targets = reserved_array(task.scratch / "targets.uint8", boxes.shape, np.uint8)
-    weak_labels.label_boxes(
-        model,
-        boxes,
-        found.classes.labels,
-        targets,
-        level=request.level,
-        pose_normalisation=found.encoding.preparation.pose_normalisation,
-        device=torch.device(task.device),
-        progress=part(task.progress, 0.05, 0.1),
-    )
+        targets = reserved_array(task.scratch / "targets.uint8", shape, np.uint8)
+    for first, boxes in datasets.prepared_chunks(chosen.read, chosen.ids, preparation):
+        stop = first + len(boxes)
+        weak_labels.label_boxes(
+            model,
+            boxes,
+            found.classes.labels[first:stop],
+            targets[first:stop],
+            level=request.level,
+            pose_normalisation=found.encoding.preparation.pose_normalisation,
+            device=torch.device(task.device),
+            progress=part(task.progress, 0.05 * first / len(chosen), 0.05 * stop / len(chosen)),
+        )
     return targets
 
 

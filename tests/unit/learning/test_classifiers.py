@@ -139,15 +139,18 @@ LAYERS = {
         dense(512, 512),
         dense(512, 10),
     ],
-    autoencoding_classifier: [convolution(32, 64, 16), dense(64 * 8**3, 128), dense(128, 10)],
+    autoencoding_classifier: [
+        convolution(32, 64, 16),
+        convolution(64, 128, 8),
+        dense(128 * 4**3, 128),
+        dense(128, 10),
+    ],
     # The output is a product with weights of unit length.
     open_set: [
-        convolution(32, 32, 32),
         convolution(32, 64, 16),
-        convolution(64, 64, 16),
-        dense(64 * 8**3, 512),
-        dense(512, 512),
-        dense(512, 64),
+        convolution(64, 128, 8),
+        dense(128 * 4**3, 128),
+        dense(128, 64),
     ],
 }
 
@@ -160,15 +163,16 @@ def weights(layers: list[Any], biases: bool) -> int:
 
 # Batch normalisation has a scale and a shift of each channel; the convolutions before it in RB3D have no bias.
 PARAMETERS = {
-    dsrf3d: FIRST + weights(LAYERS[dsrf3d], True),
+    dsrf3d: FIRST + weights(LAYERS[dsrf3d], True) + 2 * (32 + 32 + 64 + 64),
     rb3d: FIRST + weights(LAYERS[rb3d], False) + 10 + 2 * (2 * (16 + 16 + 64 + 64) + 2 * (32 + 32 + 128 + 128)),
     cb3d: FIRST + weights(LAYERS[cb3d], True) + 2 * (32 + 64 + 6 * 128),
     autoencoding_classifier: FIRST
     + weights(LAYERS[autoencoding_classifier], True)
+    + 2 * (32 + 64 + 128)
     + (128 * 32 * 8**3 + 32 * 8**3)
     + 2 * (27 * 32 * 32 + 32)
     + (27 * 32 + 1),
-    open_set: FIRST + weights(LAYERS[open_set], True) + 64 * 10,
+    open_set: FIRST + weights(LAYERS[open_set], True) + 2 * (32 + 64 + 128) + 64 * 10,
 }
 
 
@@ -329,3 +333,56 @@ def test_unlabelled_boxes_are_reconstructed() -> None:
     # A network that knows nothing has an error of 1; a ball or a shell explains about half.
     assert last["reconstruction"] < 0.8 < first["reconstruction"]
     assert last["accuracy"] == pytest.approx(1.0)
+
+
+def test_labelled_boxes_are_half_of_what_an_epoch_shows() -> None:
+    """Each of 4 labelled boxes of 64 is shown 15 times, and the loss knows."""
+    repeats = autoencoding_classifier.labelled_repeats(4 / 64)
+    assert repeats == 15
+    assert [autoencoding_classifier.labelled_repeats(share) for share in (1.0, 0.5, 0.4)] == [1, 1, 2]
+    loss = autoencoding_classifier.AutoencodingLoss(1.0, labelled_share=4 / 64, labelled_repeats=repeats)
+    assert loss.shown_share == pytest.approx(0.5)
+    assert autoencoding_classifier.AutoencodingLoss(1.0, labelled_share=0.3).shown_share == pytest.approx(0.3)
+
+
+def test_only_what_is_sure_becomes_a_pseudo_label() -> None:
+    """Two views of three boxes: sure in both, sure in one of them, and sure of different classes."""
+    sure, unsure = math.log(0.9 / 0.1), 0.0
+    first = torch.tensor([[sure, 0.0], [sure, 0.0], [sure, 0.0]], requires_grad=True)
+    second = torch.tensor([[2 * sure, 0.0], [unsure, 0.0], [-sure, 0.0]], requires_grad=True)
+    # The mean of 0.9 and 81/82 is above the limit; those of 0.9 and 0.5, and of 0.9 and 0.1, are not.
+    surprise = autoencoding_classifier.pseudo_label_surprise(first, second)
+    assert float(surprise.detach()) == pytest.approx(-(math.log(0.9) + math.log(81 / 82)) / 2, rel=1e-5)
+    surprise.backward()  # type: ignore[no-untyped-call]
+    for view in (first, second):
+        assert view.grad is not None
+        assert (view.grad[1:] == 0).all()
+        # The likelier class grows more so.
+        assert float(view.grad[0, 0]) < 0
+
+
+def test_a_second_view_teaches_while_training_alone() -> None:
+    boxes = torch.randn(6, 1, SIDE, SIDE, SIDE, generator=generator_for(4))
+    batch = {"boxes": boxes, "labels": torch.tensor([1, -1, 0, -1, -1, -1])}
+    model = network(autoencoding_classifier)
+    loss = autoencoding_classifier.AutoencodingLoss(0.0, labelled_share=1 / 3, consistency_weight=2.0)
+    assert "consistency" not in loss(model.eval(), batch, generator_for(0))
+    # All classes are equally probable: nothing is sure.
+    assert float(loss(model.train(), batch, generator_for(0))["consistency"].detach()) == 0.0
+    model.output.bias.data = torch.tensor([3.0, 0.0])
+    values = loss(model, batch, generator_for(0))
+    # Each of the four is of the first class with probability 1 / (1 + exp(-3)).
+    assert float(values["consistency"].detach()) == pytest.approx(math.log1p(math.exp(-3)), rel=1e-5)
+    expected = values["classification"] + 2 * values["consistency"]
+    assert float(values["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    # A part of a batch may have no unlabelled box, and the term is there all the same.
+    labelled = {name: value[:1] for name, value in batch.items()}
+    assert float(loss(model, labelled, generator_for(0))["consistency"].detach()) == 0.0
+
+
+def test_a_last_batch_of_one_box_is_trained_on() -> None:
+    """Its voxels may all have been pooled into one, of which there is no variance."""
+    for module in (cb3d, rb3d, autoencoding_classifier, dsrf3d):
+        model = network(module, 4).train()
+        logits, _ = model(torch.randn(1, 1, 4, 4, 4, generator=generator_for(2)), generator_for(3))
+        assert torch.isfinite(logits).all()

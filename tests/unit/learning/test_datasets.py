@@ -47,6 +47,30 @@ def test_large_sets_go_to_a_file_in_chunks_and_come_out_the_same(
     assert reads == [(0, 2), (2, 2), (4, 1)] * 2
 
 
+def test_the_scale_of_a_set_is_that_of_all_its_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "CHUNK_BYTES", 2 * 4 * 8**3)
+    source = boxes()
+    source[1:3] += 20
+
+    def read(first: int, count: int) -> NDArray[np.float32]:
+        return source[first : first + count]
+
+    found = datasets.measure_scale(read, 5, Preparation(8, 1, False, "dark"), no_progress)
+    assert found.mean == pytest.approx(source.mean())
+    assert found.deviation == pytest.approx(source.std(), rel=1e-5)
+    # White noise has an eighth of its variance in an eighth of its components.
+    halved = datasets.measure_scale(read, 5, Preparation(8, 2, False, "dark"), no_progress)
+    assert halved.mean == pytest.approx(found.mean)
+    assert halved.deviation**2 == pytest.approx(20**2 * 0.24 + 9 / 8, rel=0.05)
+
+
+@pytest.mark.parametrize(("value", "words"), [(3.0, "deviation of all boxes is 0"), (np.nan, "is nan")])
+def test_a_set_without_a_scale_is_refused(value: float, words: str) -> None:
+    source = np.full((3, 8, 8, 8), value, np.float32)
+    with pytest.raises(InvalidArgument, match=words):
+        datasets.measure_scale(lambda i, n: source[i : i + n], 3, Preparation(8, 1, False, "dark"), no_progress)
+
+
 def numbered(count: int) -> NDArray[np.float32]:
     return np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, 4, 4, 4)).copy()
 

@@ -23,7 +23,7 @@ from cryofleet.progress import no_progress
 from cryofleet.scratch_array import reserved_array
 from services.learning import autoencoder, distributed
 from services.learning.augmentation import Augmentation
-from services.learning.jobs import Job, run_job, split
+from services.learning.jobs import Job, run_job, shown_rows, split
 from services.learning.preparation import standardise
 from services.learning.training import TrainingOptions
 from tests.unit.learning.shapes import two_kinds
@@ -66,6 +66,13 @@ def test_rows_are_split_by_class_where_asked() -> None:
     training_rows, validation_rows = split(by_class, arrays(18))
     assert np.bincount(arrays(18)["labels"][validation_rows]).tolist() == [2, 2, 2]
     assert sorted([*training_rows, *validation_rows]) == list(range(18))
+
+
+def test_labelled_rows_are_shown_more_often() -> None:
+    few = {"labels": np.array([2, -1, -1, 0, -1, 1])}
+    rows = np.array([1, 2, 3, 5])
+    assert shown_rows(JOB, few, rows).tolist() == [1, 2, 3, 5]
+    assert sorted(shown_rows(replace(JOB, labelled_repeats=3), few, rows)) == [1, 2, 3, 3, 3, 5, 5, 5]
 
 
 def test_augmentation_acts_on_training_alone_and_is_the_same_again() -> None:

@@ -89,7 +89,7 @@ def test_constant_regions_are_zero() -> None:
 
 def test_sides_of_tiles_are_rounded_up() -> None:
     tiles = tiling(18, edss3d.MARGIN, 16, edss3d.POOLING)
-    assert (tiles.tile, tiles.region, tiles.half_window) == (20, 52, 16)
+    assert (tiles.tile, tiles.region, tiles.half_window) == (20, 52, 32)
     assert overlap_tile.voxels((30, 60, 60), tiles) == 32 * 52 * 52
 
 

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
-from services.learning.preparation import Preparation, standardise
+from services.learning.preparation import Preparation, Scale, standardise
 
 IDS = np.array([70, 71, 72, 73, 74])
 
@@ -20,6 +20,14 @@ def test_prepared_boxes_are_standardised_with_protein_positive() -> None:
     np.testing.assert_allclose(dark, -light, atol=1e-6)
     np.testing.assert_allclose(light.mean(axis=(1, 2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(light.std(axis=(1, 2, 3)), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("contrast", "sign"), [("dark", -1), ("light", 1)])
+def test_one_scale_for_all_boxes_keeps_what_is_brighter(contrast: str, sign: int) -> None:
+    bright = boxes()
+    bright[2] = 5 + 4 * (bright[2] - 5)
+    found = Preparation(8, 1, False, contrast, scale=Scale(5.0, 3.0))(bright, IDS)
+    np.testing.assert_allclose(found, sign * (bright - 5) / 3, atol=1e-5)
 
 
 def test_binning_keeps_low_frequencies_only() -> None:

@@ -294,3 +294,64 @@ def test_weight_decay_is_adams() -> None:
         )
         weights.append(weight(result))
     assert weights == pytest.approx([5.0, 4.5], rel=1e-5)
+
+
+class Normalised(nn.Module):
+    """Batch normalisation of a multiple of the boxes, and a count of its uses in training."""
+
+    uses: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.norm = nn.BatchNorm3d(1)
+        self.register_buffer("uses", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(self.weight * boxes)
+        return normalised
+
+
+class Rising:
+    """Batches and objective at once: each of three batches moves the weight up."""
+
+    training_batches = 3
+    boxes = torch.arange(24.0).view(3, 2, 1, 2, 2, 1)
+
+    def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        return iter([{"boxes": each} for each in self.boxes[first_batch:]])
+
+    def validation(self) -> Iterator[Batch]:
+        return iter([{"boxes": self.boxes[0]}])
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, Normalised)
+        if model.training:
+            model.uses += 1
+        return {"loss": 0 * model(batch["boxes"]).sum() - model.weight.sum()}
+
+
+def test_batch_normalisation_in_use_is_by_the_weights_as_they_are() -> None:
+    """Not by what they were while the running statistics were gathered."""
+    rising = Rising()
+    result = train(
+        lambda generator: Normalised(),
+        rising,
+        rising,
+        options(learning_rate=1.0, max_epochs=2),
+        device=CPU,
+        progress=no_progress,
+        save_checkpoint=lambda files: None,
+    )
+    model = result.model
+    assert isinstance(model, Normalised)
+    weight = float(model.weight.detach())
+    assert weight == pytest.approx(6.0, rel=1e-3)
+    assert model.norm.running_mean is not None
+    assert float(model.norm.running_mean) == pytest.approx(weight * float(rising.boxes.mean()), rel=1e-6)
+    assert model.norm.running_var is not None
+    within = torch.stack([each.var() for each in rising.boxes]).mean()
+    assert float(model.norm.running_var) == pytest.approx(weight**2 * float(within), rel=1e-6)
+    # Six steps; that the statistics were taken once more changed nothing else.
+    assert int(model.uses) == 6
+    assert model.norm.momentum == 0.1
