@@ -34,7 +34,7 @@ from services.learning.single_channel import convolve_to_one
 from services.learning.training import Batch
 
 NAME = "autoencoding"
-VERSION = 2
+VERSION = 1
 """Raised when the same weights would compute something else."""
 
 USE = (

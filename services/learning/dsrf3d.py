@@ -24,7 +24,7 @@ from services.learning.classifiers import normalise
 from services.learning.single_channel import convolve_from_one
 
 NAME = "dsrf3d-v2"
-VERSION = 2
+VERSION = 1
 """Raised when the same weights would compute something else."""
 
 USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
