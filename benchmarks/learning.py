@@ -3,7 +3,8 @@
 A training step is compared with the bare loop of the same network on one batch (forward, backward, optimiser), without
 loading, reports, metrics or checkpoints; encoding from the store with the bare forward pass. The step at 32^3 is also
 compared with the network as Keras would run it, in torch's plainest operations. Clustering is judged on three
-simulated complexes of random pose in white noise: the share of boxes that are of the commonest kind of their cluster.
+simulated complexes of random pose in white noise, and on the ten classes of `classification_sets`, binned to 16^3: by
+the share of boxes that are of the commonest kind of their cluster, and by the mutual information of clusters and kinds.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import classification_sets
 from benchmarks.harness import Row, main
 from cryofleet.artifacts import ResultWriter
 from cryofleet.particles import Particles
 from cryofleet.progress import no_progress
 from cryofleet.storage import Store
 from cryofleet.volumes import VolumeInfo, open_subtomograms, write_subtomograms
-from services.learning import clustering, datasets
+from services.learning import class_comparison, clustering, datasets
 from services.learning.autoencoder import Autoencoder3D, AutoencoderLoss
+from services.learning.pose_normalisation import normalise_poses
 from services.learning.preparation import Preparation, standardise
 from services.learning.training import (
     Batch,
@@ -248,6 +251,26 @@ def separation(count: int, snr: float, epochs: int) -> Iterator[Row]:
         yield Row(case, f"training_{epochs}_epochs", seconds, "s", "lower", 60.0)
 
 
+def ten_classes(count: int, epochs: int, snrs: tuple[float, ...]) -> Iterator[Row]:
+    """Autoencoder and k-means on `count` boxes of each of ten classes, in as many clusters and in a hundred."""
+    imaged = classification_sets.image(count, classification_sets.Imaging(), 1)
+    for snr in snrs:
+        boxes = imaged.at(snr, binning=2)
+        for pose_normalisation in (False, True):
+            prepared = standardise(normalise_poses(boxes)) if pose_normalisation else boxes
+            model = fit(prepared, epochs).model.eval()
+            assert isinstance(model, Autoencoder3D)
+            codes = clustering.encode(model, [(0, prepared)], len(prepared), CPU, no_progress)
+            name = "with" if pose_normalisation else "without"
+            for clusters in (10, 100):
+                found = clustering.cluster(codes, clusters, 0, no_progress)
+                compared = class_comparison.compare(found.labels, imaged.classes)
+                case = f"10 classes, {count} boxes each, SNR {snr:g}, {clusters} clusters, {name} pose normalisation"
+                yield Row(case, "purity", compared.purity, "", "higher")
+                information = compared.normalised_mutual_information
+                yield Row(case, "normalised_mutual_information", information, "", "higher")
+
+
 def measure(quick: bool) -> Iterator[Row]:
     use_deterministic_algorithms(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     for side, steps in ((16, 10 if quick else 40), (32, 3 if quick else 15)):
@@ -256,6 +279,7 @@ def measure(quick: bool) -> Iterator[Row]:
         yield from encoding(side, count)
     for snr in (0.2,) if quick else (0.2, 0.05):
         yield from separation(90 if quick else 240, snr, 5 if quick else 20)
+    yield from ten_classes(12 if quick else 100, 1 if quick else 10, (0.1,) if quick else (0.1, 0.05, 0.03))
 
 
 if __name__ == "__main__":
