@@ -23,7 +23,16 @@ from cryofleet.numerics.spectra import SpectrumTable, centred_rfft
 from cryofleet.progress import Progress, no_progress
 from services.alignment.align import Aligner, Reader, check_particles, in_parallel, standardise
 from services.alignment.band import Band, rotation_matrices
-from services.alignment.likelihood_model import Model, Task, averages, prior_ratio, reach, shells, similarity_at
+from services.alignment.likelihood_model import (
+    Model,
+    Task,
+    averages,
+    prior_ratio,
+    reach,
+    shells,
+    similarity_at,
+    symmetry_of,
+)
 from services.alignment.pose_grid import PoseGrid, angular_step_degrees, memory_bytes
 from services.alignment.reconstruction import Contributions, volume_of
 from services.alignment.refinement import refine
@@ -74,14 +83,14 @@ def grid_bytes(task: Task, model: Model, threads: int) -> int:
     if k_max is None:
         return 0
     step = angular_step_degrees(k_max, task.radius)
-    return memory_bytes(search.box_size, k_max, step, search.shift_limit, search.symmetry, threads)
+    return memory_bytes(search.box_size, k_max, step, search.shift_limit, symmetry_of(task, model), threads)
 
 
 class Expectation:
     """One expectation step against one model, on one device; safe to share between threads."""
 
     def __init__(self, task: Task, model: Model, device: str = "cpu") -> None:
-        search = task.search
+        search = replace(task.search, symmetry=symmetry_of(task, model))
         n = search.box_size
         self.task, self.model, self.device = task, model, device
         self.deviation = np.sqrt(model.variance)
@@ -132,7 +141,7 @@ class Expectation:
 
         `halves` (batch,) are 0 or 1, `before` is the posterior of the last expectation.
         """
-        before = self._recentred(before)
+        before = self.model.followed(before)
         particles = torch.from_numpy(boxes).to(self.device)
         data = self.band.of(centred_rfft(particles))
         references = self._references(particles, torch.from_numpy(halves).to(self.device), before)
@@ -157,14 +166,6 @@ class Expectation:
             score=scores,
             changed=float(changed.sum()),
         ), posterior
-
-    def _recentred(self, posterior: Posterior) -> Posterior:
-        """Poses after the averages were moved to the centre of the box."""
-        moves = self.model.recentring[posterior.classes].reshape(-1, 3)
-        if not moves.any():
-            return posterior
-        turned = Rotation.from_quat(posterior.quaternions.reshape(-1, 4)).apply(moves)
-        return replace(posterior, shifts=posterior.shifts + turned.reshape(posterior.shifts.shape).astype(np.float32))
 
     def _references(self, particles: torch.Tensor, halves: torch.Tensor, before: Posterior) -> torch.Tensor:
         """What each particle is compared with, (batch, K, side, side, side): averages without it."""

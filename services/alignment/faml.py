@@ -89,7 +89,9 @@ def first_sums(
     whole = Band(n, 1.0, n / 2 - 0.5, task.search.transfer, device)
     shell = torch.from_numpy(likelihood_model.shells(whole)).to(device)
     size = n // 2 + 1
-    contributions = Contributions(band, task.search.transfer, point_group(task.search.symmetry), device)
+    contributions = Contributions(
+        band, task.search.transfer, point_group(likelihood_model.symmetry_of(task, None)), device
+    )
 
     def step(chosen: NDArray[np.int64], boxes: NDArray[np.float32]) -> tuple[Statistics, Posterior]:
         tensor = torch.from_numpy(boxes).to(device)
@@ -208,6 +210,7 @@ class State:
                 "model.variance": (model.variance.shape, (n // 2 + 1,)),
                 "model.alpha": (model.alpha.shape, (classes,)),
                 "model.recentring": (model.recentring.shape, (classes, 3)),
+                "model.turns": (model.turns.shape, (classes, 4)),
                 "model.handicap": (model.handicap.shape, (classes,)),
             }
             for name, (shape, expected) in shapes.items():
@@ -229,6 +232,7 @@ def begin(task: Task, count: int, poses: Poses | None = None, halves: NDArray[np
         raise InvalidArgument(f"averaging needs at least 2 particles, one for each half set, and got {count}")
     if task.classes > count:
         raise InvalidArgument(f"classes {task.classes}: there are only {count} particles")
+    task = replace(task, axes_known=poses is not None or len(point_group(task.search.symmetry)) == 1)
     return State(
         task, random_halves(count, task.seed) if halves is None else halves, first_posterior(task, count, poses)
     )
@@ -386,11 +390,14 @@ def finish(state: State, sign: float = 1.0) -> Result:
     task, model, posterior = state.task, state.model, state.posterior
     if model is None:
         raise InvalidArgument("the averaging has not begun: there is nothing to finish")
+    if not model.imposed:
+        model = likelihood_model.imposed(task, model)
+    posterior = model.followed(posterior)
     halves = likelihood_model.halves(task, model)
     half_volumes = [likelihood_model.volumes(task, model, half) for half in halves]
     classes = posterior.classes[:, 0].astype(np.int64)
     rotations = Rotation.from_quat(posterior.quaternions[:, 0].astype(np.float64))
-    shifts = posterior.shifts[:, 0].astype(np.float64) + rotations.apply(model.recentring[classes])
+    shifts = posterior.shifts[:, 0].astype(np.float64)
     shares = posterior.responsibilities(task.classes)
     probabilities = shares[np.arange(len(classes)), classes]
     return Result(

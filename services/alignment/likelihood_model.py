@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution
@@ -25,13 +26,16 @@ from services.alignment.align import Search
 from services.alignment.array_files import Arrays
 from services.alignment.band import Band
 from services.alignment.reconstruction import JOINED_ANGSTROM, components_of, noise_share, volume_of
-from services.alignment.sufficient_statistics import Statistics
+from services.alignment.sufficient_statistics import Posterior, Statistics
+from services.alignment.symmetry_frame import Turnable, centre_of_mass, find_frame
 
 LEAST_COVERAGE = 0.5
 """Where fewer than this share of a class was sampled, the rest is filled from the model."""
 BALANCED_ITERATIONS = 9
 """So long classes are compared by how much better than the mean particle each particle fits them. The first averages
 differ by chance, and the better one would draw all particles before the others say anything."""
+IMPOSED_ITERATION = 12
+"""By this one at the latest a symmetry whose axes had to be found is imposed."""
 SIMILAR_ITERATIONS = 10
 """In so many the pull between classes falls to nothing."""
 LEAST_DIVISOR = 0.1
@@ -56,7 +60,8 @@ class Task:
     `search` has the box, the transfer function, the finest resolution, the shifts' range, the symmetry and the number
     of candidates. `diameter_angstrom` is that of a sphere that holds the particle. `candidates` are the poses that
     integrals run over: the whole of a uniform `grid`, local maxima of the rotational `matching` (the paper's), or
-    `auto`: the grid while it is coarse, and the local maxima of the coarse grid in a finer band.
+    `auto`: the grid while it is coarse, and the local maxima of the coarse grid in a finer band. `axes_known` says that
+    poses begin in the symmetry's frame; it is imposed from the first sums on then, and else once its axes are found.
     """
 
     search: Search
@@ -67,6 +72,7 @@ class Task:
     joined_angstrom: float = JOINED_ANGSTROM
     similarity: float = 0.0
     seed: int = 0
+    axes_known: bool = False
 
     def check(self) -> None:
         """Raise InvalidArgument where a value can't work."""
@@ -131,8 +137,9 @@ class Model:
     expectation, on the band up to `k_reach`; `filling` complex64 (K, components) is the average before; `power` (K,
     shells) is the averages' own, `variance` (shells,) the noise's; `alpha` (K,); `xi_voxels`; `k_max` is the band of
     the next expectation in cycles per box. `recentring` (K, 3) is how far (x, y, z, voxels) each average was moved
-    after the last expectation, which its poses have to follow; `handicap` (K,) is taken from the log likelihoods of a
-    class.
+    after the last expectation, and `turns` (K, 4) the quaternions it was turned by then, which its poses have to
+    follow; `handicap` (K,) is taken from the log likelihoods of a class. `imposed` says whether the sums have the
+    task's symmetry.
     """
 
     sums: NDArray[np.complex128]
@@ -143,13 +150,27 @@ class Model:
     variance: NDArray[np.float64]
     alpha: NDArray[np.float64]
     recentring: NDArray[np.float64]
+    turns: NDArray[np.float64]
     handicap: NDArray[np.float64]
     xi_voxels: float
     k_max: float
     k_reach: float
     iteration: int
     converged: bool
+    imposed: bool
     history: tuple[Iteration, ...]
+
+    def followed(self, posterior: Posterior) -> Posterior:
+        """Poses after the averages were moved and turned."""
+        turned = Rotation.from_quat(posterior.quaternions.reshape(-1, 4))
+        moves = turned.apply(self.recentring[posterior.classes].reshape(-1, 3)).reshape(posterior.shifts.shape)
+        turned = turned * Rotation.from_quat(self.turns[posterior.classes].reshape(-1, 4))
+        quaternions = turned.as_quat().reshape(posterior.quaternions.shape)
+        return replace(
+            posterior,
+            quaternions=quaternions.astype(np.float32),
+            shifts=posterior.shifts + moves.astype(np.float32),
+        )
 
     def to_arrays(self) -> Arrays:
         """As plain arrays."""
@@ -163,8 +184,11 @@ class Model:
             "variance": self.variance,
             "alpha": self.alpha,
             "recentring": self.recentring,
+            "turns": self.turns,
             "handicap": self.handicap,
-            "scalars": np.array([self.xi_voxels, self.k_max, self.k_reach, self.iteration, self.converged], np.float64),
+            "scalars": np.array(
+                [self.xi_voxels, self.k_max, self.k_reach, self.iteration, self.converged, self.imposed], np.float64
+            ),
             "history": np.array(rows, dtype=np.float64).reshape(len(rows), 6 + len(self.alpha)),
         }
 
@@ -172,9 +196,10 @@ class Model:
     def from_arrays(arrays: Mapping[str, Any]) -> "Model":
         """What `to_arrays` gave."""
         names = (
-            "sums", "weights", "responsibilities", "filling", "power", "variance", "alpha", "recentring", "handicap"
+            "sums", "weights", "responsibilities", "filling", "power", "variance", "alpha", "recentring", "turns",
+            "handicap",
         )  # fmt: skip
-        xi, k_max, k_reach, iteration, converged = (float(v) for v in arrays["scalars"])
+        xi, k_max, k_reach, iteration, converged, imposed = (float(v) for v in arrays["scalars"])
         classes = arrays["alpha"].size
         history = tuple(
             Iteration(row[0], row[1], row[2], tuple(row[3 : 3 + classes]), row[-3], row[-2], row[-1])
@@ -182,12 +207,18 @@ class Model:
         )
         kept = {name: arrays[name] for name in names}
         return Model(**kept, xi_voxels=xi, k_max=k_max, k_reach=k_reach, iteration=int(iteration),
-                     converged=bool(converged), history=history)  # fmt: skip
+                     converged=bool(converged), imposed=bool(imposed), history=history)  # fmt: skip
 
 
 def reach(task: Task, k_max: float) -> float:
     """How far averages are made while `k_max` cycles per box are compared."""
     return min(k_max + BEYOND_CYCLES, task.search.box_size / 2 - 0.5)
+
+
+def symmetry_of(task: Task, model: Model | None) -> str:
+    """The point group that particles are averaged in: the task's once its axes are where they belong."""
+    imposed = task.axes_known if model is None else model.imposed
+    return task.search.symmetry if imposed else "C1"
 
 
 def shells(band: Band) -> NDArray[np.int64]:
@@ -238,15 +269,21 @@ def start(task: Task, statistics: Statistics) -> Model:
         variance,
         np.full(classes, 1.0 / classes),
         np.zeros((classes, 3)),
+        _unturned(classes),
         np.zeros(classes),
         max(task.search.shift_limit, LEAST_SHIFT_VOXELS),
         task.k_start,
         reach(task, task.k_start),
         0,
         False,
+        task.axes_known,
         (),
     )
     return replace(model, power=_power(task, model))
+
+
+def _unturned(classes: int) -> NDArray[np.float64]:
+    return np.tile([0.0, 0.0, 0.0, 1.0], (classes, 1))
 
 
 def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
@@ -269,6 +306,7 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
         xi_voxels=max(math.sqrt(statistics.squared_shift / (3 * count)), LEAST_SHIFT_VOXELS),
         k_reach=k_reach,
         iteration=model.iteration + 1,
+        turns=_unturned(task.classes),
     )
     next_model = _centred(task, band, next_model, statistics)
     next_model = replace(next_model, power=_power(task, next_model))
@@ -290,8 +328,44 @@ def maximise(task: Task, model: Model, statistics: Statistics) -> Model:
         k_next = min(wanted, model.k_max + LARGEST_RISE_CYCLES)
     # Nor while classes are held in balance.
     least = 2 if task.classes == 1 else BALANCED_ITERATIONS + 1
-    converged = changed <= CONVERGED_SHARE and k_next <= model.k_max + 0.25 and model.iteration >= least
-    return replace(next_model, k_max=k_next, converged=converged, history=(*model.history, done))
+    stands = k_next <= model.k_max + 0.25 and model.iteration >= least
+    next_model = replace(
+        next_model,
+        k_max=k_next,
+        converged=model.imposed and stands and changed <= CONVERGED_SHARE,
+        history=(*model.history, done),
+    )
+    if not model.imposed and ((stands and changed <= SETTLED_SHARE) or next_model.iteration >= IMPOSED_ITERATION):
+        next_model = imposed(task, next_model)
+    return next_model
+
+
+def imposed(task: Task, model: Model) -> Model:
+    """The model with its averages turned into the symmetry's frame, where that was found, and symmetrised."""
+    n = task.search.box_size
+    band = Band(n, 1.0, model.k_reach, None, "cpu")
+    group = point_group(task.search.symmetry)
+    ratio, place, count = prior_ratio(task, model), shells(band), len(band)
+    sums, weights, filling = model.sums.copy(), model.weights.copy(), model.filling.copy()
+    recentring, turns = model.recentring.copy(), model.turns.copy()
+    averaged = volumes(task, model, joint(task, model)) * task.mask(n)
+    for k in np.flatnonzero(model.power.any(axis=1)):
+        frame = find_frame(
+            band, model.sums[:, k].sum(0), model.weights[:, k].sum(0), ratio[k], model.power[k][place],
+            task.search.symmetry, task.radius, centre_of_mass(averaged[k]),
+        )  # fmt: skip
+        for half in range(2):
+            found = Turnable(band, model.sums[half, k], model.weights[half, k], frame.centre_voxels)
+            both = found.turned(frame.rotation * group, count)
+            sums[half, k], weights[half, k] = (values.mean(dim=0).numpy() for values in both)
+        filled = Turnable(band, model.filling[k].astype(np.complex128), model.weights[0, k], frame.centre_voxels)
+        filling[k] = filled.turned(frame.rotation * group, count)[0].mean(dim=0).numpy()
+        recentring[k] += frame.centre_voxels
+        turns[k] = frame.rotation.as_quat()
+    model = replace(
+        model, sums=sums, weights=weights, filling=filling, recentring=recentring, turns=turns, imposed=True
+    )
+    return replace(model, power=_power(task, model))
 
 
 def prior_ratio(task: Task, model: Model) -> NDArray[np.float64]:
@@ -408,7 +482,7 @@ def _centred(task: Task, band: Band, model: Model, statistics: Statistics) -> Mo
     no longer.
     """
     n = task.search.box_size
-    group = point_group(task.search.symmetry)
+    group = point_group(symmetry_of(task, model))
     points = band.points.numpy().astype(np.float64)
     sums, filling, moves = model.sums.copy(), model.filling.copy(), np.zeros((task.classes, 3))
     counts = statistics.responsibilities.sum(axis=0)

@@ -32,11 +32,12 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import fsc, resolution, shell_counts, shell_index
-from cryofleet.numerics.masks import centred_coordinates, radius_grid, soft_sphere, usual_edge_voxels
+from cryofleet.numerics.masks import radius_grid, soft_sphere, usual_edge_voxels
 from cryofleet.numerics.rotations import point_group
 from cryofleet.numerics.spectra import SpectrumTable, centred_irfft, centred_rfft
 from cryofleet.progress import Progress, no_progress, part
 from services.alignment.symmetry_axes import find_axes
+from services.alignment.symmetry_frame import centre_of_mass
 
 CANDIDATES = (*(f"{kind}{n}" for kind in "CD" for n in range(2, 15)), "T", "O", "I")
 TOLERANCE = 0.07
@@ -106,14 +107,6 @@ def remove_radial_mean(volume: NDArray[np.float32]) -> NDArray[np.float32]:
     system = np.diag(diagonal + 1e-9) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1)
     profile = np.linalg.solve(system, right)
     return np.asarray(volume - (profile[low] * (1 - above) + profile[low + 1] * above), dtype=np.float32)
-
-
-def _centre_of_mass(volume: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(x, y, z) of what is above a quarter of the highest density, from the box's centre."""
-    mass = np.maximum(volume - 0.25 * volume.max(), 0.0).astype(np.float64)
-    r = centred_coordinates(volume.shape[0]).astype(np.float64)
-    moments = [(mass.sum(axis=axes) * r).sum() for axes in ((0, 1), (0, 2), (1, 2))]
-    return np.asarray(moments) / max(float(mass.sum()), 1e-30)
 
 
 class _Comparison:
@@ -307,7 +300,7 @@ def _centre_below(average: NDArray[np.float32], mask: NDArray[np.float32], k_max
     """The centre of mass of an average cut to the band."""
     n = average.shape[0]
     smooth = centred_irfft(centred_rfft(torch.from_numpy(average)) * _below(n, k_max), n).numpy()
-    return _centre_of_mass(smooth * mask)
+    return centre_of_mass(smooth * mask)
 
 
 def _moved(volume: NDArray[np.float32], centre: NDArray[np.float64], k_max: float) -> NDArray[np.float32]:
