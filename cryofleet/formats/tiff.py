@@ -11,7 +11,6 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from xml.etree import ElementTree
 
@@ -182,9 +181,7 @@ class TiffVolume:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

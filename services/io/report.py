@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from string import Template
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from cryofleet.numerics.label_colours import FIRST_COLOURS, label_colour
 from cryofleet.progress import Progress, no_progress
 from services.io import figures
 from services.io.figures import Circle, Dots, Line
+from services.io.report_tables import LONGEST_TABLE, Figures, figures_section, is_number, left_out, numbers, percent
 
 Contrast = Literal["dark", "light"]
 Volume = NDArray[np.float32]
@@ -27,14 +27,9 @@ Volume = NDArray[np.float32]
 _SLAB_BYTES = 16 << 20
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURED_CLASSES = 7
-_LONGEST_TABLE, _LONGEST_LIST = 40, 12
-#: What tables keep for the charts made of it.
-_DRAWN = ("peak_heights", "curve", "confusion_matrix")
 #: A drawing of more dots than these is slow to open and shows no more.
 _MOST_DOTS, _NUMBERED_CLUSTERS = 4000, 30
 _MAX_LABEL = 65535
-_ABBREVIATIONS = {"ctf", "f1", "fsc", "id", "snr"}
-_UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
 
 
 @dataclass(frozen=True)
@@ -124,14 +119,6 @@ class FscCurve:
     resolution_angstrom: float | None
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A table of figures under its heading: any JSON object."""
-
-    heading: str
-    table: Mapping[str, Any]
-
-
 def central_slices(
     read: Callable[[int, int], Volume],
     shape: tuple[int, int, int],
@@ -213,8 +200,8 @@ def embedding_of(table: Mapping[str, Any]) -> Embedding | None:
     Reads `x`, `y` and `cluster` of some particles, `centre_x` and `centre_y` of all clusters, `explained_variance` and
     the number of all `particles`.
     """
-    x, y, clusters = (_numbers(table.get(name)) for name in ("x", "y", "cluster"))
-    centres = list(zip(_numbers(table.get("centre_x")), _numbers(table.get("centre_y")), strict=False))
+    x, y, clusters = (numbers(table.get(name)) for name in ("x", "y", "cluster"))
+    centres = list(zip(numbers(table.get("centre_x")), numbers(table.get("centre_y")), strict=False))
     if not 0 < len(x) == len(y) == len(clusters) or not centres:
         return None
     stated = table.get("particles")
@@ -223,7 +210,7 @@ def embedding_of(table: Mapping[str, Any]) -> Embedding | None:
         y,
         [int(number) for number in clusters],
         centres,
-        _numbers(table.get("explained_variance")),
+        numbers(table.get("explained_variance")),
         stated if isinstance(stated, int) else len(x),
     )
 
@@ -250,7 +237,7 @@ def build(
         _centres(centres),
         "" if embedding is None else _embedding(embedding),
         _averages(averages),
-        _tables(tables),
+        figures_section(tables),
     ]
     page = Template(_TEMPLATE.read_text(encoding="utf-8"))
     return page.substitute(title=escape(title), body="\n".join(section for section in sections if section))
@@ -346,19 +333,15 @@ def _labels(tomogram: TomogramView, labels: LabelView) -> str:
         labels=(labels.xy, labels.xz, labels.yz),
     )
     items = []
-    for label, count in list(labels.voxels.items())[:_LONGEST_TABLE]:
+    for label, count in list(labels.voxels.items())[:LONGEST_TABLE]:
         name = labels.names[label - 1] if label <= len(labels.names) and labels.names[label - 1] else f"label {label}"
         colour = label_colour(label)
-        words = f"{escape(name)} ({count:,} voxels, {_percent(count / total)})"
+        words = f"{escape(name)} ({count:,} voxels, {percent(count / total)})"
         items.append(f'<li><i style="border-color:{colour};background:{colour}"></i>{words}</li>')
     legend = f'<ul class="legend">{"".join(items)}</ul>' if items else '<p class="note">No voxel has a label.</p>'
     return (
-        f'<section><h2>Labels</h2><p class="note">{note}</p>{drawing}{legend}{_left_out(len(labels.voxels))}</section>'
+        f'<section><h2>Labels</h2><p class="note">{note}</p>{drawing}{legend}{left_out(len(labels.voxels))}</section>'
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if share >= 0.001 else "under 0.1%"
 
 
 def _centres(centres: Sequence[Centre]) -> str:
@@ -408,7 +391,7 @@ def _embedding(embedding: Embedding) -> str:
     for number in range(coloured):
         rows = [row for row, member in enumerate(members) if member == number]
         groups.append(Dots(f"cluster {number}", [x[row] for row in rows], [y[row] for row in rows], number))
-    shares = [f" ({_percent(share)} of the variance)" for share in embedding.explained] + ["", ""]
+    shares = [f" ({percent(share)} of the variance)" for share in embedding.explained] + ["", ""]
     drawing = figures.scatter(
         groups,
         f"first principal component{shares[0]}",
@@ -482,14 +465,14 @@ def fsc_curve(table: Mapping[str, Any], voxel_size_angstrom: float) -> FscCurve 
     inner = table.get("fsc")
     if isinstance(inner, Mapping):
         return fsc_curve({**table, **inner} if "fsc" in inner else {}, voxel_size_angstrom)
-    correlation = _numbers(inner)
-    frequency = _numbers(table.get("frequency_per_angstrom"))
+    correlation = numbers(inner)
+    frequency = numbers(table.get("frequency_per_angstrom"))
     if not frequency:
-        frequency = [f / voxel_size_angstrom for f in _numbers(table.get("frequency"))]
+        frequency = [f / voxel_size_angstrom for f in numbers(table.get("frequency"))]
     if len(frequency) < 2 or len(frequency) != len(correlation) or max(frequency) <= 0:
         return None
     stated = table.get("resolution_angstrom")
-    resolution = float(stated) if _is_number(stated) and stated > 0 else _first_crossing(frequency, correlation)
+    resolution = float(stated) if is_number(stated) and stated > 0 else _first_crossing(frequency, correlation)
     return FscCurve(frequency, correlation, resolution)
 
 
@@ -502,211 +485,3 @@ def _first_crossing(frequency: Sequence[float], correlation: Sequence[float]) ->
             crossing = frequency[i - 1] + share * (frequency[i] - frequency[i - 1])
             return 1 / crossing if crossing > 0 else None
     return None
-
-
-# --- Tables of figures ---------------------------------------------------------------------------------------------
-
-
-def _tables(tables: Sequence[Figures]) -> str:
-    if not tables:
-        return ""
-    parts = "".join(f"<h3 class='table'>{escape(t.heading)}</h3>{_object(t.table)}" for t in tables)
-    return f"<section><h2>Figures</h2>{parts}</section>"
-
-
-def _object(table: Mapping[str, Any]) -> str:
-    """An object as a table of its single values, and a table or chart of each thing in it that holds several."""
-    single = {key: value for key, value in table.items() if _is_single(value)}
-    blocks = [_single_values(single)] if single else []
-    charts = _curves({key: value for key, value in table.items() if _numbers(value)})
-    charts += _histogram(table) + _detection_curves(table) + _confusion(table)
-    blocks += charts
-    blocks += [
-        _several_values(key, value)
-        for key, value in table.items()
-        if value and not _is_single(value) and key not in _DRAWN
-    ]
-    return f'<div class="pair">{"".join(f"<div>{block}</div>" for block in blocks if block)}</div>'
-
-
-def _several_values(key: str, value: Mapping[str, Any] | list[Any]) -> str:
-    heading = f"<h3>{escape(_words(key))}</h3>"
-    if isinstance(value, list):
-        rows = [_flat(row) if isinstance(row, Mapping) else {"": row} for row in value]
-        charts = _curves(_columns(rows))
-        return heading + ("".join(charts) if charts else _grid(rows))
-    if all(isinstance(row, Mapping) for row in value.values()):
-        return heading + _grid([{"": name, **_flat(row)} for name, row in value.items()])
-    charts = _curves({name: column for name, column in value.items() if _numbers(column)})
-    return heading + ("".join(charts) if charts else _single_values(_flat(value)))
-
-
-def _histogram(table: Mapping[str, Any]) -> list[str]:
-    """How many peaks of a picking's scores are how high, and where its threshold lies."""
-    heights = table.get("peak_heights")
-    if not isinstance(heights, Mapping):
-        return []
-    edges, counts = _numbers(heights.get("edges")), _numbers(heights.get("counts"))
-    if len(counts) < 2 or len(edges) != len(counts) + 1:
-        return []
-    # a step for each bin; a bin without peaks lies on the axis, at half a peak
-    x = [edge for pair in pairwise(edges) for edge in pair]
-    y = [max(count, 0.5) for count in counts for _ in range(2)]
-    threshold = table.get("threshold")
-    markers = [(float(threshold), "threshold")] if _is_number(threshold) and edges[0] <= threshold <= edges[-1] else []
-    return [figures.chart([Line("peaks", x, y)], "score", "peaks", markers=markers, logarithmic=True)]
-
-
-def _detection_curves(table: Mapping[str, Any]) -> list[str]:
-    """Precision over recall, and recall over the false positives, as the threshold falls."""
-    curve = table.get("curve")
-    if not isinstance(curve, Mapping):
-        return []
-    recall, precision = _numbers(curve.get("recall")), _numbers(curve.get("precision"))
-    false = _numbers(curve.get("false_positives"))
-    if not 2 <= len(recall) == len(precision) == len(false):
-        return []
-    return [
-        figures.chart([Line("precision", recall, precision)], "recall", "precision", y_range=(0, 1.02)),
-        figures.chart([Line("recall", false, recall)], "false positives", "recall", y_range=(0, 1.02)),
-    ]
-
-
-def _confusion(table: Mapping[str, Any]) -> list[str]:
-    """A matrix of counts, each cell the darker, the larger its share of its row."""
-    matrix = table.get("confusion_matrix")
-    if not isinstance(matrix, Mapping) or not isinstance(matrix.get("counts"), list):
-        return []
-    rows, columns = (matrix.get(f"{side}_names", matrix.get("names")) for side in ("row", "column"))
-    counts = [_numbers(row) for row in matrix["counts"]]
-    if not isinstance(rows, list) or not isinstance(columns, list) or not counts or len(counts) != len(rows):
-        return []
-    if any(len(row) != len(columns) for row in counts):
-        return []
-    down, across = escape(str(matrix.get("rows", "rows"))), escape(str(matrix.get("columns", "columns")))
-    head = "".join(f'<th scope="col" class="n">{escape(_text(name))}</th>' for name in columns[:_LONGEST_TABLE])
-    body = ""
-    for name, row in list(zip(rows, counts, strict=True))[:_LONGEST_TABLE]:
-        whole = sum(row) or 1
-        cells = "".join(
-            # At most so dark that the count can be read on it.
-            f'<td class="n" style="--part:{55 * max(count, 0) / whole:.1f}%" title="{_percent(count / whole)}">'
-            f"{count:,.0f}</td>"
-            for count in row[:_LONGEST_TABLE]
-        )
-        body += f'<tr><th scope="row">{escape(_text(name))}</th>{cells}</tr>'
-    grid = (
-        f'<table class="confusion"><caption>Rows: {down}; columns: {across}</caption>'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )
-    left_out = _left_out(max(len(rows), len(columns)))
-    return [f'<h3>Confusion matrix</h3><div class="scroll">{grid}</div>{left_out}']
-
-
-def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:
-    """Line charts of columns that go along with an epoch or iteration: one of the losses, one of each other unit."""
-    along = next((name for name in ("epoch", "iteration", "round", "step") if name in columns), None)
-    if along is None:
-        return []
-    x = [float(value) for value in columns[along]]
-    groups: dict[str, list[Line]] = {}
-    for name, values in columns.items():
-        if name == along or len(values) != len(x) or len(x) < 2 or name.endswith("seconds"):
-            continue
-        group = "loss" if "loss" in name else name
-        groups.setdefault(group, []).append(Line(_words(name), x, [float(value) for value in values]))
-    charts = []
-    for group, lines in groups.items():
-        values = [y for line in lines for y in line.y]
-        logarithmic = min(values) > 0 and max(values) > 20 * min(values)
-        label = "loss" if group == "loss" else _words(group)
-        charts.append(figures.chart(lines[:8], along, label, logarithmic=logarithmic))
-    return charts
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The columns that have a number in every row."""
-    columns = {name: _numbers([row.get(name) for row in rows]) for name in rows[0]}
-    return {name: column for name, column in columns.items() if column}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, their keys joined by a space."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key} ")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _single_values(values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(_words(key))}</th>{_cell(value)}</tr>'
-        for key, value in list(values.items())[:_LONGEST_TABLE]
-    )
-    return f"<table><tbody>{rows}</tbody></table>{_left_out(len(values))}"
-
-
-def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = {name: all(_is_number(row.get(name, 0)) for row in rows) for name in names}
-    head = "".join(f"<th{' class=n' if numeric[name] else ''}>{escape(_words(name))}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(_cell(row.get(name, "")) for name in names) + "</tr>" for row in rows[:_LONGEST_TABLE]
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>{_left_out(len(rows))}'
-
-
-def _left_out(count: int) -> str:
-    return f'<p class="note">and {count - _LONGEST_TABLE:,} more</p>' if count > _LONGEST_TABLE else ""
-
-
-def _cell(value: object) -> str:
-    return f"<td{' class=n' if _is_number(value) else ''}>{escape(_text(value))}</td>"
-
-
-def _text(value: object) -> str:
-    match value:
-        case None:
-            return "–"
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.4g}" if math.isfinite(value) else "–"
-        case list() if len(value) > _LONGEST_LIST and _numbers(value):
-            return f"{len(value):,} values from {_text(min(value))} to {_text(max(value))}"
-        case list():
-            return ", ".join(_text(item) for item in value[:_LONGEST_LIST]) + ", …" * (len(value) > _LONGEST_LIST)
-        case _:
-            return str(value)[:200]
-
-
-def _words(key: str) -> str:
-    """A field's name as a reader's words, its unit in brackets."""
-    words = [word.upper() if word in _ABBREVIATIONS else word for word in key.replace("_", " ").split()]
-    if len(words) > 1 and words[-1] in _UNITS:
-        return f"{' '.join(words[:-1])} ({_UNITS[words[-1]]})"
-    return " ".join(words)
-
-
-def _is_single(value: object) -> bool:
-    """Whether a value goes on one line: a number, a text, or a list of such."""
-    if isinstance(value, list):
-        return not any(isinstance(item, (Mapping, list)) for item in value)
-    return not isinstance(value, Mapping)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _numbers(value: Any) -> list[float]:
-    """A list of finite numbers as it is; anything else as an empty one."""
-    if isinstance(value, list) and all(_is_number(item) and math.isfinite(item) for item in value):
-        return [float(item) for item in value]
-    return []

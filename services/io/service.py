@@ -21,6 +21,7 @@ from cryofleet.particles import Particles, row_count
 from cryofleet.progress import part
 from cryofleet.requests import CONTRASTS
 from cryofleet.server import CallContext, Needs, Reader, Service, Task
+from cryofleet.server.limits import check_file_bytes, check_volume_bytes
 from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.storage import Stat, Store
 from cryofleet.v1 import io_pb2
@@ -30,6 +31,7 @@ from services.io import filter as filtering
 from services.io import ingest as ingesting
 from services.io import report as reporting
 from services.io import upload as uploading
+from services.io.report_tables import Figures
 
 service = Service(io_pb2.DESCRIPTOR.services_by_name["IoService"])
 
@@ -76,6 +78,9 @@ def _ingest_needs(request: io_pb2.IngestRequest, reader: Reader) -> Needs:
         believed = header.file_bytes <= blob.size_bytes * (mrc.DEFLATE_LIMIT if packed else 1)
     except (Failure, zlib.error):
         believed = False
+    if believed:
+        voxels = math.prod(header.volume_shape)
+        check_volume_bytes(request.source_uri, 4 * voxels, reader.max_volume_bytes)
     return Needs(BASE_BYTES + _slab_bytes(header.volume_shape if believed else (1, 1, 1)))
 
 
@@ -295,7 +300,7 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
         _picks(task, request, size) if request.particles_uri else None,
         _centres(task, request.centres_uri, sizes) if request.centres_uri else (),
         averages,
-        [reporting.Figures(_origin(task.store, uri), task.read_table(uri)) for uri in request.metrics_uris],
+        [Figures(_origin(task.store, uri), task.read_table(uri)) for uri in request.metrics_uris],
         labels,
         _embedding(task, request.embedding_uri) if request.embedding_uri else None,
     )
@@ -384,6 +389,7 @@ async def upload(requests: AsyncIterator[io_pb2.UploadRequest], call: CallContex
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidArgument("the first message of an upload must be its header")
     header = first.header
+    check_file_bytes(header.name, header.size_bytes, call.settings.max_volume_bytes)
     store = call.store_of(header.context)
     project = header.context.project or DEFAULT_PROJECT
     name = uploading.safe_name(header.name)

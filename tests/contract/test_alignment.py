@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from cryofleet.numerics.rotations import angular_distance_degrees, frame_between
 from cryofleet.numerics.transfer import tilt_series_transfer
 from cryofleet.numerics.wedge import wedge_mask
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, file_store, run_operation, running_server, settings_for
+from cryofleet.testing import call_operation, file_store, run_operation
 from cryofleet.v1 import alignment_pb2, common_pb2
 from cryofleet.volumes import VolumeInfo, open_volume
 from services.alignment.array_files import unpack
@@ -40,25 +38,12 @@ from tests.contract.alignment_inputs import (
     put_volume,
     refused,
 )
+from tests.contract.conftest import channel_to
 from tests.unit.alignment.samples import Sample, asymmetric, sample, symmetric
 
 STATUS = grpc.StatusCode
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 @pytest.fixture(scope="module")

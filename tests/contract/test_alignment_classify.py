@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryofleet.numerics.rotations import angular_distance_degrees
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, file_store, run_operation, running_server, settings_for
+from cryofleet.testing import call_operation, file_store, run_operation
 from cryofleet.v1 import alignment_pb2 as pb
 from cryofleet.v1 import common_pb2
 from cryofleet.volumes import VolumeInfo, open_volume
@@ -34,6 +32,7 @@ from tests.contract.alignment_inputs import (
     put_volume,
     refused,
 )
+from tests.contract.conftest import channel_to
 from tests.unit.alignment.samples import Sample, asymmetric, sample
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
@@ -41,21 +40,7 @@ COUNT = 24
 
 Volume = NDArray[np.float32]
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 @pytest.fixture(scope="module")

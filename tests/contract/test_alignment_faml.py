@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from cryofleet.artifacts import ResultWriter
 from cryofleet.numerics.wedge import wedge_mask
 from cryofleet.operations import operations
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import alignment_pb2, common_pb2
 from cryofleet.volumes import (
     HEADER_BYTES,
@@ -47,27 +45,14 @@ from tests.contract.alignment_inputs import (
     put_volume,
     refused,
 )
+from tests.contract.conftest import channel_to
 from tests.unit.alignment.samples import Sample, asymmetric, sample
 
 STATUS = grpc.StatusCode
 INVALID = STATUS.INVALID_ARGUMENT
 COUNT = 6
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,9 +16,8 @@ from cryofleet.numerics.fourier import low_pass
 from cryofleet.numerics.fsc import corrected_fsc, fsc, resolution, shell_index
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.masks import soft_sphere
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import alignment_pb2 as pb
 from cryofleet.volumes import VolumeInfo, open_volume
 from services.alignment.helical import HelicalSymmetry
@@ -36,6 +33,7 @@ from tests.contract.alignment_inputs import (
     put_volume,
     refused,
 )
+from tests.contract.conftest import channel_to
 from tests.unit.alignment.samples import asymmetric, sample, symmetric
 from tests.unit.alignment.test_helical import helix
 
@@ -46,21 +44,7 @@ CUTOFF = 60.0
 
 Volume = NDArray[np.float32]
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def white(seed: int) -> Volume:

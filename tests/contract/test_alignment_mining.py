@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 
 from cryofleet.numerics.rotations import angular_distance_degrees
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import alignment_pb2 as pb
 from cryofleet.v1 import common_pb2
 from cryofleet.volumes import open_volume
@@ -29,26 +26,13 @@ from tests.contract.alignment_inputs import (
     put_subtomograms,
     refused,
 )
+from tests.contract.conftest import channel_to
 from tests.unit.alignment.samples import Sample, asymmetric, sample
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 COUNT = 12
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from cryofleet.testing import call_operation, running_server, settings_for
 from cryofleet.v1 import common_pb2, io_pb2, io_pb2_grpc
 from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.io.service import service
+from tests.contract.conftest import channel_to
 
 GOLDEN = ["74eae3e2bb049dc2", "ff23fbbd53bcdafa", "bbd3fc94cb244950", "d032527e954f1591"]
 """Of an ingested volume, particles as STAR and CSV, a volume of mode 0: the digests' first 16 digits."""
@@ -41,6 +42,8 @@ RNG = np.random.default_rng(21)
 TOMOGRAM = RNG.normal(0, 1, (20, 30, 40)).astype(np.float32)
 INFO = VolumeInfo((20, 30, 40), 7.84, "dark", -60, 51)
 
+channel = channel_to(service)
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
@@ -48,17 +51,6 @@ def settings(tmp_path: Path) -> Settings:
     files.mkdir()
     changes: dict[str, Any] = {"read_only_roots": (file_uri(files),)}
     return settings_for(tmp_path, **changes)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as channel:
-        yield channel
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from numpy.typing import NDArray
 
 from cryofleet.artifacts import ResultWriter
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from cryofleet.testing import Reply, call_operation, running_server, settings_for
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import VolumeInfo, open_volume, write_subtomograms
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 from tests.unit.learning.shapes import two_kinds
 
 STATUS = grpc.StatusCode
@@ -32,21 +31,7 @@ VOXEL = 13.5
 COUNT = 36
 SIDE = 16
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put_subtomograms(

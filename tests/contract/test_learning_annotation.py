@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,12 +16,12 @@ from PIL import Image
 
 from cryofleet.artifacts import ResultWriter
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 from tests.unit.learning.painted_tomogram import GLOBULE, painted_patches, tomogram
 
 STATUS = grpc.StatusCode
@@ -31,21 +29,7 @@ VOXEL = 12.0
 SHAPE = (24, 96, 64)
 PLACES = [(10, 0, 0), (10, 32, 32), (15, 0, 32), (15, 64, 0), (19, 64, 32), (19, 32, 0)]
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put(store: Store, name: str, data: bytes) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import grpc
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import open_volume
 from services.learning import autoencoder
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 from tests.contract.learning_models import data_facts, put_model
 from tests.contract.test_learning import put_particles, put_subtomograms, refused, table
 from tests.unit.learning.shapes import CHIRAL, blobs, two_kinds
@@ -25,21 +22,7 @@ from tests.unit.learning.shapes import CHIRAL, blobs, two_kinds
 STATUS = grpc.StatusCode
 COUNT = 24
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put_autoencoder(store: Store) -> str:

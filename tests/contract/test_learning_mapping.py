@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,32 +18,18 @@ from scipy.stats import hypergeom
 
 from cryofleet.artifacts import ResultWriter
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 
 STATUS = grpc.StatusCode
 VOXEL = 10.0
 SHAPE = (20, 32, 36)
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put(store: Store, name: str, data: bytes) -> str:

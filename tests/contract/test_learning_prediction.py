@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,15 +14,15 @@ from numpy.typing import NDArray
 from cryofleet.artifacts import ResultWriter
 from cryofleet.numerics.fourier import fourier_crop
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.learning import architectures, autoencoder, classifiers, dsrf3d, edss3d, open_set
 from services.learning.edss3d import EDSS3D
 from services.learning.overlap_tile import standardise_locally
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 from tests.contract.learning_models import VOXEL, data_facts, put_model, put_weights
 from tests.contract.test_learning import put_particles, put_subtomograms, refused, table
 from tests.unit.learning.shapes import two_kinds
@@ -32,21 +30,7 @@ from tests.unit.learning.shapes import two_kinds
 STATUS = grpc.StatusCode
 NAMES = ["background", "membrane", "globule"]
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put_tomogram(store: Store, name: str, voxels: NDArray[np.float32], voxel_size: float = VOXEL, **more: Any) -> str:
@@ -169,11 +153,10 @@ async def test_classes_of_subtomograms(channel: grpc.aio.Channel, store: Store) 
 
 async def test_rejected_subtomograms_are_in_further_classes(channel: grpc.aio.Channel, store: Store) -> None:
     subtomograms = put_subtomograms(store, "boxes", two_kinds(6, 16, 0)[0])
-    # At a distance of 0 all are rejected.
-    config = classifier("open-set", rejection_distance=0.0)
+    # So near a class is none.
+    config = classifier("open-set", rejection_distance=1e-6, view_rotations="cube")
     network = architectures.build(config, torch.Generator().manual_seed(0))
     assert isinstance(network, open_set.OpenSetClassifier)
-    network.prototypes[:, 0] = 1
     model = put_weights(store, "open-set", network, config)
     request = learning_pb2.PredictRequest(model_uri=model, subtomograms_uri=subtomograms, unseen_classes=2)
     result = (await call_operation(channel, request)).result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,13 +9,13 @@ import numpy as np
 import pytest
 
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import open_volume
 from services.learning import autoencoder
 from services.learning.service import service
+from tests.contract.conftest import channel_to
 from tests.contract.learning_models import VOXEL, data_facts, put_model
 from tests.contract.test_learning import put_subtomograms, refused, table
 from tests.unit.learning.shapes import two_kinds
@@ -25,21 +23,7 @@ from tests.unit.learning.shapes import two_kinds
 STATUS = grpc.StatusCode
 COUNT = 14
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def put_selected(store: Store, **columns: Any) -> str:

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from orchestrator.engine import make_database
 from orchestrator.runs import RunRow, RunStore
 from tests.faults.test_shards_after_crash import Orchestrators, ended, kill
 from tests.unit.orchestrator.fake import FakeService, short_folder
+from tests.unit.orchestrator.test_owners import check_counted_one_by_one
 
 PIPELINE = """
 name: mapped
@@ -108,6 +110,22 @@ def test_the_record_of_runs(postgres: str) -> None:
         store.leave("one")
         assert store.claim_expired("two", ["one"], 60.0) == ["one"]
         assert store.claim_expired("three", ["one"], 60.0) == [], "the second comes too late"
+    finally:
+        engine.dispose()
+
+
+def test_owners_of_runs(postgres: str) -> None:
+    engine = make_database(postgres)
+    try:
+        RunStore(engine)
+        with engine.begin() as connection:
+            connection.execute(sa.text("ALTER TABLE cryofleet_runs DROP COLUMN owner"))
+        with ThreadPoolExecutor(4) as threads:  # orchestrators that start at the same time
+            stores = list(threads.map(RunStore, [engine] * 4))
+        check_counted_one_by_one(stores[0])
+        for run, _ in stores[0].newest("", 100):
+            stores[0].set_finished(run.run_id, 1, "cancelled")
+            stores[0].forget(run.run_id)
     finally:
         engine.dispose()
 

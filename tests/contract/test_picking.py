@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -13,12 +11,12 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import Reply, call_operation, running_server, settings_for
+from cryofleet.testing import Reply, call_operation
 from cryofleet.v1 import common_pb2, picking_pb2
 from cryofleet.volumes import Subtomograms, VolumeInfo, encode_volume, open_subtomograms
 from services.picking.service import service
+from tests.contract.conftest import channel_to
 
 VOXEL = 10.0
 SHAPE = (36, 48, 52)
@@ -28,21 +26,7 @@ PLANTED = np.array([[14, 12, 18], [38, 30, 20], [16, 34, 9], [5, 24, 26]])
 
 STATUS = grpc.StatusCode
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def voxels() -> NDArray[np.float32]:

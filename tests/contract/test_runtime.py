@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -23,16 +21,13 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from cryofleet.access.certificates import make_set
 from cryofleet.artifacts import find, manifest_for
 from cryofleet.channels import open_blocking_channel, open_channel, reason_of
 from cryofleet.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -51,9 +46,12 @@ from cryofleet.testing import (
 )
 from cryofleet.v1 import common_pb2, io_pb2, picking_pb2, runtime_pb2, runtime_pb2_grpc
 from tests.contract import runtime_instance
+from tests.contract.conftest import channel_to
 
 PROCESS = "tests.contract.runtime_instance"
 PICKING = "cryofleet.v1.PickingService"
+
+channel = channel_to(runtime_instance.service)
 
 
 @pytest.fixture
@@ -62,17 +60,6 @@ def settings(tmp_path: Path) -> Iterator[Settings]:
     runtime_instance.slow_may_end.clear()
     yield settings_for(tmp_path)
     runtime_instance.slow_may_end.set()
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(runtime_instance.service, settings) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -655,39 +642,15 @@ async def test_tcp_without_tls_is_refused(settings: Settings) -> None:
         open_channel("127.0.0.1:50051")
 
 
-def _tls(folder: Path, authority: str) -> TlsFiles:
-    """A certificate for localhost of an authority of that name, made now."""
-    now = datetime.datetime.now(datetime.UTC)
-
-    def certificate(subject: str, issuer: str, key: Any, signer: Any, is_authority: bool) -> x509.Certificate:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-        )
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        return builder.add_extension(x509.SubjectAlternativeName(names), critical=False).sign(signer, hashes.SHA256())
-
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    folder.mkdir()
-    files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
-    pem = serialization.Encoding.PEM
-    own = certificate(authority, authority, authority_key, authority_key, True)
-    files.authority.write_bytes(own.public_bytes(pem))
-    leaf = certificate("instance", authority, key, authority_key, False)
-    files.certificate.write_bytes(leaf.public_bytes(pem))
-    plain = serialization.NoEncryption()
-    files.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    return files
+def _tls(folder: Path) -> TlsFiles:
+    """The orchestrator's certificate of a set that is made now."""
+    make_set(folder)
+    own = folder / "orchestrator"
+    return TlsFiles(own / "tls.crt", own / "tls.key", own / "ca.crt")
 
 
 async def test_tcp_with_mutual_tls(settings: Settings, tmp_path: Path) -> None:
-    ours, strangers = _tls(tmp_path / "ours", "our authority"), _tls(tmp_path / "strangers", "another authority")
+    ours, strangers = _tls(tmp_path / "ours"), _tls(tmp_path / "strangers")
     server = Server(runtime_service, settings_for(settings.home, address="127.0.0.1:0", tls=ours))
     await server.start()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import pytest
 from cryofleet.artifacts import open_blob
 from cryofleet.particles import Particles
 from cryofleet.server import Reader
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, run_operation, running_server, settings_for
+from cryofleet.testing import call_operation, run_operation, settings_for
 from cryofleet.v1 import common_pb2, simulation_pb2
 from cryofleet.volumes import open_subtomograms, open_volume
 from services.simulation.service import service
+from tests.contract.conftest import channel_to
 from tests.unit.simulation.files import mrc_file, pdb_file
 
 #: Messages made of plain mappings, which the type stubs don't know of.
@@ -27,21 +26,7 @@ pb: Any = simulation_pb2
 SHAPE = (40, 56, 64)
 VOXEL = 12.0
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def scene_request(**changes: Any) -> simulation_pb2.SimulateSceneRequest:

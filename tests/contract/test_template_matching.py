@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,13 +15,13 @@ from cryofleet.numerics.fourier import gaussian
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.rotations import angular_distance_degrees, rotation_grid
 from cryofleet.particles import Particles
-from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.testing import call_operation, running_server, settings_for
+from cryofleet.testing import call_operation
 from cryofleet.v1 import common_pb2, picking_pb2
 from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.picking.service import service
 from services.picking.template import sphere
+from tests.contract.conftest import channel_to
 
 SHAPE = (40, 64, 72)
 VOXEL = 10.0
@@ -33,21 +31,7 @@ GRID = rotation_grid(STEP)
 PLANTED = [((16, 18, 20), 11), ((50, 20, 18), 60), ((30, 48, 22), 100)]
 STATUS = grpc.StatusCode
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return settings_for(tmp_path)
-
-
-@pytest.fixture
-def store(settings: Settings) -> Store:
-    return Store.open(settings)
-
-
-@pytest.fixture
-async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
-    async with running_server(service, settings) as opened:
-        yield opened
+channel = channel_to(service)
 
 
 def density() -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from PIL import Image
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.label_colours import label_colour
 from services.io import figures, report
+from services.io.report_tables import Figures, object_tables
 
 SHAPE = (24, 50, 64)
 
@@ -75,8 +76,8 @@ def whole_page(**changed: Any) -> str:
         "centres": [report.Centre(rng.random((9, 9, 9), np.float32), "light", n) for n in (40, 10)],
         "averages": [report.Average(rng.random((9, 9, 9), np.float32), "dark", 10.0, 40, fsc)],
         "tables": [
-            report.Figures("picking.Evaluate", {"precision": 0.91234, "f1": 0.875, "by": {"a": {"recall": 0.5}}}),
-            report.Figures("learning.Train", {"epochs": [{"epoch": i, "loss": 1 / i} for i in (1, 2, 3)]}),
+            Figures("picking.Evaluate", {"precision": 0.91234, "f1": 0.875, "by": {"a": {"recall": 0.5}}}),
+            Figures("learning.Train", {"epochs": [{"epoch": i, "loss": 1 / i} for i in (1, 2, 3)]}),
         ],
     }
     return report.build(**(arguments | changed))
@@ -119,7 +120,7 @@ def test_what_users_write_is_escaped() -> None:
     evil = '<script>alert("1")</script><!-- run-details -->'
     table = {evil: evil, "rows": [{evil: evil}], "by": {evil: {"a": 1}}}
     picks = report.Picks(np.full((1, 3), 12.0), 80.0, [evil])
-    text = whole_page(title=evil, picks=picks, tables=[report.Figures(evil, table)])
+    text = whole_page(title=evil, picks=picks, tables=[Figures(evil, table)])
     assert "<script" not in text
     assert text.count("<!-- run-details -->") == 1
     Page(text)
@@ -196,7 +197,7 @@ def test_fsc_tables_of_several_kinds() -> None:
 
 def test_heights_of_peaks_and_curves_of_detections_are_drawn() -> None:
     heights = {"edges": [0.0, 0.1, 0.2, 0.3], "counts": [40, 3, 1]}
-    drawn = report._object({"threshold": 0.15, "peak_heights": heights, "picks": 4})
+    drawn = object_tables({"threshold": 0.15, "peak_heights": heights, "picks": 4})
     assert drawn.count('<svg class="chart"') == 1
     assert "threshold" in drawn
     assert "edges" not in drawn
@@ -207,8 +208,8 @@ def test_heights_of_peaks_and_curves_of_detections_are_drawn() -> None:
         "false_positives": [0, 0, 3],
         "average_precision": 0.5,
     }
-    assert report._object({"f1": 0.5, "curve": curve}).count('<svg class="chart"') == 2
-    assert '<svg class="chart"' not in report._object({"curve": None, "peak_heights": {"edges": [1], "counts": []}})
+    assert object_tables({"f1": 0.5, "curve": curve}).count('<svg class="chart"') == 2
+    assert '<svg class="chart"' not in object_tables({"curve": None, "peak_heights": {"edges": [1], "counts": []}})
 
 
 def test_odd_tables_are_drawn_too() -> None:
@@ -217,7 +218,7 @@ def test_odd_tables_are_drawn_too() -> None:
         "long": list(range(500)), "mixed": [1, "a", {"b": 2}], "same": {"epoch": [1, 2, 3], "loss": [1.0, 1.0, 1.0]},
         "rows": [{"i": i} for i in range(500)], "sizes_voxels": [60, 20], "one": [{"epoch": 1, "loss": 2.0}],
     }  # fmt: skip
-    text = Page(whole_page(tables=[report.Figures("odd", table)])).text()
+    text = Page(whole_page(tables=[Figures("odd", table)])).text()
     for words in ("and 460 more", "500 values from 0 to 499", "sizes (voxels) 60, 20", "nan –", "flag yes"):
         assert words in text, words
 
@@ -226,7 +227,7 @@ def test_losses_become_one_chart_whichever_way_they_are_kept() -> None:
     rows = [{"epoch": i, "training_loss": 1 / i, "validation": {"loss": 2 / i}, "seconds": 3.0} for i in (1, 2, 3)]
     columns = {"epoch": [1, 2, 3], "training_loss": [1.0, 0.5, 0.3], "validation_loss": [2.0, 1.0, 0.6]}
     for table in ({"epochs": rows}, {"epochs": columns}, columns):
-        page = Page(whole_page(tables=[report.Figures("training", table)], averages=()))
+        page = Page(whole_page(tables=[Figures("training", table)], averages=()))
         assert len(page.all("polyline")) == 2, table
         assert "training loss" in page.text()
         assert "validation loss" in page.text()
@@ -316,7 +317,7 @@ def test_a_confusion_matrix_is_a_table_shaded_by_rows() -> None:
     both = {"accuracy": 0.7, "confusion_matrix": {**matrix, "names": ["<a>", "b"]}}
     each = {"confusion_matrix": {**matrix, "row_names": ["<a>", "b"], "column_names": ["one", 2]}}
     for table, names in ((both, ["<a>", "b"]), (each, ["one", "2"])):
-        text = whole_page(tables=[report.Figures("learning.CompareClasses", table)])
+        text = whole_page(tables=[Figures("learning.CompareClasses", table)])
         page = Page(text)
         assert [cell["scope"] for cell in page.all("th") if "scope" in cell and cell.get("class")] == ["col", "col"]
         words = page.text()
@@ -326,4 +327,4 @@ def test_a_confusion_matrix_is_a_table_shaded_by_rows() -> None:
         assert styles == ["--part:41.2%", "--part:13.8%", "--part:0.0%", "--part:55.0%"]
     broken: Any
     for broken in ({"counts": [[1, 2]]}, {"names": ["a"], "counts": [[1, 2]]}, {"names": "a", "counts": 3}, [1], None):
-        assert "Confusion" not in whole_page(tables=[report.Figures("t", {"confusion_matrix": broken, "f1": 1.0})])
+        assert "Confusion" not in whole_page(tables=[Figures("t", {"confusion_matrix": broken, "f1": 1.0})])
