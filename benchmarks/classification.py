@@ -2,15 +2,19 @@
 
 Ten classes of simulated subtomograms (`classification_sets`): eight complexes, a piece of membrane and empty ice, at
 random poses with a wedge of 60 degrees to either side. `BOXES` and `BINNING` say how many of each class, and how much
-they are binned: 1,000 at 32^3 is what the targets are for, on a GPU; on a CPU take less, 300 binned by 2 for instance:
+they are binned: 1,000 at 32^3 is what the targets are for, on a GPU; on a CPU take less, 300 binned by 2 for instance,
+and fewer epochs of smaller steps:
 
-    CRYOFLEET_CLASSIFICATION_BOXES=300 CRYOFLEET_CLASSIFICATION_BINNING=2 python -m benchmarks.classification
+    export CRYOFLEET_CLASSIFICATION_BOXES=300 CRYOFLEET_CLASSIFICATION_BINNING=2
+    export CRYOFLEET_CLASSIFICATION_EPOCHS=10 CRYOFLEET_CLASSIFICATION_BATCH=32
+    python -m benchmarks.classification
 
 - Accuracy of each network on boxes it has not met, and the error of its probabilities before and after calibration.
 - The autoencoding classifier where 1 in 20 boxes is labelled, beside the same encoder trained on those alone.
-- The open-set network trained on seven of the classes: how well its scores tell the other three.
+- The open-set network trained on seven of the classes: how well its scores tell the other three; two choices of them.
 - A classifier of SNR 0.1 without the CTF used at SNR 0.05 with it and a wedge of 50 degrees, before and after
-  adaptation: the recovered share is (adapted - source) / (trained on the target's classes - source).
+  adaptation, and after one without the adversary, which leaves what the filter does: the recovered share is
+  (adapted - source) / (trained on the target's classes - source).
 """
 
 from __future__ import annotations
@@ -52,7 +56,8 @@ from services.learning.augmentation import Augmentation
 #: The autoencoding classifier without its decoder learns as they do where all is labelled.
 SUPERVISED = (dsrf3d, rb3d, cb3d, autoencoding_classifier)
 SNRS = (0.1, 0.05, 0.03)
-UNSEEN = (1, 4, 6)
+#: None of these were unseen in the trainings by which the distance was chosen: (3, 7) and (2, 5) were.
+UNSEEN = ((1, 4, 6), (0, 6, 8))
 LABELLED_SHARE = 0.05
 VALIDATION = 0.1
 SOURCE, TARGET = (Imaging(60.0, ctf=False), 0.1), (Imaging(50.0, ctf=True), 0.05)
@@ -78,7 +83,7 @@ FULL = Size(
     200,
     int(os.environ.get("CRYOFLEET_CLASSIFICATION_BINNING", "1")),
     int(os.environ.get("CRYOFLEET_CLASSIFICATION_EPOCHS", "60")),
-    64,
+    int(os.environ.get("CRYOFLEET_CLASSIFICATION_BATCH", "64")),
     3,
 )
 QUICK = Size(8, 4, 4, 2, 16, 1, (0.1,), (cb3d,))
@@ -230,28 +235,29 @@ def by_few(boxes: NDArray[np.float32], labels: NDArray[np.int64], size: Size, se
 
 def unseen(train: Imaged, test: Imaged, size: Size, snr: float = 0.05) -> Iterator[Row]:
     boxes, unmet = train.at(snr, size.binning), test.at(snr, size.binning)
-    known = [number for number in range(len(NAMES)) if number not in UNSEEN]
-    rows = np.isin(train.classes, known)
-    labels = np.searchsorted(known, train.classes[rows])
-    fitted = fit(open_set, boxes[rows], labels, size, {"name": open_set.OpenSetLoss.NAME})
-    found = fitted.predict(unmet)
-    assert found.rejected is not None
-    case = f"{len(UNSEEN)} of {len(NAMES)} classes unseen, SNR {snr:g}"
-    seen = np.isin(test.classes, known)
-    area = class_comparison.unseen_area_under_roc(found.scores, test.classes, known)
-    right = found.labels[seen] == np.searchsorted(known, test.classes[seen])
-    yield Row(case, "area_under_roc", area, "", "higher", 0.85)
-    yield Row(case, "accuracy_of_the_known", float(right.mean()), "", "higher")
-    yield Row(case, "known_that_are_rejected", float(found.rejected[seen].mean()), "", "lower")
-    yield Row(case, "unseen_that_are_rejected", float(found.rejected[~seen].mean()), "", "higher")
-    clusters = open_set.unseen_classes(found.features, found.rejected, len(UNSEEN), 0, no_progress)
-    both = found.rejected & ~seen
-    if both.any():
-        sorted_out = class_comparison.compare(clusters[both], test.classes[both])
-        yield Row(case, "purity_of_the_unseen", sorted_out.purity, "", "higher")
+    for left_out in UNSEEN:
+        known = [number for number in range(len(NAMES)) if number not in left_out]
+        rows = np.isin(train.classes, known)
+        labels = np.searchsorted(known, train.classes[rows])
+        fitted = fit(open_set, boxes[rows], labels, size, {"name": open_set.OpenSetLoss.NAME})
+        found = fitted.predict(unmet)
+        assert found.rejected is not None
+        case = f"{', '.join(NAMES[number] for number in left_out)} unseen, SNR {snr:g}"
+        seen = np.isin(test.classes, known)
+        area = class_comparison.unseen_area_under_roc(found.scores, test.classes, known)
+        right = found.labels[seen] == np.searchsorted(known, test.classes[seen])
+        yield Row(case, "area_under_roc", area, "", "higher", 0.85)
+        yield Row(case, "accuracy_of_the_known", float(right.mean()), "", "higher")
+        yield Row(case, "known_that_are_rejected", float(found.rejected[seen].mean()), "", "lower")
+        yield Row(case, "unseen_that_are_rejected", float(found.rejected[~seen].mean()), "", "higher")
+        clusters = open_set.unseen_classes(found.features, found.rejected, len(left_out), 0, no_progress)
+        both = found.rejected & ~seen
+        if both.any():
+            sorted_out = class_comparison.compare(clusters[both], test.classes[both])
+            yield Row(case, "purity_of_the_unseen", sorted_out.purity, "", "higher")
 
 
-def adaptation(size: Size, module: ModuleType = cb3d) -> Iterator[Row]:
+def adaptation(size: Size, module: ModuleType = autoencoding_classifier) -> Iterator[Row]:
     (source_imaging, source_snr), (target_imaging, target_snr) = SOURCE, TARGET
     source = image(size.boxes, source_imaging, 11)
     target, test = image(size.boxes, target_imaging, 12), image(size.tested, target_imaging, 13)
@@ -261,9 +267,11 @@ def adaptation(size: Size, module: ModuleType = cb3d) -> Iterator[Row]:
     before = fitted.accuracy(unmet, test.classes)
     best = fit(module, target_boxes, target.classes, size).accuracy(unmet, test.classes)
     after = adapt(fitted, source_boxes, source.classes, target_boxes, size).accuracy(unmet, test.classes)
+    filtered = adapt(fitted, source_boxes, source.classes, target_boxes, size, weight=0.0).accuracy(unmet, test.classes)
     case = f"{module.NAME}, from SNR {source_snr:g} to SNR {target_snr:g} with the CTF and another wedge"
     yield Row(case, "accuracy_of_the_source's", before, "", "higher")
     yield Row(case, "accuracy_adapted", after, "", "higher")
+    yield Row(case, "accuracy_adapted_without_the_adversary", filtered, "", "higher")
     yield Row(case, "accuracy_of_the_target's", best, "", "higher")
     if best > before:
         yield Row(case, "recovered_share", (after - before) / (best - before), "", "higher", 0.5)
@@ -280,6 +288,7 @@ def adapt(
 ) -> Fitted:
     """As AdaptClassifier does."""
     boxes = np.concatenate([source, target])
+    domain_adaptation.match_spectra(boxes, len(source))
     labels = np.concatenate([classes, np.full(len(target), classifiers.UNLABELLED)])
     arrays = {"boxes": boxes, "labels": labels, "domains": np.repeat([0, 1], [len(source), len(target)])}
     epochs = max(2, size.epochs // 3)

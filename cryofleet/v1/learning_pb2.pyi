@@ -432,8 +432,10 @@ class SelectClustersRequest(_message.Message):
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     ALLOW_EMPTY_FIELD_NUMBER: _builtins.int
+    WEAKEST_BACKGROUND_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     allow_empty: _builtins.bool
+    weakest_background: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -445,14 +447,20 @@ class SelectClustersRequest(_message.Message):
         particles_uri: _builtins.str = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
         allow_empty: _builtins.bool | None = ...,
+        weakest_background: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "allow_empty", b"allow_empty", "context", b"context"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "_weakest_background", b"_weakest_background", "allow_empty", b"allow_empty", "context", b"context", "weakest_background", b"weakest_background"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "allow_empty", b"allow_empty", "context", b"context", "groups", b"groups", "particles_uri", b"particles_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty", "_weakest_background", b"_weakest_background", "allow_empty", b"allow_empty", "context", b"context", "groups", b"groups", "particles_uri", b"particles_uri", "weakest_background", b"weakest_background"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__allow_empty: _TypeAlias = _typing.Literal["allow_empty"]  # noqa: Y015
     _WhichOneofArgType__allow_empty: _TypeAlias = _typing.Literal["_allow_empty", b"_allow_empty"]  # noqa: Y015
+    _WhichOneofReturnType__weakest_background: _TypeAlias = _typing.Literal["weakest_background"]  # noqa: Y015
+    _WhichOneofArgType__weakest_background: _TypeAlias = _typing.Literal["_weakest_background", b"_weakest_background"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_empty) -> _WhichOneofReturnType__allow_empty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weakest_background) -> _WhichOneofReturnType__weakest_background | None: ...
 
 Global___SelectClustersRequest: _TypeAlias = SelectClustersRequest  # noqa: Y015
 
@@ -544,6 +552,9 @@ class TrainSegmenterRequest(_message.Message):
     NOISE_JITTER_FIELD_NUMBER: _builtins.int
     WEDGE_JITTER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    BOX_SMOOTHING_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CLASS_LEVELS_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
     subtomograms_uri: _builtins.str
     model_uri: _builtins.str
     particles_uri: _builtins.str
@@ -559,8 +570,12 @@ class TrainSegmenterRequest(_message.Message):
     noise_jitter: _builtins.float
     wedge_jitter: _builtins.float
     seed: _builtins.int
+    box_smoothing_angstrom: _builtins.float
+    skip: _builtins.bool
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def class_levels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -580,13 +595,18 @@ class TrainSegmenterRequest(_message.Message):
         noise_jitter: _builtins.float | None = ...,
         wedge_jitter: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
+        box_smoothing_angstrom: _builtins.float | None = ...,
+        class_levels: _abc.Iterable[_builtins.str] | None = ...,
+        skip: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_box_smoothing_angstrom", b"_box_smoothing_angstrom", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_skip", b"_skip", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "box_smoothing_angstrom", b"box_smoothing_angstrom", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "skip", b"skip", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "model_uri", b"model_uri", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_box_smoothing_angstrom", b"_box_smoothing_angstrom", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_level", b"_level", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_skip", b"_skip", "_validation_fraction", b"_validation_fraction", "_wedge_jitter", b"_wedge_jitter", "batch_size", b"batch_size", "box_smoothing_angstrom", b"box_smoothing_angstrom", "class_levels", b"class_levels", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "level", b"level", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "model_uri", b"model_uri", "noise_jitter", b"noise_jitter", "particles_uri", b"particles_uri", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "skip", b"skip", "subtomograms_uri", b"subtomograms_uri", "validation_fraction", b"validation_fraction", "wedge_jitter", b"wedge_jitter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__box_smoothing_angstrom: _TypeAlias = _typing.Literal["box_smoothing_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__box_smoothing_angstrom: _TypeAlias = _typing.Literal["_box_smoothing_angstrom", b"_box_smoothing_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
     _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
@@ -605,12 +625,16 @@ class TrainSegmenterRequest(_message.Message):
     _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__skip: _TypeAlias = _typing.Literal["skip"]  # noqa: Y015
+    _WhichOneofArgType__skip: _TypeAlias = _typing.Literal["_skip", b"_skip"]  # noqa: Y015
     _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
     _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
     _WhichOneofReturnType__wedge_jitter: _TypeAlias = _typing.Literal["wedge_jitter"]  # noqa: Y015
     _WhichOneofArgType__wedge_jitter: _TypeAlias = _typing.Literal["_wedge_jitter", b"_wedge_jitter"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__box_smoothing_angstrom) -> _WhichOneofReturnType__box_smoothing_angstrom | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
     @_typing.overload
@@ -629,6 +653,8 @@ class TrainSegmenterRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skip) -> _WhichOneofReturnType__skip | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
     @_typing.overload
@@ -1093,6 +1119,7 @@ class PredictRequest(_message.Message):
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     UNSEEN_CLASSES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    OVERLAPPING_BOXES_FIELD_NUMBER: _builtins.int
     model_uri: _builtins.str
     subtomograms_uri: _builtins.str
     particles_uri: _builtins.str
@@ -1101,6 +1128,7 @@ class PredictRequest(_message.Message):
     probabilities: _builtins.bool
     unseen_classes: _builtins.int
     seed: _builtins.int
+    overlapping_boxes: _builtins.bool
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -1115,11 +1143,14 @@ class PredictRequest(_message.Message):
         probabilities: _builtins.bool | None = ...,
         unseen_classes: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        overlapping_boxes: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "probabilities", b"probabilities", "seed", b"seed", "tile_size_voxels", b"tile_size_voxels", "unseen_classes", b"unseen_classes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_overlapping_boxes", b"_overlapping_boxes", "_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "overlapping_boxes", b"overlapping_boxes", "probabilities", b"probabilities", "seed", b"seed", "tile_size_voxels", b"tile_size_voxels", "unseen_classes", b"unseen_classes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "model_uri", b"model_uri", "particles_uri", b"particles_uri", "probabilities", b"probabilities", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri", "unseen_classes", b"unseen_classes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_overlapping_boxes", b"_overlapping_boxes", "_probabilities", b"_probabilities", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "_unseen_classes", b"_unseen_classes", "context", b"context", "model_uri", b"model_uri", "overlapping_boxes", b"overlapping_boxes", "particles_uri", b"particles_uri", "probabilities", b"probabilities", "seed", b"seed", "subtomograms_uri", b"subtomograms_uri", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri", "unseen_classes", b"unseen_classes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__overlapping_boxes: _TypeAlias = _typing.Literal["overlapping_boxes"]  # noqa: Y015
+    _WhichOneofArgType__overlapping_boxes: _TypeAlias = _typing.Literal["_overlapping_boxes", b"_overlapping_boxes"]  # noqa: Y015
     _WhichOneofReturnType__probabilities: _TypeAlias = _typing.Literal["probabilities"]  # noqa: Y015
     _WhichOneofArgType__probabilities: _TypeAlias = _typing.Literal["_probabilities", b"_probabilities"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -1128,6 +1159,8 @@ class PredictRequest(_message.Message):
     _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
     _WhichOneofReturnType__unseen_classes: _TypeAlias = _typing.Literal["unseen_classes"]  # noqa: Y015
     _WhichOneofArgType__unseen_classes: _TypeAlias = _typing.Literal["_unseen_classes", b"_unseen_classes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overlapping_boxes) -> _WhichOneofReturnType__overlapping_boxes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__probabilities) -> _WhichOneofReturnType__probabilities | None: ...
     @_typing.overload

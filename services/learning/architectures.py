@@ -60,6 +60,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """By `architecture` in a config."""
 
+CLASSIFIERS = {module.NAME: module for module in (dsrf3d, rb3d, cb3d, autoencoding_classifier, open_set)}
+"""The classifiers among them."""
+
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     annotator.AnnotatorLoss.NAME: annotator.AnnotatorLoss,
     conformation.ConformationLoss.NAME: conformation.ConformationLoss,

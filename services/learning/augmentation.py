@@ -19,7 +19,10 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.wedge import wedge_mask
 from services.learning.training import Batch
 
-ROTATIONS = ("none", "beam", "cube", "any")
+ROTATIONS = ("none", "half", "beam", "cube", "any")
+
+HALF_TURNS = ((), (1, 2), (1, 3), (2, 3))
+"""The axes of boxes `[i, z, y, x]` that no turn and those by 180 degrees about x, y and z reverse."""
 
 Turn = tuple[tuple[int, ...], tuple[int, ...]]
 """An order of axes, and the axes that are then reversed."""
@@ -31,13 +34,14 @@ class Augmentation:
 
     rotations: about the box's centre, voxel n // 2.
         "none"
+        "half": by 180 degrees about x, y or z, or not at all, exact; about the middle of an even box, (n - 1) / 2.
         "beam": about z by any angle.
         "cube": one of the 24 rotations of a cube, exact: no value is changed. 2D boxes are also mirrored (8 ways).
         "any": uniform among all rotations.
       Whatever a box shows is turned as a whole, and its missing wedge with it: about the beam too the wedge moves, as
-      the tilt axis does. It stays where it is by no rotation but those of "cube" by 180 degrees, of a tilt range that
-      reaches as far to either side. "beam" and "any" interpolate once, trilinearly; what comes from beyond the box
-      gets its mean. Label volumes are turned alike, to nearest neighbours; what comes from beyond is 0.
+      the tilt axis does. It stays where it is by none but the turns by 180 degrees, of a tilt range that reaches as far
+      to either side. "beam" and "any" interpolate once, trilinearly; what comes from beyond the box gets its mean.
+      Label volumes are turned alike, to nearest neighbours; what comes from beyond is 0.
     contrast_jitter: s; boxes are multiplied by 1 + N(0, s), and N(0, s) is added.
     noise_jitter: boxes get white noise whose standard deviation is uniform between 0 and this; boxes have mean 0 and
       standard deviation 1.
@@ -74,12 +78,17 @@ class Augmentation:
         """
         changed = dict(batch)
         boxes = batch["boxes"]
-        if boxes.dim() != 5 and (self.wedge_jitter_degrees or self.rotations in ("beam", "any")):
+        if boxes.dim() != 5 and (self.wedge_jitter_degrees or self.rotations in ("half", "beam", "any")):
             raise InvalidArgument("only boxes in 3D have a wedge, or can be turned by any angle")
         labels = [name for name, value in batch.items() if value.shape == boxes.shape[:1] + boxes.shape[2:]]
         if self.wedge_jitter_degrees:
             boxes = self._widen_wedges(boxes, generator)
-        if self.rotations == "cube":
+        if self.rotations == "half":
+            drawn = torch.randint(len(HALF_TURNS), (len(boxes),), generator=generator)
+            boxes = half_turned(boxes[:, 0], drawn)[:, None]
+            for name in labels:
+                changed[name] = half_turned(batch[name], drawn)
+        elif self.rotations == "cube":
             turns = cube_turns(boxes.dim() - 2)
             chosen = [turns[i] for i in torch.randint(len(turns), (len(boxes),), generator=generator).tolist()]
             boxes = torch.stack([turn(box[0], how) for box, how in zip(boxes, chosen, strict=True)])[:, None]
@@ -115,6 +124,15 @@ class Augmentation:
         )
         spectra = torch.fft.rfftn(boxes, dim=(2, 3, 4)) * torch.from_numpy(masks)[:, None].to(boxes.device)
         return _restored(torch.fft.irfftn(spectra, s=boxes.shape[2:], dim=(2, 3, 4)), boxes)
+
+
+def half_turned(boxes: Tensor, turns: Tensor) -> Tensor:
+    """Boxes (b, z, y, x), each turned by its own of `HALF_TURNS`."""
+    turned = boxes.clone()
+    for number, axes in enumerate(HALF_TURNS):
+        rows = (turns == number).to(boxes.device)
+        turned[rows] = torch.flip(boxes[rows], axes)
+    return turned
 
 
 def cube_turns(dimensions: int) -> list[Turn]:

@@ -73,12 +73,7 @@ class Autoencoder3D(nn.Module):
         self.convolution_3 = nn.Conv3d(CHANNELS, CHANNELS, 3, padding=1)
         self.convolution_4 = nn.Conv3d(CHANNELS, CHANNELS, 3, padding=1)
         self.convolution_5 = nn.Conv3d(CHANNELS, 1, 3, padding=1)
-        for module in self.children():
-            assert isinstance(module, nn.Conv3d | nn.Linear)
-            assert module.bias is not None
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-            module.weight.data = memory_order(module.weight.data)
+        initialise(self, generator)
         self.register_buffer("spread", kernel_spread(), persistent=False)
 
     def encode(self, boxes: Tensor) -> Tensor:
@@ -185,6 +180,18 @@ def weight_bytes(box_size: int) -> int:
     dense = 2 * coarse * CODE_SIZE + coarse + CODE_SIZE
     convolutions = 27 * CHANNELS * (2 + 3 * CHANNELS) + 4 * CHANNELS + 1
     return 4 * (dense + convolutions)
+
+
+def initialise(network: nn.Module, generator: torch.Generator | None) -> None:
+    """First weights of a network of convolutions and dense layers: Glorot's uniform distribution, and zeros for the
+    biases.
+    """
+    for module in network.children():
+        assert isinstance(module, nn.Conv3d | nn.Linear)
+        assert module.bias is not None
+        nn.init.xavier_uniform_(module.weight, generator=generator)
+        nn.init.zeros_(module.bias)
+        module.weight.data = memory_order(module.weight.data)
 
 
 def memory_order(tensor: Tensor) -> Tensor:

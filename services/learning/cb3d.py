@@ -30,11 +30,7 @@ NAME = "cb3d"
 VERSION = 1
 """Raised when the same weights would compute something else."""
 
-USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
-LIMITS = (
-    "Each subtomogram is given one of the known classes, whatever it holds; other imaging conditions than those of its "
-    "training cost accuracy and calibration (AdaptClassifier)."
-)
+USE, LIMITS = classifiers.USE, classifiers.LIMITS
 
 STAGES = ((32,), (64,), (128, 128), (128, 128), (128, 128))
 """Channels of the convolutions before each pooling."""

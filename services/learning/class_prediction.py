@@ -37,14 +37,14 @@ LARGEST_LAYER_CHANNELS = 64
 class ClassPrediction:
     """Of n boxes: `probabilities` (n, classes), calibrated, and `features` (n, d).
 
-    Of an open-set model `distances` (n,) from the nearest known class, 0 to 2, and whether each is `rejected`; None of
-    others.
+    Of an open-set model also `distances` (n,) from the nearest known class, and the `rejection_distance` above which a
+    box is rejected; None of others.
     """
 
     probabilities: NDArray[np.float32]
     features: NDArray[np.float32]
     distances: NDArray[np.float32] | None = None
-    rejected: NDArray[np.bool_] | None = None
+    rejection_distance: float | None = None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -53,14 +53,21 @@ class ClassPrediction:
         return labels
 
     @property
+    def rejected(self) -> NDArray[np.bool_] | None:
+        """(n,): which are rejected; None where the model rejects none."""
+        if self.distances is None or self.rejection_distance is None:
+            return None
+        return self.distances > self.rejection_distance
+
+    @property
     def scores(self) -> NDArray[np.float64]:
         """(n,), 0 to 1: how surely a box is of its class.
 
-        The probability of the likeliest class; of an open-set model 1 - distance / 2, by which boxes of unseen classes
-        are told from others: probabilities are shares among the known classes and say nothing of that.
+        The probability of the likeliest class; of an open-set model 1 / (1 + distance / rejection_distance), below 0.5
+        where a box is rejected: probabilities are shares among the known classes and say nothing of that.
         """
-        if self.distances is not None:
-            return 1 - self.distances.astype(np.float64) / 2
+        if self.distances is not None and self.rejection_distance is not None:
+            return 1 / (1 + self.distances.astype(np.float64) / self.rejection_distance)
         likeliest: NDArray[np.float64] = self.probabilities.max(axis=1).astype(np.float64)
         return likeliest
 
@@ -130,8 +137,8 @@ def predict(
     if threshold is None:
         return ClassPrediction(found, features)
     assert isinstance(model, open_set.OpenSetClassifier)
-    distances = open_set.distances(features, model.prototypes.cpu().numpy())
-    return ClassPrediction(found, features, distances, distances > threshold)
+    whitened = features @ model.whitening.cpu().numpy()
+    return ClassPrediction(found, features, open_set.distances(whitened, model.centres.cpu().numpy()), threshold)
 
 
 def outputs(
@@ -179,8 +186,8 @@ def calibrate(
 ) -> Calibrated:
     """What a trained model's config needs besides, and its figures, by the labelled ones of the validation rows.
 
-    Of an open-set model the prototypes are set, by the training rows. Raises InvalidArgument where no validation row
-    is labelled.
+    Of an open-set model the centres and the whitening are set, by the training rows. Raises InvalidArgument where no
+    validation row is labelled.
     """
     rows = validation_rows[labels[validation_rows] >= 0]
     if not len(rows):
@@ -191,9 +198,10 @@ def calibrate(
     if isinstance(model, open_set.OpenSetClassifier):
         known = training_rows[labels[training_rows] >= 0]
         _, trained = outputs(model, rows_of(boxes, known, step), len(known), device, part(progress, 0.2, 1.0))
-        prototypes = open_set.class_prototypes(trained, labels[known], model.classes)
-        model.prototypes.copy_(torch.from_numpy(prototypes))
-        rejection = open_set.rejection_distance(open_set.distances(features, prototypes))
+        whitening, centres = open_set.fit_classes(trained, labels[known], model.classes)
+        model.whitening.copy_(torch.from_numpy(whitening))
+        model.centres.copy_(torch.from_numpy(centres))
+        rejection = open_set.rejection_distance(open_set.distances(features @ whitening, centres))
     truth = labels[rows]
     temperature = calibration.fit_temperature(found, truth)
     return Calibrated(

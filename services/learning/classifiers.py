@@ -25,6 +25,13 @@ POOLING = 4
 UNLABELLED = -1
 """The label of boxes whose class is not known."""
 
+USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
+LIMITS = (
+    "Each subtomogram is given one of the known classes, whatever it holds; other imaging conditions than those of its "
+    "training cost accuracy and calibration (AdaptClassifier)."
+)
+"""What the model cards of those say that know only their classes."""
+
 
 class Classifier(nn.Module, ABC):
     """A network for boxes of one side, `box_size` voxels, and so many classes.
@@ -42,6 +49,11 @@ class Classifier(nn.Module, ABC):
             raise InvalidArgument(f"a classifier needs at least 2 classes: there is {classes}")
         self.box_size = box_size
         self.classes = classes
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a box's features."""
+        return self.output.in_features
 
     @abstractmethod
     def features(self, boxes: Tensor, generator: torch.Generator | None) -> Tensor:

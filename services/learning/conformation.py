@@ -47,7 +47,7 @@ from cryofleet.numerics.fourier import radial_frequency, soft_step
 from cryofleet.numerics.masks import soft_sphere, usual_edge_voxels
 from cryofleet.numerics.wedge import is_sampled
 from cryofleet.progress import Progress
-from services.learning.autoencoder import kernel_spread, memory_order, upsample_and_convolve
+from services.learning.autoencoder import initialise, kernel_spread, memory_order, upsample_and_convolve
 from services.learning.single_channel import convolve_to_one
 from services.learning.training import Batch
 
@@ -114,12 +114,7 @@ class ConformationAutoencoder(nn.Module):
         self.decode_2 = nn.Conv3d(coarse, fine, 3, padding=1)
         self.decode_3 = nn.Conv3d(fine, fine, 3, padding=1)
         self.decode_4 = nn.Conv3d(fine, 1, 3, padding=1)
-        for module in self.children():
-            assert isinstance(module, nn.Conv3d | nn.Linear)
-            assert module.bias is not None
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-            module.weight.data = memory_order(module.weight.data)
+        initialise(self, generator)
         side = (box_size,) * 3
         self.register_buffer("average", torch.zeros(side))
         self.register_buffer("mask", torch.ones(side))

@@ -2,11 +2,17 @@
 whose classes are not known.
 
 The three stages of AITom: the classifier is trained on the source; a domain discriminator is confused between the
-features of the source and of the target (this module); the target is classified by the adapted network. The second is
-by gradient reversal (Ganin & Lempitsky 2015, Unsupervised domain adaptation by backpropagation, ICML): a small network
-learns to tell the domain of a box by its features, and its gradient reaches the classifier with its sign turned and a
-weight, which grows from 0 over the run as theirs does. The source's cross-entropy is kept beside it, so that features
-of which nothing tells the domain still tell the class.
+features of the source and of the target (this module); the target is classified by the adapted network.
+
+Before the second, the source is filtered so that its mean power spectrum is the target's (`match_spectra`; after Yang &
+Soatto 2020, FDA: Fourier domain adaptation for semantic segmentation, CVPR). Most of what tells two imaging conditions
+apart is a filter: the contrast transfer's amplitudes, the wedge, the spectrum of the noise. What a filter does need not
+be learnt against. It is the source that is filtered, so the adapted network takes boxes of the target as they are.
+
+The second is by gradient reversal (Ganin & Lempitsky 2015, Unsupervised domain adaptation by backpropagation, ICML): a
+small network learns to tell the domain of a box by its features, and its gradient reaches the classifier with its sign
+turned and a weight, which grows from 0 over the run as theirs does. The source's cross-entropy is kept beside it, so
+that features of which nothing tells the domain still tell the class.
 
     discriminator: dense 128, ReLU, dense 128, ReLU, dense 1
 
@@ -19,13 +25,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from services.learning import classifiers
 from services.learning.classifiers import Classifier
+from services.learning.datasets import chunk_count
+from services.learning.preparation import standardise
 from services.learning.training import Batch
 
 NAME = "domain-adversarial"
@@ -34,6 +44,9 @@ VERSION = 1
 HIDDEN = 128
 STEEPNESS = 10.0
 """Of the growth of the adversarial weight, as Ganin & Lempitsky have it."""
+
+LARGEST_GAIN = 2.0
+"""Of the filter: where the source recorded nothing, noise is all that could be amplified."""
 
 
 class DomainAdversarial(nn.Module):
@@ -44,7 +57,7 @@ class DomainAdversarial(nn.Module):
     def __init__(self, classifier: Classifier, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.classifier = classifier
-        hidden = nn.Linear(classifier.output.in_features, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        hidden = nn.Linear(classifier.feature_size, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
         output = nn.Linear(HIDDEN, 1)
         self.discriminator = nn.Sequential(hidden[0], nn.ReLU(), hidden[1], nn.ReLU(), output)
         classifiers.initialise(self.discriminator, generator, output)
@@ -118,6 +131,32 @@ class DomainAdversarialLoss:
             "accuracy": found.sum() / labelled,
             "domains_told": (halves * told).mean(),
         }
+
+
+def match_spectra(boxes: NDArray[np.float32], source: int) -> None:
+    """Filter the first `source` of prepared boxes (n, z, y, x), in place, so that their mean power spectrum is that of
+    the others; each has mean 0 and standard deviation 1 again.
+
+    The gain of each frequency is the root of the ratio of the two, at most `LARGEST_GAIN`. It is no function of the
+    radius alone: what the target's wedge lacks the source loses. Phases stay: a sign that the contrast transfer turned
+    is learnt against, or corrected before. Both sets should hold much the same structures, as their spectra do.
+    """
+    own, others = mean_power(boxes[:source]), mean_power(boxes[source:])
+    gain = np.sqrt(others / np.maximum(own, others / LARGEST_GAIN**2 + np.finfo(np.float32).tiny)).astype(np.float32)
+    step = chunk_count(boxes.shape[1])
+    for first in range(0, source, step):
+        chunk = boxes[first : min(first + step, source)]
+        filtered = np.fft.irfftn(np.fft.rfftn(chunk, axes=(1, 2, 3)) * gain, s=chunk.shape[1:], axes=(1, 2, 3))
+        chunk[:] = standardise(filtered.astype(np.float32))
+
+
+def mean_power(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The mean over boxes of the squared amplitudes of their half spectra (z, y, x // 2 + 1)."""
+    total = np.zeros((*boxes.shape[1:3], boxes.shape[3] // 2 + 1))
+    step = chunk_count(boxes.shape[1])
+    for first in range(0, len(boxes), step):
+        total += np.square(np.abs(np.fft.rfftn(boxes[first : first + step], axes=(1, 2, 3)))).sum(axis=0)
+    return total / len(boxes)
 
 
 def ramp(progress: float) -> float:

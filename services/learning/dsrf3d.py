@@ -27,11 +27,7 @@ NAME = "dsrf3d-v2"
 VERSION = 1
 """Raised when the same weights would compute something else."""
 
-USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
-LIMITS = (
-    "Each subtomogram is given one of the known classes, whatever it holds; other imaging conditions than those of its "
-    "training cost accuracy and calibration (AdaptClassifier)."
-)
+USE, LIMITS = classifiers.USE, classifiers.LIMITS
 
 CHANNELS = (32, 64)
 DENSE = 512

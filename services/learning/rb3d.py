@@ -29,11 +29,7 @@ NAME = "rb3d"
 VERSION = 1
 """Raised when the same weights would compute something else."""
 
-USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
-LIMITS = (
-    "Each subtomogram is given one of the known classes, whatever it holds; other imaging conditions than those of its "
-    "training cost accuracy and calibration (AdaptClassifier)."
-)
+USE, LIMITS = classifiers.USE, classifiers.LIMITS
 
 STEM = 32
 CHANNELS = (64, 64, 128, 128)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import numpy as np
 import pytest
@@ -129,6 +131,32 @@ async def test_clusters_joined_into_classes(channel: grpc.aio.Channel, store: St
     code, message = await refused(channel, select("membrane:0"))
     assert code == STATUS.INVALID_ARGUMENT
     assert "has no column class_id" in message
+
+
+async def test_the_weakest_of_the_others_as_background(channel: grpc.aio.Channel, store: Store) -> None:
+    uri = f"{store.root}/default/brought/particles.parquet"
+    numbers, scores = np.array([0, 1, 2, 0, 1], np.int32), np.array([5.0, 0.1, 3.0, 0.2, 0.3])
+
+    def put(**columns: Any) -> None:
+        store.put(uri, Particles.from_positions(np.zeros((5, 3)), 10.0, "t", class_id=numbers, **columns).to_parquet())
+
+    def select(*groups: str, count: int = 2) -> learning_pb2.SelectClustersRequest:
+        return learning_pb2.SelectClustersRequest(particles_uri=uri, groups=groups, weakest_background=count)
+
+    put(score=scores)
+    result = (await call_operation(channel, select("globule:0"))).result
+    assert (list(result.names), list(result.sizes), result.count) == (["globule", "background"], [2, 2], 4)
+    selected = Particles.from_parquet(store.get(result.particles_uri)).table
+    assert selected["id"].tolist() == [0, 1, 3, 4], "3 is weaker than 4, but a globule"
+    assert selected["class_name"].tolist() == ["globule", "background", "globule", "background"]
+    assert Particles.from_parquet(store.get(result.group_uris[1])).table["id"].tolist() == [1, 4]
+    assert list((await call_operation(channel, select("globule:0", count=9))).result.sizes) == [2, 3]
+
+    code, message = await refused(channel, select("globule:0", "background:1"))
+    assert (code, "weakest_background makes" in message) == (STATUS.INVALID_ARGUMENT, True)
+    put()
+    code, message = await refused(channel, select("globule:0"))
+    assert (code, "has no column score" in message) == (STATUS.INVALID_ARGUMENT, True)
 
 
 async def test_normalised_poses_lead_back_to_where_structures_are(channel: grpc.aio.Channel, store: Store) -> None:

@@ -66,7 +66,7 @@ async def test_training(channel: grpc.aio.Channel, store: Store, pose_normalisat
     assert config["class_names"] == ["background", "ball", "shell"]
     assert config["class_counts"] == {"ball": 7, "shell": 7}
     assert config["pose_normalisation"] is False
-    assert (config["box_size"], config["level"]) == (8, 0.5)
+    assert (config["box_size"], config["levels"]) == (8, {"ball": 0.5, "shell": 0.5})
     assert config["intensity"].startswith("all boxes of a set together")
     metrics = table(store, trained.metrics_uri)
     assert metrics["validation_subtomograms"] == 4
@@ -91,6 +91,34 @@ async def test_boxes_of_background(channel: grpc.aio.Channel, store: Store) -> N
     shown = open_volume(store, trained.labels_uri).read()
     assert not shown[:4].any()
     assert set(np.unique(shown[4:])) == {0, 1}
+
+
+async def test_a_network_with_a_skip(channel: grpc.aio.Channel, store: Store) -> None:
+    subtomograms = put_subtomograms(store, "boxes", two_kinds(COUNT, 16, 0)[0])
+    model = put_model(store, "autoencoder", autoencoder.config(8) | data_facts())
+    trained = (await call_operation(channel, request(store, subtomograms, model, skip=True, max_epochs=1))).result
+    assert table(store, f"{trained.model_uri}/config.json")["skip"] is True
+    predict = learning_pb2.PredictRequest(model_uri=trained.model_uri, subtomograms_uri=subtomograms)
+    assert list((await call_operation(channel, predict)).result.names) == ["background", "ball", "shell"]
+
+
+async def test_levels_of_classes(channel: grpc.aio.Channel, store: Store) -> None:
+    subtomograms = put_subtomograms(store, "boxes", two_kinds(COUNT, 16, 0)[0])
+    model = put_model(store, "autoencoder", autoencoder.config(8) | data_facts())
+    made = {"max_epochs": 1, "box_smoothing_angstrom": VOXEL}
+    trained = (await call_operation(channel, request(store, subtomograms, model, **made))).result
+    lower = (
+        await call_operation(channel, request(store, subtomograms, model, class_levels=["shell: 0.2"], **made))
+    ).result
+    assert table(store, f"{lower.model_uri}/config.json")["levels"] == {"ball": 0.5, "shell": 0.2}
+    before, after = (open_volume(store, each.labels_uri).read() for each in (trained, lower))
+    np.testing.assert_array_equal(before[:4], after[:4])
+    assert (after[4:] >= before[4:]).all()
+    assert after[4:].sum() > 1.1 * before[4:].sum()
+
+    wrong = request(store, subtomograms, model, class_levels=["cube:0.2"])
+    code, message = await refused(channel, wrong)
+    assert (code, "'cube' is no class; there are 'ball', 'shell'" in message) == (STATUS.INVALID_ARGUMENT, True)
 
 
 async def test_particles_that_are_no_classes(channel: grpc.aio.Channel, store: Store) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from cryofleet.errors import InvalidArgument
 from cryofleet.operations import parameters_of
 from cryofleet.progress import part
@@ -49,28 +47,14 @@ def train_autoencoder(request: learning_pb2.TrainAutoencoderRequest, task: Task)
     job = jobs.Job(
         network=config,
         objective={"name": autoencoder.AutoencoderLoss.NAME, "l1_penalty": request.l1_penalty},
-        options=training.TrainingOptions(
-            max_epochs=request.max_epochs,
-            patience_epochs=request.patience_epochs,
-            learning_rate=request.learning_rate,
-            seed=request.seed,
-            mixed_precision=request.mixed_precision,
-        ),
+        options=inputs.training_options(request, patience_epochs=request.patience_epochs),
         batch_size=request.batch_size,
         validation_fraction=request.validation_fraction,
         augmentation=inputs.augmentation(request, chosen.info, request.pose_normalisation),
     )
     boxes = datasets.load_prepared(chosen.read, chosen.ids, preparation, task.scratch, part(task.progress, 0.0, 0.05))
     arrays = {"boxes": boxes}
-    trained = jobs.run_job(
-        job,
-        arrays,
-        device=torch.device(task.device),
-        progress=part(task.progress, 0.05, 1.0),
-        save_checkpoint=task.save_checkpoint,
-        checkpoint=task.load_checkpoint(),
-        scratch=task.scratch,
-    )
+    trained = inputs.run_job(task, job, arrays, part(task.progress, 0.05, 1.0))
     training_rows, validation_rows = jobs.split(job, arrays)
     metrics = {"training_subtomograms": len(training_rows), "validation_subtomograms": len(validation_rows)}
     model_uri, metrics_uri = inputs.write_trained(

@@ -20,23 +20,19 @@ from cryofleet.v1 import learning_pb2
 from services.learning import (
     architectures,
     autoencoding_classifier,
-    cb3d,
     class_comparison,
     class_prediction,
     classifiers,
     datasets,
     domain_adaptation,
-    dsrf3d,
     jobs,
     open_set,
-    rb3d,
     training,
 )
+from services.learning.architectures import CLASSIFIERS
 from services.learning.preparation import CONTRAST, Preparation
 from services.learning.service import inputs
 from services.learning.service.registry import service
-
-NETWORKS = {module.NAME: module for module in (dsrf3d, rb3d, cb3d, autoencoding_classifier, open_set)}
 
 #: Channels of a network's widest layer at the full size of a box.
 CHANNELS = 32
@@ -142,7 +138,9 @@ def _training_set(
     preparation = inputs.preparation(chosen.subtomograms, request.binning, False)
     classifiers.check_box_size(preparation.prepared_size)
     labels = _training_labels(chosen, request.network)
-    config = NETWORKS[request.network].config(preparation.prepared_size, labels.ids, labels.names)
+    config = CLASSIFIERS[request.network].config(preparation.prepared_size, labels.ids, labels.names)
+    if request.network == open_set.NAME:
+        config["view_rotations"] = request.rotations
     return chosen, preparation, labels, config
 
 
@@ -186,13 +184,8 @@ def train_classifier(request: learning_pb2.TrainClassifierRequest, task: Task) -
     job = jobs.Job(
         network=config,
         objective=_objective(request, labels),
-        options=training.TrainingOptions(
-            max_epochs=request.max_epochs,
-            patience_epochs=request.patience_epochs,
-            learning_rate=request.learning_rate,
-            seed=request.seed,
-            weight_decay=request.weight_decay,
-            mixed_precision=request.mixed_precision,
+        options=inputs.training_options(
+            request, patience_epochs=request.patience_epochs, weight_decay=request.weight_decay
         ),
         batch_size=request.batch_size,
         validation_fraction=request.validation_fraction,
@@ -200,15 +193,7 @@ def train_classifier(request: learning_pb2.TrainClassifierRequest, task: Task) -
         stratify="labels",
         labelled_repeats=autoencoding_classifier.labelled_repeats(labels.share()),
     )
-    trained = jobs.run_job(
-        job,
-        arrays,
-        device=device,
-        progress=part(task.progress, 0.05, 0.95),
-        save_checkpoint=task.save_checkpoint,
-        checkpoint=task.load_checkpoint(),
-        scratch=task.scratch,
-    )
+    trained = inputs.run_job(task, job, arrays, part(task.progress, 0.05, 0.95))
     model = trained.model
     assert isinstance(model, classifiers.Classifier)
     training_rows, validation_rows = jobs.split(job, arrays)
@@ -264,7 +249,7 @@ def _adaptation_set(
     request: learning_pb2.AdaptClassifierRequest, reader: Reader
 ) -> tuple[_Domains, Preparation, Labels, dict[str, Any]]:
     """Both sets, what is done to them, the source's classes as the model numbers them, and the model's config."""
-    config = inputs.model_config(reader, request.model_uri, *NETWORKS)
+    config = inputs.model_config(reader, request.model_uri, *CLASSIFIERS)
     source = inputs.chosen(reader, request.subtomograms_uri, request.particles_uri)
     target = inputs.chosen(reader, request.target_uri)
     for chosen in (source, target):
@@ -313,10 +298,11 @@ def _adapt_needs(request: learning_pb2.AdaptClassifierRequest, reader: Reader) -
 def adapt_classifier(request: learning_pb2.AdaptClassifierRequest, task: Task) -> learning_pb2.AdaptClassifierResult:
     """Adapt a classifier to subtomograms imaged otherwise, of unknown classes, by a domain discriminator."""
     domains, preparation, source, config = _adaptation_set(request, task)
-    _, classifier = inputs.open_model(task, request.model_uri, *NETWORKS)
+    _, classifier = inputs.open_model(task, request.model_uri, *CLASSIFIERS)
     training.use_deterministic_algorithms(task.threads)
     device = torch.device(task.device)
     boxes = datasets.load_prepared(domains.read, domains.ids, preparation, task.scratch, part(task.progress, 0.0, 0.05))
+    domain_adaptation.match_spectra(boxes, len(domains.source))
     there = len(domains.target)
     labels = np.concatenate([source.labels, np.full(there, classifiers.UNLABELLED)])
     arrays: dict[str, NDArray[Any]] = {
@@ -335,30 +321,15 @@ def adapt_classifier(request: learning_pb2.AdaptClassifierRequest, task: Task) -
             "source_share": len(source.labels) / len(labels),
             "labelled_share": float((labels >= 0).mean()),
         },
-        options=training.TrainingOptions(
-            max_epochs=request.max_epochs,
-            patience_epochs=request.max_epochs,
-            learning_rate=request.learning_rate,
-            seed=request.seed,
-            mixed_precision=request.mixed_precision,
-            # What tells the best epoch would be the target's classes.
-            keep_last=True,
-        ),
+        # What tells the best epoch would be the target's classes.
+        options=inputs.training_options(request, patience_epochs=request.max_epochs, keep_last=True),
         batch_size=batch_size,
         validation_fraction=CALIBRATION_FRACTION,
         augmentation=inputs.augmentation(request, domains.source.info),
         stratify="labels",
     )
-    trained = jobs.run_job(
-        job,
-        arrays,
-        device=device,
-        progress=part(task.progress, 0.05, 0.95),
-        save_checkpoint=task.save_checkpoint,
-        checkpoint=task.load_checkpoint(),
-        first_weights={f"classifier.{name}": value for name, value in classifier.state_dict().items()},
-        scratch=task.scratch,
-    )
+    first_weights = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+    trained = inputs.run_job(task, job, arrays, part(task.progress, 0.05, 0.95), first_weights)
     adversarial = trained.model
     assert isinstance(adversarial, domain_adaptation.DomainAdversarial)
     calibrated = class_prediction.calibrate(
@@ -370,7 +341,9 @@ def adapt_classifier(request: learning_pb2.AdaptClassifierRequest, task: Task) -
         "figures_of": "the source's subtomograms that were held back: the target's classes are not known",
     }
     document = {
-        **NETWORKS[config["architecture"]].config(config["box_size"], source.ids, source.names),
+        **CLASSIFIERS[config["architecture"]].config(config["box_size"], source.ids, source.names),
+        # An open-set network's.
+        **{name: config[name] for name in ("view_rotations",) if name in config},
         **inputs.data_facts(task, domains.source, preparation),
         **calibrated.config(),
         "class_counts": source.counts(),

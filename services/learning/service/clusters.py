@@ -24,6 +24,7 @@ from services.learning import (
     cluster_groups,
     cluster_model,
     clustering,
+    edss3d,
     embedding,
     model_card,
     model_files,
@@ -231,6 +232,9 @@ def select_clusters(request: learning_pb2.SelectClustersRequest, task: Task) -> 
     clusters = particles.table["class_id"].to_numpy()
     numbers = cluster_groups.group_numbers(clusters, groups, request.particles_uri, request.allow_empty)
     names = [group.name for group in groups]
+    if request.weakest_background:
+        numbers[_weakest(request, particles, numbers, names)] = len(names) + 1
+        names.append(edss3d.BACKGROUND)
     rows = np.flatnonzero(numbers)
     selected = particles.select(rows).with_columns(
         class_id=numbers[rows], class_name=np.array(names, object)[numbers[rows] - 1]
@@ -238,11 +242,26 @@ def select_clusters(request: learning_pb2.SelectClustersRequest, task: Task) -> 
     task.progress(1.0, "selecting clusters")
     return learning_pb2.SelectClustersResult(
         particles_uri=task.write_particles("particles.parquet", selected),
-        group_uris=[_write_group(task, selected, number) for number in range(1, len(groups) + 1)],
+        group_uris=[_write_group(task, selected, number) for number in range(1, len(names) + 1)],
         names=names,
-        sizes=np.bincount(numbers, minlength=len(groups) + 1)[1:].tolist(),
+        sizes=np.bincount(numbers, minlength=len(names) + 1)[1:].tolist(),
         count=len(selected),
     )
+
+
+def _weakest(
+    request: learning_pb2.SelectClustersRequest, particles: Particles, numbers: NDArray[np.int32], names: list[str]
+) -> NDArray[np.int64]:
+    """Rows of the particles of no group that have the lowest scores."""
+    if edss3d.BACKGROUND in names:
+        raise InvalidArgument(
+            f"groups: {edss3d.BACKGROUND!r} is what weakest_background makes; give the one or the other"
+        )
+    if "score" not in particles.table:
+        raise InvalidArgument(f"{request.particles_uri} has no column score, which weakest_background goes by")
+    free = np.flatnonzero(numbers == 0)
+    scores = particles.table["score"].to_numpy(np.float64)[free]
+    return np.sort(free[np.argsort(scores, kind="stable")[: request.weakest_background]])
 
 
 def _write_group(task: Task, selected: Particles, number: int) -> str:

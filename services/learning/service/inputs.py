@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from cryofleet.particles import Particles
 from cryofleet.progress import Progress
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.volumes import Subtomograms, VolumeInfo
-from services.learning import architectures, datasets, model_card, model_files, training
+from services.learning import architectures, datasets, jobs, model_card, model_files, training
 from services.learning.augmentation import Augmentation
 from services.learning.preparation import CONTRAST, Preparation
 
@@ -35,6 +35,15 @@ PROCESS_BYTES = 1 << 30
 AUGMENTATION_COPIES = 12
 #: Relative difference of voxel sizes that is rounding.
 VOXEL_SIZE_TOLERANCE = 1e-3
+
+
+class TrainingRequest(Protocol):
+    """What every request that trains a network says of how."""
+
+    max_epochs: int
+    learning_rate: float
+    seed: int
+    mixed_precision: bool
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,18 @@ def augmentation(request: Any, info: VolumeInfo, pose_normalisation: bool = Fals
     )
 
 
+def training_options(request: TrainingRequest, *, patience_epochs: int, **more: Any) -> training.TrainingOptions:
+    """How the request asks to train; `more` are further `TrainingOptions`."""
+    return training.TrainingOptions(
+        max_epochs=request.max_epochs,
+        patience_epochs=patience_epochs,
+        learning_rate=request.learning_rate,
+        seed=request.seed,
+        mixed_precision=request.mixed_precision,
+        **more,
+    )
+
+
 def training_needs(
     preparation: Preparation, count: int, *, batch_size: int, box_bytes: int, weight_bytes: int, row_bytes: int = 0
 ) -> Needs:
@@ -184,6 +205,26 @@ def data_facts(task: Task, chosen: Chosen, preparation: Preparation) -> dict[str
 def class_counts(labels: NDArray[np.integer[Any]], names: Mapping[int, str]) -> dict[str, int]:
     """How many boxes each class has, by its name, for `class_counts` in a config."""
     return {name: int((labels == number).sum()) for number, name in names.items()}
+
+
+def run_job(
+    task: Task,
+    job: jobs.Job,
+    arrays: Mapping[str, NDArray[Any]],
+    progress: Progress,
+    first_weights: Mapping[str, torch.Tensor] | None = None,
+) -> training.Training:
+    """`jobs.run_job` on the task's device, with its checkpoints."""
+    return jobs.run_job(
+        job,
+        arrays,
+        device=torch.device(task.device),
+        progress=progress,
+        save_checkpoint=task.save_checkpoint,
+        checkpoint=task.load_checkpoint(),
+        first_weights=first_weights,
+        scratch=task.scratch,
+    )
 
 
 def write_trained(

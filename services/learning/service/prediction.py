@@ -13,20 +13,17 @@ from cryofleet.progress import part
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.v1 import learning_pb2
 from services.learning import (
-    autoencoding_classifier,
     binned_volume,
-    cb3d,
     class_prediction,
     clustering,
     datasets,
-    dsrf3d,
     edss3d,
     open_set,
     overlap_tile,
     overlapping_boxes,
-    rb3d,
     training,
 )
+from services.learning.architectures import CLASSIFIERS
 from services.learning.classifiers import Classifier
 from services.learning.edss3d import EDSS3D
 from services.learning.preparation import Preparation
@@ -35,7 +32,6 @@ from services.learning.service.registry import service
 
 Array = NDArray[np.float32]
 
-CLASSIFIERS = (dsrf3d.NAME, rb3d.NAME, cb3d.NAME, autoencoding_classifier.NAME, open_set.NAME)
 KNOWN = (*encoding.AUTOENCODERS, edss3d.NAME, *CLASSIFIERS)
 
 #: The same name that a segmentation network has for class 0.
@@ -71,7 +67,11 @@ def _boxes(
 
 
 def _tiling(request: learning_pb2.PredictRequest, config: dict[str, Any]) -> overlap_tile.Tiling:
-    return overlap_tile.tiling(request.tile_size_voxels, edss3d.MARGIN, config["box_size"], edss3d.POOLING)
+    side = config["box_size"]
+    if request.overlapping_boxes:
+        # Tiles begin where boxes do, so no box that one of their voxels lies in reaches further out than half of it.
+        return overlap_tile.tiling(request.tile_size_voxels, side // 2, side, side // 2)
+    return overlap_tile.tiling(request.tile_size_voxels, edss3d.MARGIN, side, edss3d.POOLING)
 
 
 def _predict_needs(request: learning_pb2.PredictRequest, reader: Reader) -> Needs:
@@ -190,9 +190,13 @@ def _segment_tomogram(
     names, device = config["class_names"], torch.device(task.device)
 
     def probabilities(region: Array) -> Array:
+        values = torch.from_numpy(region).to(device)
         with torch.inference_mode():
-            found: Array = model.probabilities(torch.from_numpy(region)[None, None].to(device))[0].cpu().numpy()
-        return found
+            if request.overlapping_boxes:
+                found = model.probabilities_by_boxes(values, config["box_size"])
+            else:
+                found = model.probabilities(values[None, None])[0]
+        return np.asarray(found.cpu().numpy())
 
     sizes, sums = np.zeros(len(names), np.int64), np.zeros(len(names))
     volumes = tomograms.ClassVolumes(task, tomogram.volume.info, tomogram.binning, len(names), request.probabilities)

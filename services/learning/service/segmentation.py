@@ -45,6 +45,8 @@ class _TrainingSet:
 
     encoding: encoding.EncodingSet
     classes: _Classes
+    levels: dict[str, float]
+    """Of each class but the background, where its boxes are cut."""
     preparation: Preparation
 
     @property
@@ -58,7 +60,17 @@ def _training_set(request: learning_pb2.TrainSegmenterRequest, reader: Reader) -
         raise InvalidArgument(f"{request.particles_uri} has 1 particle; training needs at least 2, one for validation")
     # Tomograms can't be turned to anything's pose, so the network sees boxes as they were extracted.
     preparation = inputs.preparation(what.chosen.subtomograms, what.preparation.binning, pose_normalisation=False)
-    return _TrainingSet(what, _classes(what.chosen), preparation)
+    classes = _classes(what.chosen)
+    return _TrainingSet(what, classes, _levels(request, classes.names), preparation)
+
+
+def _levels(request: learning_pb2.TrainSegmenterRequest, names: list[str]) -> dict[str, float]:
+    """InvalidArgument where `class_levels` names no class or one twice, or gives no level."""
+    levels = weak_labels.parse_levels(request.class_levels)
+    for name in levels:
+        if name not in names[1:]:
+            raise InvalidArgument(f"class_levels: {name!r} is no class; there are {', '.join(map(repr, names[1:]))}")
+    return dict.fromkeys(names[1:], request.level) | levels
 
 
 def _classes(chosen: inputs.Chosen) -> _Classes:
@@ -102,7 +114,7 @@ def _train_needs(request: learning_pb2.TrainSegmenterRequest, reader: Reader) ->
         len(found.chosen),
         batch_size=request.batch_size,
         box_bytes=TRAINING_LAYERS * autoencoder.activation_bytes(side),
-        weight_bytes=edss3d.weight_bytes(len(found.classes.names)),
+        weight_bytes=edss3d.weight_bytes(len(found.classes.names), request.skip),
         row_bytes=side**3,
     )
     # Labelling comes before training, and what it takes is free again.
@@ -116,7 +128,6 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
     found = _training_set(request, task)
     chosen, classes, preparation = found.chosen, found.classes, found.preparation
     training.use_deterministic_algorithms(task.threads)
-    device = torch.device(task.device)
     targets = _label_boxes(request, task, found)
     scaled = inputs.scaled(chosen.subtomograms, preparation, part(task.progress, 0.05, 0.07))
     boxes = datasets.load_prepared(chosen.read, chosen.ids, scaled, task.scratch, part(task.progress, 0.07, 0.1))
@@ -136,11 +147,12 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
 
     counts = inputs.class_counts(classes.labels, dict(enumerate(classes.names)))
     config = (
-        edss3d.config(classes.names)
+        edss3d.config(classes.names, request.skip)
         | inputs.data_facts(task, chosen, preparation)
         | {
             "box_size": preparation.prepared_size,
-            "level": request.level,
+            "levels": found.levels,
+            "box_smoothing_angstrom": request.box_smoothing_angstrom,
             "intensity": edss3d.INTENSITY,
             "class_counts": {name: count for name, count in counts.items() if count},
         }
@@ -148,28 +160,14 @@ def train_segmenter(request: learning_pb2.TrainSegmenterRequest, task: Task) -> 
     job = jobs.Job(
         network=config,
         objective={"name": edss3d.SegmentationLoss.NAME},
-        options=training.TrainingOptions(
-            max_epochs=request.max_epochs,
-            patience_epochs=request.patience_epochs,
-            learning_rate=request.learning_rate,
-            seed=request.seed,
-            mixed_precision=request.mixed_precision,
-        ),
+        options=inputs.training_options(request, patience_epochs=request.patience_epochs),
         batch_size=request.batch_size,
         validation_fraction=request.validation_fraction,
         augmentation=inputs.augmentation(request, chosen.info),
         stratify="classes",
     )
     arrays: dict[str, NDArray[Any]] = {"boxes": boxes, "targets": targets, "classes": classes.labels}
-    trained = jobs.run_job(
-        job,
-        arrays,
-        device=device,
-        progress=part(task.progress, 0.1, 1.0),
-        save_checkpoint=task.save_checkpoint,
-        checkpoint=task.load_checkpoint(),
-        scratch=task.scratch,
-    )
+    trained = inputs.run_job(task, job, arrays, part(task.progress, 0.1, 1.0))
     training_rows, validation_rows = jobs.split(job, arrays)
     metrics = {
         "training_subtomograms": len(training_rows),
@@ -196,6 +194,8 @@ def _label_boxes(request: learning_pb2.TrainSegmenterRequest, task: Task, found:
     """
     chosen, preparation = found.chosen, found.preparation
     model, _ = encoding.open_autoencoder(task, request.model_uri)
+    # A box of the background is labelled as such throughout, whatever its level.
+    levels = np.array([request.level, *found.levels.values()], np.float32)[found.classes.labels]
     shape = (len(chosen), *(preparation.prepared_size,) * 3)
     targets: NDArray[np.uint8]
     if math.prod(shape) <= datasets.MEMORY_LIMIT_BYTES:
@@ -209,7 +209,8 @@ def _label_boxes(request: learning_pb2.TrainSegmenterRequest, task: Task, found:
             boxes,
             found.classes.labels[first:stop],
             targets[first:stop],
-            level=request.level,
+            level=levels[first:stop],
+            smoothing_voxels=request.box_smoothing_angstrom / (chosen.info.voxel_size_angstrom * preparation.binning),
             pose_normalisation=found.encoding.preparation.pose_normalisation,
             device=torch.device(task.device),
             progress=part(task.progress, 0.05 * first / len(chosen), 0.05 * stop / len(chosen)),

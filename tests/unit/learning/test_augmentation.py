@@ -83,6 +83,27 @@ def test_the_cubes_24_rotations_are_rotations_each_once(side: int) -> None:
     assert len(seen) == 24
 
 
+def test_half_turns_move_boxes_and_labels_alike_and_leave_the_wedge() -> None:
+    side = 12
+    mask = torch.from_numpy(wedge_mask((side,) * 3, -60, 60))
+    boxes = torch.fft.ifftn(torch.fft.fftn(noise(64, side), dim=(2, 3, 4)) * mask, dim=(2, 3, 4)).real
+    changed = Augmentation("half")({"boxes": boxes, "targets": (boxes[:, 0] > 0).long()}, seeded(1))
+    turned = changed["boxes"]
+    assert torch.equal(changed["targets"], (turned[:, 0] > 0).long())
+    outside = torch.fft.fftn(turned, dim=(2, 3, 4)) * (1 - mask)
+    assert float(outside.abs().max()) < 1e-3 * float(torch.fft.fftn(turned, dim=(2, 3, 4)).abs().max())
+    x, y, z = (torch.from_numpy(Rotation.from_euler(axis, 180, degrees=True).as_matrix()) for axis in "xyz")
+    kinds = [0, 0, 0, 0]
+    for before, after in zip(boxes[:, 0], turned[:, 0], strict=True):
+        for kind, matrix in enumerate((torch.eye(3, dtype=torch.float64), x, y, z)):
+            # A diagonal matrix on (x, y, z); arrays are [z, y, x].
+            axes = [2 - axis for axis in range(3) if matrix[axis, axis] < 0]
+            kinds[kind] += int(torch.equal(after, torch.flip(before, axes)))
+    assert sum(kinds) == 64
+    # Each is drawn 16 times in the mean, give or take 3.5.
+    assert min(kinds) > 4
+
+
 def test_pictures_are_turned_and_mirrored_eight_ways() -> None:
     assert len({tuple(turn(torch.arange(9).view(3, 3), how).flatten().tolist()) for how in cube_turns(2)}) == 8
     pictures = torch.randn(6, 1, 9, 9, generator=seeded())
@@ -107,7 +128,7 @@ def test_turned_boxes_show_the_turned_structure() -> None:
 def test_labels_are_turned_with_their_boxes_and_stay_labels() -> None:
     boxes = chiral().expand(3, -1, -1, -1, -1)
     targets = 3 * (boxes[:, 0] > 1).to(torch.int64)
-    for kind in ("any", "beam", "cube"):
+    for kind in ("any", "beam", "cube", "half"):
         changed = Augmentation(kind)({"boxes": boxes, "targets": targets}, seeded(4))
         assert changed["targets"].dtype == torch.int64
         assert set(changed["targets"].flatten().tolist()) == {0, 3}
@@ -115,7 +136,7 @@ def test_labels_are_turned_with_their_boxes_and_stay_labels() -> None:
         overlap = (expected & (changed["targets"] == 3)).sum() / (expected | (changed["targets"] == 3)).sum()
         # A blob of some hundred voxels has about half of them on its surface, where interpolation decides.
         assert float(overlap) > 0.8, kind
-        assert float(overlap) > 0.999 or kind != "cube"
+        assert float(overlap) > 0.999 or kind not in ("cube", "half")
 
 
 def test_what_comes_from_beyond_the_box_is_its_mean_and_no_label() -> None:
@@ -192,7 +213,7 @@ def test_wedges_are_widened_by_up_to_the_angle_at_either_end() -> None:
 
 
 def test_what_can_not_be_done_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="none, beam, cube, any"):
+    with pytest.raises(InvalidArgument, match="none, half, beam, cube, any"):
         Augmentation("all")
     with pytest.raises(InvalidArgument, match="wedge_jitter is 60"):
         Augmentation(wedge_jitter_degrees=60, tilt_min_degrees=-60, tilt_max_degrees=60)

@@ -1,5 +1,5 @@
-"""Adversarial adaptation: gradients that are turned, a discriminator that learns, labels of the target that are never
-used, and a target that is classified better for it."""
+"""Adversarial adaptation: spectra that are matched, gradients that are turned, labels of the target that are never
+used, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -92,6 +92,40 @@ def gradients(weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     assert isinstance(features, torch.Tensor)
     assert isinstance(own, torch.Tensor)
     return features, own
+
+
+def test_the_source_gets_the_spectrum_of_the_target() -> None:
+    """What tells the two apart is a filter along z; the source is left as the target's own would be."""
+    white = np.random.default_rng(0).standard_normal((600, SIDE, SIDE, SIDE)).astype(np.float32)
+    smooth = standardise(white + np.roll(white, 1, axis=1))
+    boxes = np.concatenate([white[:300], smooth[300:]])
+    target = boxes[300:].copy()
+    domain_adaptation.match_spectra(boxes, 300)
+    assert np.array_equal(boxes[300:], target), "the target stays as it is"
+    power = domain_adaptation.mean_power
+    assert power(boxes[:300]).ravel()[1:] == pytest.approx(power(target).ravel()[1:], rel=0.05, abs=5)
+    found = np.fft.rfftn(boxes[:300], axes=(1, 2, 3)) / np.fft.rfftn(white[:300], axes=(1, 2, 3))
+    assert np.abs(np.angle(found[np.abs(found) > 0.1])).max() < 1e-3, "no phase is changed"
+    assert boxes.mean(axis=(1, 2, 3)) == pytest.approx(np.zeros(600), abs=1e-5)
+    assert boxes.std(axis=(1, 2, 3)) == pytest.approx(np.ones(600), abs=1e-4)
+
+
+def test_what_the_source_never_recorded_is_not_amplified_beyond_a_limit() -> None:
+    white = np.random.default_rng(0).standard_normal((40, SIDE, SIDE, SIDE)).astype(np.float32)
+    narrow = np.fft.rfftn(white[:20], axes=(1, 2, 3))
+    narrow[:, 2:-1] *= 1e-3
+    band = np.fft.irfftn(narrow, s=(SIDE,) * 3, axes=(1, 2, 3)).astype(np.float32)
+    boxes = np.concatenate([standardise(band), white[20:]])
+    before = boxes[:20].copy()
+    domain_adaptation.match_spectra(boxes, 20)
+    ratio = np.abs(np.fft.rfftn(boxes[:20], axes=(1, 2, 3))) / np.abs(np.fft.rfftn(before, axes=(1, 2, 3)))
+    assert float(ratio[:, 2:-1].max() / ratio[:, :2].max()) < 20
+    # A frequency that neither has: nothing is divided by nothing.
+    boxes = np.zeros((4, SIDE, SIDE, SIDE), np.float32)
+    boxes[:, 0, 0, 0] = 1
+    boxes = standardise(boxes - boxes.mean(axis=0))
+    domain_adaptation.match_spectra(boxes, 2)
+    assert np.isfinite(boxes).all()
 
 
 def test_the_gradient_is_turned_where_it_reaches_the_features() -> None:

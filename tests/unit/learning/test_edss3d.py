@@ -150,3 +150,39 @@ def test_configs() -> None:
             check_config(settings | wrong)
     with pytest.raises(InvalidArgument, match="at least 2 classes"):
         EDSS3D(1)
+
+
+def test_a_skip_adds_a_convolution_of_the_input() -> None:
+    model = architectures.build(config(["background", "membrane", "globule"], skip=True), seeded())
+    assert isinstance(model, EDSS3D)
+    assert model.skip is not None
+    assert weight_bytes(3, skip=True) == 4 * sum(parameter.numel() for parameter in model.parameters())
+    plain = EDSS3D(3, seeded())
+    torch.testing.assert_close(plain.convolution_6.weight, model.convolution_6.weight, rtol=0, atol=0)
+    boxes = torch.randn(2, 1, 8, 12, 16, generator=seeded(1))
+    added = functional.conv3d(boxes, model.skip.weight, model.skip.bias, padding=1)
+    torch.testing.assert_close(model(boxes), plain(boxes) + added, rtol=1e-4, atol=1e-5)
+    earlier = config(["background", "membrane"])
+    del earlier["skip"]
+    assert architectures.build(earlier, seeded()).state_dict().keys() == plain.state_dict().keys()
+
+
+def test_boxes_that_overlap_are_seen_as_the_network_sees_them_alone() -> None:
+    model, side = EDSS3D(3, seeded()).eval(), 8
+    region = torch.randn(16, 8, 20, generator=seeded(1))
+    with torch.inference_mode():
+        found = model.probabilities_by_boxes(region, side)
+        window = torch.sin(torch.pi * (torch.arange(side) + 0.5) / side) ** 2
+        for place in ((5, 3, 10), (0, 7, 0), (15, 0, 19)):
+            expected, weights = torch.zeros(3), 0.0
+            for z in range(0, 9, 4):
+                for x in range(0, 13, 4):
+                    at = (place[0] - z, place[1], place[2] - x)
+                    if all(0 <= step < side for step in at):
+                        weight = float(window[list(at)].prod())
+                        box = region[z : z + side, :, x : x + side]
+                        expected += weight * model.probabilities(box[None, None])[0][(slice(None), *at)]
+                        weights += weight
+            torch.testing.assert_close(found[(slice(None), *place)], expected / weights, rtol=0, atol=1e-6)
+        assert model.probabilities_by_boxes(region[:4], side).shape == (3, 4, 8, 20), "shallower than a box"
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(16, 8, 20))

@@ -59,6 +59,21 @@ def test_tiles_give_what_the_whole_volume_gives(shape: tuple[int, int, int]) -> 
     np.testing.assert_allclose(sum(slab.sums for slab in slabs), expected.sum(axis=(1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(10, 16, 44), (29, 9, 7)])
+def test_tiles_of_boxes_that_overlap_leave_no_seams(shape: tuple[int, int, int]) -> None:
+    model, side, volume = network(), 8, noise(*shape)
+
+    def predict(region: Array) -> Array:
+        with torch.inference_mode():
+            return np.asarray(model.probabilities_by_boxes(torch.from_numpy(region), side).numpy())
+
+    def found(tile: int) -> Array:
+        tiles = tiling(tile, side // 2, side, side // 2)
+        return joined(list(segment(predict, lambda z0, z1: volume[z0:z1], shape, 3, tiles, no_progress, True)))[1]
+
+    np.testing.assert_allclose(found(12), found(48), rtol=0, atol=2e-6)
+
+
 def test_a_margin_below_the_reach_leaves_seams() -> None:
     volume, predict = noise(8, 8, 44), predictor(network())
     close = Tiling(tile=12, margin=4, window=8, multiple=4)

@@ -6,11 +6,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from cryofleet.errors import InvalidArgument
 from cryofleet.progress import no_progress
+from services.learning import weak_labels
 from services.learning.autoencoder import Autoencoder3D
 from services.learning.pose_normalisation import find_poses, structure_weights, turn_back
 from services.learning.preparation import standardise
-from services.learning.weak_labels import inverse, label_boxes, structure, thresholds
+from services.learning.weak_labels import Levels, inverse, label_boxes, parse_levels, structure, thresholds
 from tests.unit.learning.shapes import CHIRAL, blobs, correlation, two_kinds
 
 CPU = torch.device("cpu")
@@ -25,14 +27,24 @@ class Itself(Autoencoder3D):
 
 def test_the_level_is_a_share_of_the_way_from_the_median_to_the_brightest() -> None:
     box = np.zeros((1, 10, 10, 10), np.float32)
-    box[0, 0, :3] = 8  # 30 of 1000, so the 98th percentile is 8
+    box[0, 0, :6] = 8  # 60 of 1000, so the 95th percentile is 8
     box[0, 9] = -3
     assert thresholds(box, 0.5).tolist() == [4]
     assert thresholds(2 * box + 7, 0.25).tolist() == [7 + 4]
+    assert thresholds(np.concatenate([box, box]), np.array([0.5, 0.25], np.float32)).tolist() == [4, 2]
     box[0, 5, 5, 5] = 3.9
-    assert structure(box, 0.5).sum() == 30
-    assert structure(box, 0.48).sum() == 31
+    assert structure(box, 0.5).sum() == 60
+    assert structure(box, 0.48).sum() == 61
     assert not structure(np.full((2, 4, 4, 4), 3, np.float32), 0.5).any()
+
+
+def test_levels_of_classes_are_given_by_name() -> None:
+    assert parse_levels(["globule: 0.4", "a:b :0.75"]) == {"globule": 0.4, "a:b": 0.75}
+    for wrong in ("globule", "globule:", ":0.4", "globule:high", "globule:1", "globule:nan"):
+        with pytest.raises(InvalidArgument, match=r"between 0 and 1, as globule:0\.4"):
+            parse_levels([wrong])
+    with pytest.raises(InvalidArgument, match="'globule' is given twice"):
+        parse_levels(["globule:0.4", "globule:0.5"])
 
 
 def test_one_voxel_more_or_less_does_not_move_the_level() -> None:
@@ -42,14 +54,21 @@ def test_one_voxel_more_or_less_does_not_move_the_level() -> None:
     assert thresholds(spike, 0.5) == pytest.approx(thresholds(box, 0.5), rel=0.02)
 
 
-def labels(boxes: NDArray[np.float32], classes: list[int], pose_normalisation: bool) -> NDArray[np.uint8]:
+def labels(
+    boxes: NDArray[np.float32],
+    classes: list[int],
+    pose_normalisation: bool,
+    smoothing_voxels: float = 0.0,
+    level: Levels = 0.5,
+) -> NDArray[np.uint8]:
     targets = np.full(boxes.shape, 9, np.uint8)
     label_boxes(
         Itself(boxes.shape[-1]),
         boxes,
         np.array(classes, np.int32),
         targets,
-        level=0.5,
+        level=level,
+        smoothing_voxels=smoothing_voxels,
         pose_normalisation=pose_normalisation,
         device=CPU,
         progress=no_progress,
@@ -63,6 +82,32 @@ def test_each_member_is_labelled_by_its_own_decoded_self() -> None:
     np.testing.assert_array_equal(found > 0, structure(boxes, 0.5))
     assert [set(np.unique(each)) for each in found] == [{0, 1}, {0, 2}, {0, 1}, {0, 2}]
     assert not np.array_equal(found[0], found[2])
+
+
+def test_each_box_is_cut_at_its_own_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weak_labels, "batch_size", lambda side: 3)
+    boxes = standardise(two_kinds(4, 16, 0)[0])
+    levels = np.array([0.5, 0.3, 0.7, 0.4], np.float32)
+    found = labels(boxes, [1, 2, 1, 2], pose_normalisation=False, level=levels)
+    for box, level, label in zip(boxes, levels, found, strict=True):
+        np.testing.assert_array_equal(label > 0, structure(box[None], float(level))[0])
+
+
+def test_smoothed_boxes_are_cut_as_they_lie_and_hold_less_noise() -> None:
+    clean = standardise(np.stack([blobs(CHIRAL, 24, turn) for turn in Rotation.random(3, random_state=1)]))
+    truth = structure(clean, 0.5)
+    noise = np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
+    boxes = standardise(clean + noise)
+
+    def agreement(found: NDArray[np.bool_]) -> float:
+        return float(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+
+    smoothed = labels(boxes, [1] * 3, pose_normalisation=False, smoothing_voxels=0.8) > 0
+    assert agreement(smoothed) > agreement(structure(boxes, 0.5)) + 0.1
+    posed = labels(boxes, [1] * 3, pose_normalisation=True, smoothing_voxels=0.8) > 0
+    np.testing.assert_array_equal(posed, smoothed, "no pose comes into it")
+    apart = labels(boxes[:1], [1], pose_normalisation=False, smoothing_voxels=0.8) > 0
+    np.testing.assert_array_equal(apart, smoothed[:1], "boxes are smoothed one by one")
 
 
 def test_labels_are_turned_back_to_where_structures_lie() -> None:
