@@ -13,12 +13,11 @@ import numpy as np
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
 
-from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import fast_length
 from cryofleet.progress import Progress, no_progress
 from services.simulation.projection import (
     PLANE_KERNEL,
-    checked_angles,
+    checked_images,
     in_blocks,
     kaiser_bessel_transform,
     slice_matrix,
@@ -48,11 +47,7 @@ def fourier_inversion(
 
     Raises InvalidArgument for angles or sizes that make no sense.
     """
-    angles = checked_angles(tilt_angles_degrees)
-    if stack.ndim != 3 or len(stack) != len(angles) or 0 in stack.shape:
-        raise InvalidArgument(f"{len(angles)} angles do not fit images of shape {stack.shape}; expected (tilt, y, u)")
-    if depth < 1 or width < 1:
-        raise InvalidArgument(f"a volume of depth {depth} and width {width}: both must be at least 1")
+    angles = checked_images(stack, tilt_angles_degrees, depth, width)
     height, pixels = stack.shape[1:]
     # samples as dense as the padded plane's: the line is as long, so that what lies beyond the image counts as nothing
     line = fast_length(2 * max(pixels, width, depth))

@@ -111,11 +111,7 @@ def back_project(
 
     Raises InvalidArgument for angles or sizes that make no sense.
     """
-    angles = checked_angles(tilt_angles_degrees)
-    if stack.ndim != 3 or len(stack) != len(angles) or 0 in stack.shape:
-        raise InvalidArgument(f"{len(angles)} angles do not fit images of shape {stack.shape}; expected (tilt, y, u)")
-    if depth < 1 or width < 1:
-        raise InvalidArgument(f"a volume of depth {depth} and width {width}: both must be at least 1")
+    angles = checked_images(stack, tilt_angles_degrees, depth, width)
     volume = np.empty((depth, stack.shape[1], width), np.float32)
     line = _Line(stack.shape[2])
     directions = _directions(angles)
@@ -140,6 +136,19 @@ def checked_angles(tilt_angles_degrees: ArrayLike) -> NDArray[np.float64]:
     if wrong.any():
         index = int(np.argmax(wrong))
         raise InvalidArgument(f"tilt angle {index} is {angles[index]:g}, it must lie in -90 to 90 degrees")
+    return angles
+
+
+def checked_images(stack: Array, tilt_angles_degrees: ArrayLike, depth: int, width: int) -> NDArray[np.float64]:
+    """The angles of images `[tilt, y, u]` that a volume is to be made of.
+
+    Raises InvalidArgument as `checked_angles`, where the images are not as many, or where the volume would be empty.
+    """
+    angles = checked_angles(tilt_angles_degrees)
+    if stack.ndim != 3 or len(stack) != len(angles) or 0 in stack.shape:
+        raise InvalidArgument(f"{len(angles)} angles do not fit images of shape {stack.shape}; expected (tilt, y, u)")
+    if depth < 1 or width < 1:
+        raise InvalidArgument(f"a volume of depth {depth} and width {width}: both must be at least 1")
     return angles
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.progress import Progress, no_progress
-from services.simulation.projection import back_project, checked_angles, project
+from services.simulation.projection import back_project, checked_images, project
 
 Array = NDArray[np.float32]
 #: Pixels and voxels whose sum is below this fraction of the largest are met by hardly any ray: they are left out.
@@ -58,9 +58,7 @@ def sirt(
 
     Raises InvalidArgument for angles, sizes or options that make no sense.
     """
-    angles = checked_angles(tilt_angles_degrees)
-    if stack.ndim != 3 or len(stack) != len(angles) or 0 in stack.shape:
-        raise InvalidArgument(f"{len(angles)} angles do not fit images of shape {stack.shape}; expected (tilt, y, u)")
+    angles = checked_images(stack, tilt_angles_degrees, depth, width)
     if iterations < 1 or not 0 < relaxation < 2:
         raise InvalidArgument(f"iterations {iterations} must be at least 1, relaxation {relaxation:g} within 0 and 2")
     measured = np.ascontiguousarray(stack, np.float32)

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fourier import fast_length, soft_step
 from cryofleet.progress import Progress, no_progress, part
-from services.simulation.projection import back_project, checked_angles
+from services.simulation.projection import back_project, checked_images
 
 Array = NDArray[np.float32]
 Window = Literal["ramp", "hamming", "sirt"]
@@ -59,9 +59,7 @@ def weighted_back_projection(
 
     Raises InvalidArgument for angles, sizes or options that make no sense.
     """
-    angles = checked_angles(tilt_angles_degrees)
-    if stack.ndim != 3 or len(stack) != len(angles) or 0 in stack.shape:
-        raise InvalidArgument(f"{len(angles)} angles do not fit images of shape {stack.shape}; expected (tilt, y, u)")
+    angles = checked_images(stack, tilt_angles_degrees, depth, width)
     line = fast_length(2 * stack.shape[2])
     response = filter_response(line, stack.shape[2], window, sirt_iterations, cutoff)
     shares = angular_shares(angles)
