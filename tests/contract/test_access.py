@@ -9,16 +9,20 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from cryofleet.access.certificates import make_set
+from cryofleet.access.certificates import _issue, make_set
 from cryofleet.access.roles import Role
 from cryofleet.access.tokens import new_entry
 from cryofleet.artifacts import digest_of
@@ -135,10 +139,10 @@ async def listed(channel: grpc.aio.Channel, uri: str, project: str = "apo") -> l
     return [answer.uri async for answer in stub.List(request, timeout=20)]
 
 
-async def upload(channel: grpc.aio.Channel, data: bytes, project: str = "apo") -> str:
+async def upload(channel: grpc.aio.Channel, data: bytes, project: str = "apo", name: str = "a.bin") -> str:
     stub: Any = io_pb2_grpc.IoServiceStub(channel)
     header = io_pb2.UploadHeader(
-        context=common_pb2.Context(project=project), name="a.bin", size_bytes=len(data), digest=digest_of(data)
+        context=common_pb2.Context(project=project), name=name, size_bytes=len(data), digest=digest_of(data)
     )
     parts = [io_pb2.UploadRequest(header=header), io_pb2.UploadRequest(chunk=data)]
     return str((await stub.Upload(iter(parts), timeout=20)).uri)
@@ -241,6 +245,24 @@ async def test_connections_without_a_certificate_of_the_authority(site: Site, tm
         with refused(Code.UNAVAILABLE):
             await capacity(channel)
     assert not site.audited(), "none of them got so far as to call"
+
+
+async def test_a_certificate_that_has_expired(site: Site, tmp_path: Path) -> None:
+    own = site.certificates / "authority"
+    authority = x509.load_pem_x509_certificate((own / "tls.crt").read_bytes())
+    key = serialization.load_pem_private_key((own / "tls.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    then = datetime.now(UTC) - timedelta(days=2)
+    for end, expected in ((then + timedelta(days=1), Code.UNAVAILABLE), (then + timedelta(days=3), None)):
+        folder = tmp_path / str(end.timestamp())
+        _issue(folder, "orchestrator", ["orchestrator"], True, authority, key, then, end)
+        files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
+        async with open_channel(site.address, files) as channel:
+            if expected is None:
+                assert (await capacity(channel)).service == "io"
+            else:
+                with refused(expected):
+                    await capacity(channel)
 
 
 async def test_what_the_platforms_own_processes_do(site: Site) -> None:
@@ -367,6 +389,19 @@ async def test_nobody_gets_out_of_the_store(site: Site, user: str) -> None:
         for uri in ("/etc/passwd", "../ribo/files/t.bin", "http://localhost/", "store:/ribo/files/t.bin"):
             with refused(Code.INVALID_ARGUMENT):
                 await download(channel, uri)
+
+
+async def test_names_of_uploads_lead_nowhere_else(site: Site) -> None:
+    async with site.channel("ana") as channel:
+        for name in ("../a.bin", "../../ribo/a.bin", "a/../../b", "/etc/passwd", "..\\a", "a\0b", ""):
+            with refused(Code.INVALID_ARGUMENT, "name"):
+                await upload(channel, b"1234", name=name)
+        for name in ("..", "manifest.json", ".hidden"):
+            uri = await upload(channel, b"1234", name=name)
+            folder, _, kept = uri.rpartition("/")
+            assert folder.startswith(f"{site.store.root}/apo/")
+            assert kept not in (name, "", ".", "..")
+    assert not (site.settings.home / "store" / "ribo").exists()
 
 
 async def test_links_within_the_store_lead_nowhere_else(site: Site) -> None:

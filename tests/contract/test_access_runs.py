@@ -260,6 +260,27 @@ async def test_a_run_of_others_is_not_there(site: Site) -> None:
         assert [each.id for each in (await stub_of(channel).ListRuns(pb.ListRunsRequest())).runs] == ["theirs"]
 
 
+async def test_what_others_run_is_seen_without_whose_it_is(site: Site) -> None:
+    async with site.channel("ben") as channel:
+        await stub_of(channel).SubmitRun(submission("ribo", run_id="theirs", seconds=20))
+        running: Any = ()
+        async with asyncio.timeout(20):
+            while not running:
+                await asyncio.sleep(0.1)
+                running = (await stub_of(channel).GetPools(pb.GetPoolsRequest())).pools[0].instances[0].running
+        seen = {"ben": running[0]}
+        async with site.channel("ana") as other:
+            seen["ana"] = (await stub_of(other).GetPools(pb.GetPoolsRequest())).pools[0].instances[0].running[0]
+        async with open_channel(site.io_address, site.tls("client"), token=lambda: site.tokens["ana"]) as io:
+            capacity = await runtime_pb2_grpc.RuntimeServiceStub(io).GetCapacity(runtime_pb2.GetCapacityRequest())
+            seen["ana, of io"] = capacity.running[0]
+        await stub_of(channel).CancelRun(pb.CancelRunRequest(run_id="theirs"))
+    assert (seen["ben"].run_id, seen["ben"].project, seen["ben"].phase) == ("theirs", "ribo", "waiting")
+    for who in ("ana", "ana, of io"):
+        assert seen[who].operation == "runtime.SelfTest"
+        assert (seen[who].run_id, seen[who].project, seen[who].phase) == ("", "", ""), who
+
+
 async def test_a_run_in_what_others_have(site: Site) -> None:
     theirs = f"{site.store.root}/ribo/files/t.mrc"
     site.store.put(theirs, b"secret")
