@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,19 @@ from orchestrator.cache import ResultCache
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, RunRow, RunStore, Unit, is_away, still_going
+from orchestrator.runs import (
+    ACTIVE,
+    CANCELLED,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    Pause,
+    RunRow,
+    RunStore,
+    Unit,
+    is_away,
+    still_going,
+)
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
 from orchestrator.tracker import Tracker
 
@@ -40,7 +53,7 @@ EXPIRY_SECONDS = 20.0
 """An orchestrator whose heartbeat is older is taken for dead, and its runs are adopted."""
 PROGRESS_SECONDS = 1.0
 QUEUE_WORKERS = 16
-"""Chunks that an orchestrator works on at a time, for each pool."""
+"""Chunks that an orchestrator works on at a time, for each pool and user."""
 QUEUE_POLL_SECONDS = 0.2
 ANSWER_SECONDS = 10.0
 """How long a caller waits for a database that is away; runs wait longer."""
@@ -67,6 +80,8 @@ class Plan:
     project: str
     pipeline: Pipeline
     values: dict[str, Any]
+    user: str = ""
+    """Whose turn its tasks take: its owner, or its project where it has none."""
 
     def step(self, path: str) -> Step:
         """The step at a path as tomograms.boxes."""
@@ -80,7 +95,8 @@ class Plan:
 
     def task(self, attempt: int, place: str, operation: Operation, fields: Mapping[str, Any]) -> TaskRequest:
         """The task of an operation at a place in the run."""
-        return TaskRequest(f"{self.run_id}:{attempt}/{place}", self.run_id, self.project, operation.name, dict(fields))
+        key = f"{self.run_id}:{attempt}/{place}"
+        return TaskRequest(key, self.run_id, self.project, operation.name, dict(fields), self.user)
 
 
 def make_database(url: str) -> sa.Engine:
@@ -138,7 +154,11 @@ class Engine:
         self._running: set[asyncio.Task[Any]] = set()
         self._background: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
-        self._left: dict[str, int] = {}
+        self.pauses: dict[str, Pause] = {}
+        """Of the pools that are paused, as last read."""
+        self._left: dict[tuple[str, str], int] = {}
+        self.runs_by_state: Counter[str] = Counter()
+        """Runs of all orchestrators that go on, as last counted."""
         self._unstarted: dict[str, float] = {}
         self._stopping = False
 
@@ -150,6 +170,7 @@ class Engine:
         self.runs: RunStore = await self.in_thread(RunStore, self._database)
         self.tracker = Tracker(self.runs)
         await self.placement.start()
+        await self.read_pauses()
         workflows.use_engine(self)
         config: DBOSConfig = {
             "name": "cryofleet",
@@ -239,7 +260,7 @@ class Engine:
         if known is not None and known[0] == row:
             return known[1]
         pipeline = load(row.definition, row.source)
-        plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments))
+        plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments), row.owner or row.project)
         if len(self._plans) >= 256:
             self._plans.clear()
         self._plans[run_id] = (row, plan)
@@ -414,6 +435,7 @@ class Engine:
                 await self.in_thread(self.runs.beat, self.settings.instance)
                 await self._adopt()
                 await self._put_right()
+                await self.read_pauses()
                 await self.count_tasks()
             except sa.exc.DBAPIError as error:
                 logger.warning("the database is away: %s", error.orig)
@@ -424,10 +446,20 @@ class Engine:
                 logger.exception("looking after the runs failed")
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
+    async def read_pauses(self) -> None:
+        """Pauses and resumes pools as the database says. Raises Unavailable."""
+        self.pauses = await self.answer(self.runs.pauses)
+        for name, pool in self.placement.pools.items():
+            if pool.paused != (name in self.pauses):
+                pool.set_paused(name in self.pauses)
+                logger.info("pool %s is %s", name, "paused" if pool.paused else "resumed")
+
     async def count_tasks(self) -> None:
         """Counts what is left to do for each pool, in the record of all runs. Raises Unavailable."""
-        left: dict[str, int] = {}
-        for attempt in await self.answer(self.runs.in_state, ACTIVE):
+        left: dict[tuple[str, str], int] = {}
+        going_on = await self.answer(self.runs.in_state, ACTIVE)
+        self.runs_by_state = Counter(attempt.state for attempt in going_on)
+        for attempt in going_on:
             try:
                 plan = await self.plan(attempt.run_id, ANSWER_SECONDS)
             except Unavailable:
@@ -439,12 +471,21 @@ class Engine:
             for unit in units.values():
                 operation = plan.step(unit.path).operation
                 if operation is not None:
-                    left[operation.service] = left.get(operation.service, 0) + unit.total - unit.done - unit.set_aside
+                    place = (operation.service, operation.pool)
+                    left[place] = left.get(place, 0) + unit.total - unit.done - unit.set_aside
         self._left = left
+
+    def runs_going_on(self, state: str) -> int:
+        """Those in the state, as last counted."""
+        return self.runs_by_state[state]
 
     def tasks_left(self, pool: str) -> int:
         """Tasks that wait for the pool or run there, as last counted."""
-        return max(0, self._left.get(pool, 0))
+        return sum(self.tasks_left_by_kind(pool).values())
+
+    def tasks_left_by_kind(self, pool: str) -> dict[str, int]:
+        """The same in two parts: of operations that can use a GPU, and of all others."""
+        return {kind: max(0, self._left.get((pool, kind), 0)) for kind in ("cpu", "gpu")}
 
     async def _adopt(self) -> None:
         """Takes over the workflows of orchestrators that are gone."""

@@ -25,9 +25,10 @@ This is how one is written:
       particles: ${pick.particles_uri}
 
 `if` names a value: the step is left out where that is missing, false, zero or empty. `foreach: ${list}` runs a step, or
-the `steps:` inside it, for each item, which is `${item}` or the name that `as` gives; its outputs are lists. `shards`
-splits one operation over the rows of its particles or subtomograms; `reduce` joins the results, whose outputs are then
-the step's; without it they are lists, in order of the rows. Steps run as soon as what they refer to is there.
+the `steps:` inside it, for each item, which is `${item}` or the name that `as` gives; its outputs are lists. Items that
+fail are set aside, unless the step is `strict: true`; once all have ended, it then fails. `shards` splits one operation
+over the rows of its particles or subtomograms; `reduce` joins the results, whose outputs are then the step's; without
+it they are lists, in order of the rows. Steps run as soon as what they refer to is there.
 
 `repeat` runs the `steps:` inside a step in rounds, one behind the other:
 
@@ -125,6 +126,8 @@ class Step:
     """What must be there, and be neither false, zero nor empty, for the step to run."""
     foreach: Reference | None = None
     item: str = "item"
+    strict: bool = False
+    """Whether a foreach fails where any of its items does, instead of setting that aside."""
     repeat: Repeat | None = None
     shards: Shards | None = None
     steps: tuple[Step, ...] = ()

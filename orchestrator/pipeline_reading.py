@@ -17,7 +17,7 @@ from orchestrator.pipeline_checking import check, outputs_for
 MAX_FOREACH_DEPTH = 3
 DEFAULT_SHARD_ROWS = 256
 _REPEAT_KEYS = ("carry", "next", "until")
-_STEP_KEYS = ("id", "op", "with", "if", "foreach", "as", "shards", "repeat", *_REPEAT_KEYS, "steps")
+_STEP_KEYS = ("id", "op", "with", "if", "foreach", "as", "strict", "shards", "repeat", *_REPEAT_KEYS, "steps")
 
 
 def load(text: str, source: str) -> Pipeline:
@@ -206,6 +206,8 @@ class _Reader:
             self._problem((*path, "foreach"), f"foreach goes {MAX_FOREACH_DEPTH} deep at most")
         if "as" in data and "foreach" not in data:
             self._problem((*path, "as"), "'as' names the item of a 'foreach', and there is none")
+        if "strict" in data and "foreach" not in data:
+            self._problem((*path, "strict"), "'strict' is said of a 'foreach', and there is none")
         repeat = self._repeat(data, path, what)
         item = self._text(data, path, "as") or "item"
         self._is_name(item, (*path, "as"))
@@ -217,6 +219,7 @@ class _Reader:
             conditions=self._conditions(data, path),
             foreach=self._reference(data, path, "foreach"),
             item=item,
+            strict=self._flag(data, path, "strict"),
             repeat=repeat,
             shards=shards,
             steps=steps,

@@ -1,7 +1,8 @@
 """Where tasks run: the instances of each pool, their slots, and who waits for one.
 
 gRPC's own balancing sees neither new instances nor slots, so each instance has a channel of its own; `GetCapacity`
-tells its slots, and a task goes to the instance with the largest share of them free.
+tells its slots, and a task goes to the instance with the largest share of them free. An instance that is set aside gets
+none; a pool that is paused gives none.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import logging
 import random
 import socket
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 import grpc
 
-from cryofleet.channels import open_channel
+from cryofleet.channels import open_channel, version_of
 from cryofleet.errors import Failure, Unavailable
 from cryofleet.settings import Settings
 from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
+from orchestrator.fair_share import FairShare
+from orchestrator.set_aside import SetAside
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ POLL_SECONDS = 1.0
 _POLL_TIMEOUT_SECONDS = 3.0
 _AWAY_SECONDS = 0.1
 _BUSY_SECONDS = (0.05, 2.0)
+_LONGEST_CALL_SECONDS = 86400.0
 
 
 @dataclass
@@ -50,11 +53,17 @@ class Instance:
     others: int = 0
     """Slots that others have taken, as last reported."""
     devices: tuple[str, ...] = ()
+    memory_total_bytes: int = 0
+    memory_free_bytes: int = 0
+    operations: tuple[runtime_pb2.RunningOperation, ...] = ()
+    """What it works on for whomever, as last reported."""
     version: str = ""
     error: str = ""
     busy_until: float = 0.0
     refusals: int = 0
     watcher: asyncio.Task[None] | None = field(default=None, repr=False)
+    server_name: str | None = None
+    """The name in its certificate, where that is not in its address."""
 
     @property
     def free(self) -> int:
@@ -76,6 +85,7 @@ class _Waiter:
     instance: asyncio.Future[Instance]
     avoid: frozenset[str]
     gpu: bool
+    user: str
     since: float
 
 
@@ -87,12 +97,17 @@ class Pool:
         self.name = name
         self.instances: dict[str, Instance] = {}
         self.running = 0
+        self.set_aside = SetAside(name, self._others_work)
+        self.paused = False
+        """Set by `set_paused`."""
         self._addresses = [address.strip() for address in addresses.split(",") if address.strip()]
         self._settings = settings
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: FairShare[_Waiter] = FairShare()
         self._last_ready = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._resolution_error = ""
+        self._tls_version = version_of(settings.tls) if settings.tls is not None else None
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def waiting(self) -> int:
@@ -103,6 +118,10 @@ class Pool:
         """Slots of all ready instances."""
         return sum(instance.slots_total for instance in self.instances.values() if instance.ready)
 
+    def room(self) -> tuple[bool, bool, int]:
+        """How much of it there is, for comparing pools."""
+        return self.slots > 0, not self.paused, self.slots - self.running - self.waiting
+
     async def start(self) -> None:
         """Finds the instances and keeps watching them."""
         await self._resolve()
@@ -110,7 +129,8 @@ class Pool:
 
     async def close(self) -> None:
         """Stops watching and closes the channels."""
-        tasks = [*self._tasks, *(i.watcher for i in self.instances.values() if i.watcher is not None)]
+        watchers = (i.watcher for i in self.instances.values() if i.watcher is not None)
+        tasks = [*self._tasks, *watchers, *self._closing]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,68 +140,108 @@ class Pool:
             await instance.channel.close(None)
 
     @contextlib.asynccontextmanager
-    async def slot(self, avoid: frozenset[str] = frozenset(), gpu: bool = False) -> AsyncIterator[Instance]:
-        """A slot of the least loaded instance; waits for one.
+    async def slot(
+        self, avoid: frozenset[str] = frozenset(), gpu: bool = False, user: str = ""
+    ) -> AsyncIterator[Instance]:
+        """A slot of the least loaded instance; waits for one, in turn with other users.
 
         Instances whose address is in `avoid` are taken only where no other is ready. `gpu` prefers instances with one.
 
         Raises Unavailable where the pool has had no ready instance for the settings' time.
         """
-        instance = await self._acquire(avoid, gpu)
+        instance = await self._acquire(avoid, gpu, user)
         self.running += 1
         try:
             yield instance
         finally:
             self.running -= 1
-            instance.running -= 1
-            self._serve()
+            self._give_back(instance, user)
 
-    async def _acquire(self, avoid: frozenset[str], gpu: bool) -> Instance:
+    def set_paused(self, paused: bool) -> None:
+        """While paused, the pool gives no slots; those who wait for one wait on."""
+        self.paused = paused
+        self._last_ready = time.monotonic()
+        self._serve()
+
+    async def _acquire(self, avoid: frozenset[str], gpu: bool, user: str) -> Instance:
         instance = None if self._waiters else self._choose(avoid, gpu)
         if instance is not None:
-            instance.take()
+            self._take(instance, user)
             return instance
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, gpu, time.monotonic())
-        self._waiters.append(waiter)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, gpu, user, time.monotonic())
+        self._waiters.add(waiter)
         self._serve()
         try:
             return await waiter.instance
         except asyncio.CancelledError:
+            self._waiters.remove(waiter)
             if waiter.instance.done() and not waiter.instance.cancelled() and waiter.instance.exception() is None:
-                waiter.instance.result().running -= 1
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
-            self._serve()
+                self._give_back(waiter.instance.result(), user)
             raise
 
+    def _take(self, instance: Instance, user: str) -> None:
+        instance.take()
+        self._waiters.take(user)
+
+    def _give_back(self, instance: Instance, user: str) -> None:
+        instance.running -= 1
+        self._waiters.give_back(user)
+        self._serve()
+
     def _choose(self, avoid: frozenset[str], gpu: bool) -> Instance | None:
+        if self.paused:
+            return None
         now = time.monotonic()
-        ready = [instance for instance in self.instances.values() if instance.ready]
-        fresh = [instance for instance in ready if instance.address not in avoid] or ready
+        usable = self._usable()
+        fresh = [instance for instance in usable if instance.address not in avoid] or usable
         free = [instance for instance in fresh if instance.free > 0 and instance.busy_until <= now]
         if not free:
             return None
         random.shuffle(free)
-        return max(free, key=lambda i: (gpu and "cuda" in i.devices, i.free / max(1, i.slots_total)))
+
+        def fitness(instance: Instance) -> tuple[bool, bool, float]:
+            # A trial first, so that its end is not long in coming.
+            on_trial = self.set_aside.on_trial(instance.address)
+            return gpu and "cuda" in instance.devices, on_trial, instance.free / max(1, instance.slots_total)
+
+        return max(free, key=fitness)
+
+    def _usable(self) -> list[Instance]:
+        """Those that are ready and not set aside; those on trial, and where there is no other one all that are ready,
+        while they have no task.
+        """
+        ready = [instance for instance in self.instances.values() if instance.ready]
+        working = [instance for instance in ready if self.set_aside.works(instance.address)]
+        idle = [instance for instance in ready if instance.running == 0]
+        if not working:
+            return idle
+        return working + [instance for instance in idle if self.set_aside.on_trial(instance.address)]
+
+    def _others_work(self, address: str) -> bool:
+        return any(
+            i.ready and i.address != address and self.set_aside.works(i.address) for i in self.instances.values()
+        )
+
+    def has_other(self, avoid: set[str]) -> bool:
+        """Whether an instance takes work that is not among these addresses."""
+        return any(instance.address not in avoid for instance in self._usable())
 
     def _serve(self) -> None:
-        """Gives free slots to those who wait, first come first served."""
-        left: deque[_Waiter] = deque()
-        while self._waiters:
-            waiter = self._waiters.popleft()
+        """Gives free slots to those who wait, in turn."""
+
+        def give(waiter: _Waiter) -> bool | None:
             if waiter.instance.done():
-                continue
+                # Cancelled in this moment; it leaves by itself.
+                return False
             instance = self._choose(waiter.avoid, waiter.gpu)
-            if instance is not None:
-                instance.take()
-                waiter.instance.set_result(instance)
-                continue
-            left.append(waiter)
-            if not waiter.avoid:
-                # Nothing at all is free, so nobody behind can be served either.
-                break
-        left.extend(self._waiters)
-        self._waiters = left
+            if instance is None:
+                # Where one who takes any instance gets none, nobody can be served.
+                return False if waiter.avoid else None
+            self._take(instance, waiter.user)
+            waiter.instance.set_result(instance)
+            return True
+
+        self._waiters.serve(give)
 
     def refused(self, instance: Instance) -> None:
         """The instance was full after all: others use it too. It is left alone for a moment."""
@@ -197,6 +257,29 @@ class Pool:
         while True:
             await asyncio.sleep(RESOLVE_SECONDS)
             await self._resolve()
+            self._renew_channels()
+
+    def _renew_channels(self) -> None:
+        """Opens the channels anew where the certificate was renewed: each shows the one that it was opened with."""
+        tls = self._settings.tls
+        try:
+            if tls is None or (version := version_of(tls)) == self._tls_version:
+                return
+            channels = {i.address: open_channel(i.address, tls, i.server_name) for i in self.instances.values()}
+        except Failure as failure:
+            logger.error("pool %s goes on with the certificate that was read before: %s", self.name, failure)
+            return
+        self._tls_version = version
+        for address, channel in channels.items():
+            instance = self.instances[address]
+            old, instance.channel = instance.channel, channel
+            if instance.watcher is not None:
+                instance.watcher.cancel()
+            instance.watcher = asyncio.create_task(self._watch(instance))
+            # What was begun there ends there.
+            closing = asyncio.create_task(old.close(_LONGEST_CALL_SECONDS))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _resolve(self) -> None:
         found: dict[str, str | None] = {}
@@ -227,13 +310,14 @@ class Pool:
                         logger.error("pool %s: %s", self.name, failure)
                     self._resolution_error = str(failure)
                     continue
-                instance = Instance(address, channel)
+                instance = Instance(address, channel, server_name=server_name)
                 self.instances[address] = instance
                 instance.watcher = asyncio.create_task(self._watch(instance))
         for address, instance in list(self.instances.items()):
             gone = address not in found and (complete or not instance.ready)
             if gone and instance.running == 0:
                 del self.instances[address]
+                self.set_aside.forget(address)
                 if instance.watcher is not None:
                     instance.watcher.cancel()
                 await instance.channel.close(None)
@@ -259,6 +343,8 @@ class Pool:
         instance.name = answer.instance
         instance.version = answer.version
         instance.devices = tuple(answer.devices)
+        instance.memory_total_bytes, instance.memory_free_bytes = answer.memory_total_bytes, answer.memory_free_bytes
+        instance.operations = tuple(answer.running)
         instance.slots_total = answer.slots_total
         # While the answer was under way tasks of our own came and went; to count the most of them errs on the side of
         # sending one too many, which the instance then refuses.
@@ -274,7 +360,7 @@ class Pool:
         """Tells those who have waited too long for any instance at all."""
         while True:
             await asyncio.sleep(min(1.0, self._settings.pool_wait_seconds / 4 + 0.01))
-            if any(instance.ready for instance in self.instances.values()):
+            if self.paused or any(instance.ready for instance in self.instances.values()):
                 self._last_ready = time.monotonic()
                 continue
             now = time.monotonic()
@@ -310,7 +396,7 @@ class Placement:
         Raises Unavailable where no such pool is configured.
         """
         if service == "runtime" and self.pools:
-            return max(self.pools.values(), key=lambda pool: (pool.slots > 0, pool.slots - pool.running - pool.waiting))
+            return max(self.pools.values(), key=Pool.room)
         if service not in self.pools:
             raise Unavailable(f"there is no pool {service!r}: set CRYOFLEET_POOL_{service.upper()}")
         return self.pools[service]

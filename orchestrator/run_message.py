@@ -66,6 +66,7 @@ def run_message(
         created_at=_timestamp(run.created_at),
         started_at=_timestamp(attempt.started_at),
         finished_at=_timestamp(attempt.finished_at),
+        owner=run.owner,
     )
     if pipeline is None:
         return message
@@ -207,9 +208,12 @@ def _struct(values: Mapping[str, Any]) -> Struct:
     return struct
 
 
-def _timestamp(seconds: float | None) -> Timestamp | None:
-    if seconds is None:
-        return None
+def timestamp(seconds: float) -> Timestamp:
+    """Of Unix time."""
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp
+
+
+def _timestamp(seconds: float | None) -> Timestamp | None:
+    return None if seconds is None else timestamp(seconds)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cryofleet.errors import AlreadyExists, FailedPrecondition, NotFound
+from cryofleet.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from orchestrator.garbage import Held
 
 QUEUED, RUNNING, SUCCEEDED, PARTIAL, FAILED, CANCELLED = (
@@ -43,6 +43,7 @@ _runs = sa.Table(
     sa.Column("definition", sa.Text, nullable=False),
     sa.Column("arguments", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float(53), nullable=False, index=True),
+    sa.Column("owner", sa.Text, nullable=False, server_default="", index=True),
 )
 _attempts = sa.Table(
     "cryofleet_attempts",
@@ -70,6 +71,14 @@ _orchestrators = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("heartbeat", sa.Float(53), nullable=False),
 )
+_pauses = sa.Table(
+    "cryofleet_pauses",
+    _metadata,
+    sa.Column("pool", sa.Text, primary_key=True),
+    sa.Column("paused_at", sa.Float(53), nullable=False),
+    sa.Column("paused_by", sa.Text, nullable=False),
+    sa.Column("because", sa.Text, nullable=False),
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class RunRow:
     definition: str
     arguments: dict[str, Any]
     created_at: float
+    owner: str = ""
+    """The user who submitted it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,16 @@ class AttemptRow:
     queued_at: float
     started_at: float | None
     finished_at: float | None
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A pool that begins nothing more."""
+
+    pool: str
+    paused_at: float
+    paused_by: str
+    because: str
 
 
 @dataclass
@@ -142,6 +163,8 @@ class RunStore:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+        self.on_ended: Callable[[str], None] = lambda state: None
+        """Told the state that an attempt has ended in, when this store has recorded it."""
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         self._create()
 
@@ -151,6 +174,19 @@ class RunStore:
         except (sa.exc.OperationalError, sa.exc.ProgrammingError, sa.exc.IntegrityError):
             # Another orchestrator that starts at the same time made them first.
             _metadata.create_all(self._engine)
+        try:
+            self._add_owner()
+        except (sa.exc.OperationalError, sa.exc.ProgrammingError):
+            self._add_owner()
+
+    def _add_owner(self) -> None:
+        """To a database from before runs had owners; those runs belong to nobody."""
+        known = {column["name"] for column in sa.inspect(self._engine).get_columns(_runs.name)}
+        if "owner" not in known:
+            with self._engine.begin() as connection:
+                connection.execute(sa.text(f"ALTER TABLE {_runs.name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''"))
+                for index in _runs.indexes:
+                    index.create(connection, checkfirst=True)
 
     def _clock(self, connection: sa.Connection) -> float:
         """Unix time by the database's clock, which all orchestrators share; SQLite's is this machine's."""
@@ -160,10 +196,11 @@ class RunStore:
 
     # Runs and attempts
 
-    def create(self, run: RunRow) -> bool:
+    def create(self, run: RunRow, most_active: int = 0) -> bool:
         """Keeps a new run with its first attempt. False where it is there already.
 
-        Raises AlreadyExists where another run has the id.
+        Raises AlreadyExists where another run has the id, ResourceExhausted where its owner has `most_active` runs
+        going on already; 0 is no limit.
         """
         with self._engine.begin() as connection:
             inserted = connection.execute(
@@ -173,12 +210,32 @@ class RunStore:
                 .returning(_runs.c.run_id)
             ).first()
             if inserted:
+                self._check_active(connection, run.owner, most_active)
                 self._add_attempt(connection, run.run_id, 1)
                 return True
         known = self.run(run.run_id)
         if (known.project, known.definition, known.arguments) != (run.project, run.definition, run.arguments):
             raise AlreadyExists(f"run {run.run_id} exists, with another pipeline or other arguments")
         return False
+
+    def _check_active(self, connection: sa.Connection, owner: str, most_active: int) -> None:
+        """Raises ResourceExhausted where the owner may start no more runs."""
+        if not most_active or not owner:
+            return
+        if connection.dialect.name != "sqlite":
+            # One at a time for each owner, until the transaction's end; SQLite has one writer at a time as it is.
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"cryofleet:{owner}"))))
+        going_on = connection.execute(
+            sa.select(sa.func.count())
+            .select_from(_attempts)
+            .join(_runs, _runs.c.run_id == _attempts.c.run_id)
+            .where(_runs.c.owner == owner, _attempts.c.state.in_(ACTIVE))
+        ).scalar_one()
+        if going_on >= most_active:
+            raise ResourceExhausted(
+                f"{owner} has {going_on} runs going on, and may have {most_active} (CRYOFLEET_MAX_RUNS_PER_USER): "
+                "wait until one has ended, or cancel one"
+            )
 
     def _add_attempt(self, connection: sa.Connection, run_id: str, attempt: int) -> bool:
         # What is returned says it: not every driver counts the rows of such an insert.
@@ -201,9 +258,14 @@ class RunStore:
         there = sa.exists(run.with_for_update(read=True, key_share=True).subquery().select())
         return self._insert(table).from_select(columns, sa.select(*values).where(there))
 
-    def next_attempt(self, run_id: str, after: int) -> bool:
-        """Adds the attempt that follows; false where somebody else just did. Raises NotFound."""
+    def next_attempt(self, run_id: str, after: int, most_active: int = 0) -> bool:
+        """Adds the attempt that follows; false where somebody else just did.
+
+        Raises NotFound, and ResourceExhausted as `create` does.
+        """
         with self._engine.begin() as connection:
+            owner = connection.execute(sa.select(_runs.c.owner).where(_runs.c.run_id == run_id)).scalar()
+            self._check_active(connection, owner or "", most_active)
             added = self._add_attempt(connection, run_id, after + 1)
         if not added:
             self.run(run_id)
@@ -243,8 +305,8 @@ class RunStore:
             raise NotFound(f"there is no run {run_id!r}")
         return _attempt_row(row)
 
-    def newest(self, project: str, limit: int) -> list[tuple[RunRow, AttemptRow]]:
-        """The newest runs of a project, or of all, each with its last attempt."""
+    def newest(self, project: str, limit: int, among: Iterable[str] | None = None) -> list[tuple[RunRow, AttemptRow]]:
+        """The newest runs of a project, or of all `among` these, each with its last attempt."""
         latest = (
             sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt"))
             .group_by(_attempts.c.run_id)
@@ -253,6 +315,8 @@ class RunStore:
         query = sa.select(_runs).order_by(_runs.c.created_at.desc()).limit(limit)
         if project:
             query = query.where(_runs.c.project == project)
+        if among is not None:
+            query = query.where(_runs.c.project.in_(sorted(among)))
         with self._engine.connect() as connection:
             runs = [_run_row(row) for row in connection.execute(query).mappings()]
             rows = connection.execute(
@@ -278,7 +342,7 @@ class RunStore:
         self, run_id: str, attempt: int, state: str, error: str = "", outputs: Mapping[str, Any] | None = None
     ) -> bool:
         """Ends an attempt that has not ended; false where it has."""
-        return self._change(
+        ended = self._change(
             run_id,
             attempt,
             ACTIVE,
@@ -287,6 +351,9 @@ class RunStore:
             outputs=json.dumps(outputs or {}),
             finished_at=time.time(),
         )
+        if ended:
+            self.on_ended(state)
+        return ended
 
     def _change(self, run_id: str, attempt: int, states: tuple[str, ...], **values: Any) -> bool:
         with self._engine.begin() as connection:
@@ -349,6 +416,23 @@ class RunStore:
                 uris.update(record.get("results", ()))
                 uris.update(_uris(record.get("outputs")))
         return Held(uris, since)
+
+    # Pools
+
+    def pause(self, pause: Pause) -> None:
+        """Keeps a pause, until the pool is resumed; of one that is paused already the first stays."""
+        with self._engine.begin() as connection:
+            connection.execute(self._insert(_pauses).values(**asdict(pause)).on_conflict_do_nothing())
+
+    def resume(self, pool: str) -> None:
+        """Ends a pool's pause, if it has one."""
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(_pauses).where(_pauses.c.pool == pool))
+
+    def pauses(self) -> dict[str, Pause]:
+        """Of the pools that are paused, by name."""
+        with self._engine.connect() as connection:
+            return {row["pool"]: Pause(**row) for row in connection.execute(sa.select(_pauses)).mappings()}
 
     # Orchestrators
 

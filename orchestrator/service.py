@@ -12,14 +12,17 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Value
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
+from cryofleet.access import audit
+from cryofleet.access.caller import current_caller
 from cryofleet.errors import FailedPrecondition, Failure, NotFound
 from cryofleet.server import CallContext, Instance, Service
 from cryofleet.server.failures import Draining
 from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
+from cryofleet.v1 import runtime_pb2
 from orchestrator import garbage
 from orchestrator.arguments import Argument
 from orchestrator.engine import ANSWER_SECONDS, Engine
@@ -27,8 +30,8 @@ from orchestrator.estimate import estimate_run
 from orchestrator.library import Library
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
-from orchestrator.run_message import ENDED, run_message
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, RunRow
+from orchestrator.run_message import ENDED, run_message, timestamp
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, SUCCEEDED, AttemptRow, Pause, RunRow
 
 service = Service(pb.DESCRIPTOR.services_by_name["OrchestratorService"])
 
@@ -50,6 +53,21 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
     )
     for name in engine.placement.pools:
         tasks.labels(name).set_function(functools.partial(engine.tasks_left, name))
+    runs = Gauge(
+        "cryofleet_runs", "Runs of all orchestrators that go on.", ("state",), registry=instance.metrics.registry
+    )
+    for state in ACTIVE:
+        runs.labels(state).set_function(functools.partial(engine.runs_going_on, state))
+    ended = Counter(
+        "cryofleet_runs_ended",
+        "Runs that ended here, by the state they ended in; a run that is resumed ends once more.",
+        ("state",),
+        registry=instance.metrics.registry,
+    )
+    for state in (SUCCEEDED, PARTIAL, FAILED, CANCELLED):
+        ended.labels(state)
+    engine.runs.on_ended = lambda state: ended.labels(state).inc()
+    instance.metrics.pages["/slots"] = functools.partial(_slots, engine)
     try:
         yield
     finally:
@@ -58,6 +76,12 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
 
 
 service.lifespan = _lifespan
+
+
+def _slots(engine: Engine) -> dict[str, Any]:
+    """Slots that each pool's waiting and running tasks take, one each: the signal that pools are scaled by."""
+    pools = {name: engine.tasks_left_by_kind(name) for name in engine.placement.pools}
+    return {"pools": {name: {**kinds, "all": sum(kinds.values())} for name, kinds in pools.items()}}
 
 
 def _engine(context: CallContext) -> Engine:
@@ -83,8 +107,10 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
         definition=text,
         arguments={name: value for name, value in values.items() if value is not None},
         created_at=time.time(),
+        owner=current_caller().user,
     )
-    if await engine.answer(engine.runs.create, run):
+    audit.note(run_id=run.run_id)
+    if await engine.answer(engine.runs.create, run, context.settings.max_runs_per_user):
         await engine.start_attempt(run.run_id, 1)
     return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
 
@@ -125,8 +151,28 @@ async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.E
 # Watching
 
 
+def _no_run(run_id: str) -> NotFound:
+    return NotFound(f"there is no run {run_id!r}")
+
+
+def _check_own(run_id: str, project: str) -> None:
+    """Raises NotFound for a run of another project, as for one that is not there: ids of others tell nothing."""
+    if not current_caller().may_use(project):
+        raise _no_run(run_id)
+    audit.note(project=project)
+
+
+async def _attempt(engine: Engine, run_id: str) -> AttemptRow:
+    """The last attempt at a run of the caller's projects. Raises NotFound."""
+    run = await engine.answer(engine.runs.run, run_id)
+    _check_own(run_id, run.project)
+    return await engine.answer(engine.runs.attempt, run_id)
+
+
 async def _run(engine: Engine, run_id: str) -> pb.Run:
+    """The run, of the caller's projects. Raises NotFound."""
     plan = await engine.plan(run_id, ANSWER_SECONDS)
+    _check_own(run_id, plan.project)
 
     def read() -> pb.Run:
         attempt = engine.runs.attempt(run_id)
@@ -162,7 +208,8 @@ async def watch_run(request: pb.WatchRunRequest, context: CallContext) -> AsyncI
 async def list_runs(request: pb.ListRunsRequest, context: CallContext) -> pb.ListRunsResponse:
     """The newest first."""
     engine = _engine(context)
-    found = await engine.answer(engine.runs.newest, request.project, request.limit or _DEFAULT_LIMIT)
+    among = current_caller().projects
+    found = await engine.answer(engine.runs.newest, request.project, request.limit or _DEFAULT_LIMIT, among)
     return pb.ListRunsResponse(runs=[run_message(run, attempt) for run, attempt in found])
 
 
@@ -173,7 +220,7 @@ async def list_runs(request: pb.ListRunsRequest, context: CallContext) -> pb.Lis
 async def cancel_run(request: pb.CancelRunRequest, context: CallContext) -> pb.CancelRunResponse:
     """Nothing happens to a run that has ended."""
     engine = _engine(context)
-    attempt = await engine.answer(engine.runs.attempt, request.run_id)
+    attempt = await _attempt(engine, request.run_id)
     if attempt.state in ACTIVE:
         await engine.cancel_attempt(request.run_id, attempt.attempt)
     return pb.CancelRunResponse(run=await _run(engine, request.run_id))
@@ -183,7 +230,7 @@ async def cancel_run(request: pb.CancelRunRequest, context: CallContext) -> pb.C
 async def resume_run(request: pb.ResumeRunRequest, context: CallContext) -> pb.ResumeRunResponse:
     """Nothing happens to a run that is going on or has succeeded."""
     engine = _engine(context)
-    attempt = await engine.answer(engine.runs.attempt, request.run_id)
+    attempt = await _attempt(engine, request.run_id)
     if attempt.state == PARTIAL:
         raise FailedPrecondition(f"run {request.run_id} ended, with items set aside: retry it instead of resuming it")
     if attempt.state in (FAILED, CANCELLED):
@@ -195,7 +242,7 @@ async def resume_run(request: pb.ResumeRunRequest, context: CallContext) -> pb.R
 async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.RetryRunResponse:
     """What is finished is found in the store; only what was set aside, and what needs it, is done."""
     engine = _engine(context)
-    attempt = await engine.answer(engine.runs.attempt, request.run_id)
+    attempt = await _attempt(engine, request.run_id)
     if attempt.state == PARTIAL:
         await _next_attempt(engine, request.run_id, attempt.attempt)
     elif attempt.state not in ACTIVE:
@@ -209,12 +256,14 @@ async def retry_run(request: pb.RetryRunRequest, context: CallContext) -> pb.Ret
 @service.rpc("ForgetRun")
 async def forget_run(request: pb.ForgetRunRequest, context: CallContext) -> pb.ForgetRunResponse:
     """The record alone; what only this run needed is garbage from now on."""
-    await _engine(context).forget(request.run_id)
+    engine = _engine(context)
+    await _attempt(engine, request.run_id)
+    await engine.forget(request.run_id)
     return pb.ForgetRunResponse()
 
 
 async def _next_attempt(engine: Engine, run_id: str, after: int) -> None:
-    await engine.answer(engine.runs.next_attempt, run_id, after)
+    await engine.answer(engine.runs.next_attempt, run_id, after, engine.settings.max_runs_per_user)
     await engine.start_attempt(run_id, after + 1)
 
 
@@ -265,25 +314,72 @@ async def get_pools(request: pb.GetPoolsRequest, context: CallContext) -> pb.Get
     """As this orchestrator sees them; the tasks are those of all."""
     engine = _engine(context)
     await engine.count_tasks()
-    response = pb.GetPoolsResponse()
-    for name, pool in engine.placement.pools.items():
-        status = response.pools.add(
-            name=name,
-            tasks_running=pool.running,
-            tasks_queued=max(pool.waiting, engine.tasks_left(name) - pool.running),
+    return pb.GetPoolsResponse(pools=[_pool(engine, name) for name in engine.placement.pools])
+
+
+def _pool(engine: Engine, name: str) -> pb.PoolStatus:
+    pool, pause = engine.placement.pools[name], engine.pauses.get(name)
+    status = pb.PoolStatus(
+        name=name,
+        tasks_running=pool.running,
+        tasks_queued=max(pool.waiting, engine.tasks_left(name) - pool.running),
+    )
+    if pause is not None:
+        status.paused_at.CopyFrom(timestamp(pause.paused_at))
+        status.paused_by, status.paused_because = pause.paused_by, pause.because
+    for instance in sorted(pool.instances.values(), key=lambda each: each.address):
+        until = pool.set_aside.until(instance.address)
+        status.instances.add(
+            address=instance.address,
+            instance=instance.name,
+            ready=instance.ready,
+            slots_total=instance.slots_total,
+            slots_free=max(0, instance.free),
+            devices=instance.devices,
+            version=instance.version,
+            error=instance.error,
+            set_aside_until=None if until is None else timestamp(until),
+            set_aside_causes=[] if until is None else pool.set_aside.causes(instance.address),
+            memory_total_bytes=instance.memory_total_bytes,
+            memory_free_bytes=instance.memory_free_bytes,
+            running=[_running(operation) for operation in instance.operations] if instance.ready else [],
         )
-        for instance in sorted(pool.instances.values(), key=lambda each: each.address):
-            status.instances.add(
-                address=instance.address,
-                instance=instance.name,
-                ready=instance.ready,
-                slots_total=instance.slots_total,
-                slots_free=max(0, instance.free),
-                devices=instance.devices,
-                version=instance.version,
-                error=instance.error,
-            )
-    return response
+    return status
+
+
+def _running(operation: runtime_pb2.RunningOperation) -> runtime_pb2.RunningOperation:
+    """What an instance works on; of which run only for those who may use its project."""
+    if current_caller().may_use(operation.project):
+        return operation
+    return runtime_pb2.RunningOperation(
+        operation=operation.operation, started_at=operation.started_at, fraction=operation.fraction
+    )
+
+
+@service.rpc("PausePool")
+async def pause_pool(request: pb.PausePoolRequest, context: CallContext) -> pb.PausePoolResponse:
+    """Nothing changes where it is paused already."""
+    engine = _engine(context)
+    _check_pool(engine, request.pool)
+    pause = Pause(request.pool, time.time(), current_caller().user, request.because)
+    await engine.answer(engine.runs.pause, pause)
+    await engine.read_pauses()
+    return pb.PausePoolResponse(pool=_pool(engine, request.pool))
+
+
+@service.rpc("ResumePool")
+async def resume_pool(request: pb.ResumePoolRequest, context: CallContext) -> pb.ResumePoolResponse:
+    """Nothing changes where it is not paused."""
+    engine = _engine(context)
+    _check_pool(engine, request.pool)
+    await engine.answer(engine.runs.resume, request.pool)
+    await engine.read_pauses()
+    return pb.ResumePoolResponse(pool=_pool(engine, request.pool))
+
+
+def _check_pool(engine: Engine, name: str) -> None:
+    if name not in engine.placement.pools:
+        raise NotFound(f"there is no pool {name!r}; there are {', '.join(engine.placement.pools)}")
 
 
 # The store

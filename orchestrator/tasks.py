@@ -7,6 +7,8 @@ does; it returns an outcome, which the workflow keeps.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import random
 import re
@@ -24,6 +26,7 @@ from cryofleet.channels import (
     REASON_BUSY,
     REASON_DRAINING,
     REASON_NEVER_FITS,
+    REASON_TOO_LARGE,
     reason_of,
 )
 from cryofleet.errors import Failure, InvalidArgument, Unavailable
@@ -39,7 +42,7 @@ SILENCE_SECONDS = 60.0
 MAX_FAILED_INSTANCES = 3
 """A task that failed on so many different instances is given up."""
 _MAX_FAILURES = {"INTERNAL": 2, "UNKNOWN": 2, "DATA_LOSS": 2, "RESOURCE_EXHAUSTED": 2, "STALLED": 2}
-"""How often a task may fail in one way before it is given up."""
+"""How often a task may fail in one way before it is given up, where no instance is left that has not tried it."""
 _MAX_LOST = 5
 _BACKOFF_SECONDS = (0.2, 10.0)
 _BEGUN_SECONDS = 1.0
@@ -82,6 +85,13 @@ class TaskRequest:
     project: str
     operation: str
     fields: dict[str, Any]
+    user: str = ""
+    """Whose turn it takes where users wait for a pool."""
+
+    def content(self) -> str:
+        """What is the same for two tasks that do the same."""
+        text = json.dumps([self.operation, self.project, self.fields], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 Report = Callable[[float, str], None]
@@ -96,11 +106,18 @@ class _Silent(Exception):
     pass
 
 
+class _Garbled(Exception):
+    pass
+
+
 @dataclass
 class _History:
     """How a task has failed so far."""
 
+    content: str
     failures: dict[str, int] = field(default_factory=dict)
+    causes: dict[str, str] = field(default_factory=dict)
+    """By instance, the last of each."""
     lost: int = 0
     attempts: int = 0
     failed_on: set[str] = field(default_factory=set)
@@ -183,12 +200,34 @@ class TaskRunner:
     async def _call_until_done(
         self, task: TaskRequest, operation: Operation, request: Message, report: Report
     ) -> Outcome:
-        history = _History()
+        history = _History(task.content())
+        pools: set[Pool] = set()
+        try:
+            outcome = await self._try(task, operation, request, report, history, pools)
+        except _GiveUp:
+            for pool in pools:
+                pool.set_aside.given_up(history.content)
+            raise
+        finally:
+            for pool in pools:
+                pool.set_aside.left(history.content)
+        return outcome
+
+    async def _try(
+        self,
+        task: TaskRequest,
+        operation: Operation,
+        request: Message,
+        report: Report,
+        history: _History,
+        pools: set[Pool],
+    ) -> Outcome:
         while True:
             pool = self._placement.pool(operation.service)
+            pools.add(pool)
             avoid = frozenset(history.failed_on | history.unfit)
-            report(0.0, f"waiting for a slot of {pool.name}")
-            async with pool.slot(avoid, gpu=operation.pool == "gpu") as instance:
+            report(0.0, f"{pool.name} is paused" if pool.paused else f"waiting for a slot of {pool.name}")
+            async with pool.slot(avoid, operation.pool == "gpu", task.user) as instance:
                 report(0.0, operation.name)
                 started = time.monotonic()
                 history.attempts += 1
@@ -196,15 +235,18 @@ class TaskRunner:
                 try:
                     outcome = await self._call(task, operation, request, instance, report, history)
                     outcome["attempts"] = history.attempts
+                    pool.set_aside.done(instance.address, history.content, started)
                     return outcome
                 except grpc.aio.AioRpcError as error:
                     history.begun |= time.monotonic() - started >= _BEGUN_SECONDS
                     pause = self._judge(error, pool, instance, history, task)
                 except _Stalled as error:
-                    pause = self._count("STALLED", "DEADLINE_EXCEEDED", str(error), instance, history)
+                    pause = self._count("STALLED", "DEADLINE_EXCEEDED", str(error), pool, instance, history)
+                except _Garbled as error:
+                    pause = self._count("INTERNAL", "INTERNAL", str(error), pool, instance, history)
                 except _Silent as error:
                     instance.set_away(str(error))
-                    pause = self._count_lost(str(error), instance, history)
+                    pause = self._count_lost(str(error), pool, instance, history)
             if pause:
                 history.pauses += 1
                 await _pause(history.pauses)
@@ -255,9 +297,7 @@ class TaskRunner:
         if result is None:
             raise _Silent(f"instance {instance.name} ended {operation.name} without a result")
         if provenance.task_key != task.key:
-            raise _GiveUp(
-                "INTERNAL", f"instance {instance.name} answered task {task.key} with that of {provenance.task_key!r}"
-            )
+            raise _Garbled(f"instance {instance.name} answered task {task.key} with that of {provenance.task_key!r}")
         return {
             "status": "OK",
             "result": portable(result_to_mapping(result)),
@@ -282,9 +322,12 @@ class TaskRunner:
                 history.attempts -= 1
                 pool.refused(instance)
                 return False
+            case "RESOURCE_EXHAUSTED" if reason == REASON_TOO_LARGE:
+                raise _GiveUp(status, details)
             case "RESOURCE_EXHAUSTED" if not reason:
                 # No disk space, say: waits, as for storage that is away, but not for ever.
                 pool.refused(instance)
+                pool.set_aside.failed(instance.address, history.content, f"{status}: {details}", shared=True)
                 self._wait_patiently(status, details, history)
                 return True
             case "UNAVAILABLE" if reason == REASON_DRAINING:
@@ -298,8 +341,9 @@ class TaskRunner:
                     history.attempts -= 1
                     self._wait_patiently(status, details, history)
                     return True
-                return self._count_lost(f"instance {instance.name} was lost: {details}", instance, history)
+                return self._count_lost(f"instance {instance.name} was lost: {details}", pool, instance, history)
             case "UNAVAILABLE":
+                pool.set_aside.failed(instance.address, history.content, f"{status}: {details}", shared=True)
                 self._wait_patiently(status, details, history)
                 return True
             case "FAILED_PRECONDITION" | "UNIMPLEMENTED" if reason == REASON_NEVER_FITS or status == "UNIMPLEMENTED":
@@ -308,11 +352,11 @@ class TaskRunner:
                     raise _GiveUp(status, details)
                 return False
             case "DEADLINE_EXCEEDED":
-                return self._count_lost(details, instance, history)
+                return self._count_lost(details, pool, instance, history)
             case _ if status in _MAX_FAILURES:
                 about = {"run_id": task.run_id, "task_key": task.key}
                 logger.warning("%s on instance %s: %s", status, instance.name, details, extra=about)
-                return self._count(status, status, details, instance, history)
+                return self._count(status, status, details, pool, instance, history)
             case _:
                 raise _GiveUp(status, details)
 
@@ -323,24 +367,38 @@ class TaskRunner:
         if now - history.waiting_since > self._settings.pool_wait_seconds:
             raise _GiveUp(status, f"{details} (waited {now - history.waiting_since:.0f} s)")
 
-    def _count(self, kind: str, status: str, cause: str, instance: Instance, history: _History) -> bool:
-        history.failures[kind] = history.failures.get(kind, 0) + 1
-        history.failed_on.add(instance.address)
-        if history.failures[kind] >= _MAX_FAILURES[kind]:
-            raise _GiveUp(status, f"{cause} (tried {history.failures[kind]} times)")
-        if len(history.failed_on) >= MAX_FAILED_INSTANCES:
-            raise _GiveUp(status, f"{cause} (failed on {len(history.failed_on)} instances)")
+    def _count(self, kind: str, status: str, cause: str, pool: Pool, instance: Instance, history: _History) -> bool:
+        history.failures[kind] = tries = history.failures.get(kind, 0) + 1
+        pool.set_aside.failed(instance.address, history.content, f"{status}: {cause}")
+        self._note(status, cause, instance, history)
+        if tries >= _MAX_FAILURES[kind] and not pool.has_other(history.failed_on | history.unfit):
+            raise _GiveUp(status, f"{_causes(history)} (tried {tries} times)")
         return True
 
-    def _count_lost(self, cause: str, instance: Instance, history: _History) -> bool:
+    def _count_lost(self, cause: str, pool: Pool, instance: Instance, history: _History) -> bool:
         """A call that broke off: perhaps the task itself ends the processes that try it."""
         history.lost += 1
-        history.failed_on.add(instance.address)
+        pool.set_aside.lost(instance.address, history.content, f"UNAVAILABLE: {cause}")
+        self._note("UNAVAILABLE", cause, instance, history)
         if history.lost >= _MAX_LOST:
-            raise _GiveUp("UNAVAILABLE", f"{cause} (lost {history.lost} times)")
-        if len(history.failed_on) >= MAX_FAILED_INSTANCES:
-            raise _GiveUp("UNAVAILABLE", f"{cause} (failed on {len(history.failed_on)} instances)")
+            raise _GiveUp("UNAVAILABLE", f"{_causes(history)} (lost {history.lost} times)")
         return True
+
+    def _note(self, status: str, cause: str, instance: Instance, history: _History) -> None:
+        """Keeps why the task failed there. Raises _GiveUp where that was one instance too many."""
+        history.failed_on.add(instance.address)
+        history.causes[instance.name or instance.address] = cause
+        if len(history.failed_on) >= MAX_FAILED_INSTANCES:
+            raise _GiveUp(status, f"{_causes(history)} (failed on {len(history.failed_on)} instances)")
+
+
+def _causes(history: _History) -> str:
+    """Why a task failed: on each instance where that differs."""
+    if len(set(history.causes.values())) == 1:
+        return next(iter(history.causes.values()))
+    return "; ".join(
+        cause if f"instance {name}" in cause else f"{name}: {cause}" for name, cause in history.causes.items()
+    )
 
 
 async def _pause(count: int) -> None:

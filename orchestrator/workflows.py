@@ -333,7 +333,8 @@ async def _tasks(
         name = f"{place}#{number}"
         with (
             SetWorkflowID(workflow_id(plan.run_id, attempt, name)),
-            SetEnqueueOptions(queue_partition_key=operation.service),
+            # A share of the queue for each user, so that nobody waits behind all that another one has queued.
+            SetEnqueueOptions(queue_partition_key=f"{operation.service}/{plan.user}"),
         ):
             handles.append(
                 await DBOS.enqueue_workflow_async(
@@ -423,7 +424,7 @@ def _cover(unit: Unit, outcomes: list[Outcome]) -> None:
 
 
 async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, scope: Values, unit: Unit) -> StepResult:
-    """A foreach. Items that fail are set aside; only where all do, the step fails.
+    """A foreach. Items that fail are set aside; only where all do, or where it is strict, the step fails.
 
     An item that is None was set aside, or left out, by the step that the list is from: nothing is done for it. Outputs
     have None in its place, as in those of items that are set aside here.
@@ -462,6 +463,16 @@ async def _mapped(plan: Plan, attempt: int, place: str, path: str, step: Step, s
             "input_uri": unit.problems[0]["input_uri"],
         }
     set_aside = there - len(good) + sum(result.get("set_aside", 0) for result in good)
+    if step.strict and len(good) < there:
+        problem = unit.problems[0]
+        failed = f"{there - len(good)} of {there} items failed, and the step is strict"
+        return {
+            "place": place,
+            "state": FAILED,
+            "status": problem["status"],
+            "cause": f"{failed}; the first: {problem['cause']}",
+            "input_uri": problem["input_uri"],
+        }
     return {
         "place": place,
         "state": PARTIAL if set_aside else SUCCEEDED,
@@ -550,10 +561,10 @@ async def _mapped_items(
         if item is None:
             handles.append(None)
             continue
-        # Items wait for what is inside them, so each depth has a share of the queue of its own.
+        # Items wait for what is inside them, so each depth has a share of the queue of its own, for each user.
         with (
             SetWorkflowID(workflow_id(plan.run_id, attempt, name)),
-            SetEnqueueOptions(queue_partition_key=f"items-{depth}"),
+            SetEnqueueOptions(queue_partition_key=f"items-{depth}/{plan.user}"),
         ):
             handles.append(
                 await DBOS.enqueue_workflow_async(

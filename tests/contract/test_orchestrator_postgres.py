@@ -273,6 +273,53 @@ async def test_callers_are_told_that_postgresql_is_away_and_the_run_goes_on(post
         database.dispose()
 
 
+async def test_a_pause_holds_for_all_orchestrators(postgres: str, home: Path) -> None:
+    service = FakeService("worker", slots=8)
+    await service.start(f"unix:{home}/worker.sock")
+    orchestrators = Orchestrators(
+        home,
+        {
+            "CRYOFLEET_HOME": str(home),
+            "CRYOFLEET_DATABASE": postgres,
+            "CRYOFLEET_LOG_LEVEL": "WARNING",
+            "CRYOFLEET_POOL_IO": f"unix:{home}/worker.sock",
+        },
+    )
+    await orchestrators.open()
+    processes = [await orchestrators.start(name) for name in ("d", "e")]
+    try:
+        async with open_channel(f"unix:{home}/d/o.sock") as to_d, open_channel(f"unix:{home}/e/o.sock") as to_e:
+            d: Any = orchestrator_pb2_grpc.OrchestratorServiceStub(to_d)
+            e: Any = orchestrator_pb2_grpc.OrchestratorServiceStub(to_e)
+            for stub in (d, e):
+                await stub.ListRuns(pb.ListRunsRequest(), wait_for_ready=True, timeout=60)
+
+            async def paused(stub: Any) -> bool:
+                pools = {pool.name: pool for pool in (await stub.GetPools(pb.GetPoolsRequest())).pools}
+                return bool(pools["io"].HasField("paused_at"))
+
+            await d.PausePool(pb.PausePoolRequest(pool="io"))
+            assert await paused(d)
+            async with asyncio.timeout(20):
+                while not await paused(e):
+                    await asyncio.sleep(0.1)
+            arguments = Struct()
+            arguments.update({"numbers": list(range(TASKS))})
+            for stub, run_id in ((d, "of-d"), (e, "of-e")):
+                request = pb.SubmitRunRequest(pipeline_yaml=PIPELINE, arguments=arguments, run_id=run_id)
+                await stub.SubmitRun(request)
+            await asyncio.sleep(2)
+            assert not service.calls
+            await e.ResumePool(pb.ResumePoolRequest(pool="io"))
+            for run_id in ("of-d", "of-e"):
+                assert (await ended(d, run_id)).state == pb.RUN_STATE_SUCCEEDED
+    finally:
+        for process in processes:
+            await kill(process)
+        await orchestrators.close()
+        await service.kill()
+
+
 async def _end(watch: Any) -> None:
     async for _ in watch:
         pass

@@ -158,10 +158,10 @@ class Platform:
         self.settings = settings_in(home, pools={"io": self.address})
         self.engine = Engine(self.settings, self.store)
 
-    async def submit(self, text: str, run_id: str = "run", **arguments: Any) -> None:
+    async def submit(self, text: str, run_id: str = "run", owner: str = "", **arguments: Any) -> None:
         pipeline = load(text, "test.yaml")
         values = {name: value for name, value in pipeline.bind(arguments).items() if value is not None}
-        row = RunRow(run_id, "default", pipeline.name, "test.yaml", text, values, time.time())
+        row = RunRow(run_id, "default", pipeline.name, "test.yaml", text, values, time.time(), owner)
         assert await self.engine.in_thread(self.engine.runs.create, row)
         await self.engine.start_attempt(run_id, 1)
 

@@ -54,7 +54,7 @@ async def test_each_address_of_a_name_is_asked(home: Path, monkeypatch: pytest.M
 
     asked = []
 
-    def channel(address: str, tls: Any, server_name: str | None = None) -> grpc.Channel:
+    def channel(address: str, tls: Any, server_name: str | None = None, token: Any = None) -> grpc.Channel:
         if address.startswith("unix:"):
             return open_blocking_channel(address)
         asked.append((address, server_name))

@@ -20,6 +20,7 @@ from cryofleet.particles import Particles
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
 from orchestrator import tasks
+from orchestrator.runs import Pause
 from tests.unit.orchestrator.fake import Platform, running_platform
 
 MAPPED = """
@@ -197,9 +198,28 @@ async def test_a_failed_item_is_set_aside_and_retried_alone(platform: Platform) 
     await platform.next_attempt()
     run = await platform.ended()
     assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 2)
-    assert platform.service.calls == ["run:2/each[3]", "run:2/each[70]"]
+    assert sorted(platform.service.calls) == ["run:2/each[3]", "run:2/each[70]"]
     assert outputs(run)["indices"] == list(range(80))
     assert not run.set_aside
+
+
+async def test_a_strict_foreach_fails_once_all_items_have_ended(platform: Platform) -> None:
+    platform.service.behave = fails_for(1, 3)
+    strict = MAPPED.replace("foreach: ${numbers}", "foreach: ${numbers}\n    strict: true")
+    await platform.submit(strict, numbers=list(range(10)))
+    run = await platform.ended()
+    assert (run.state, states(run)) == (pb.RUN_STATE_FAILED, {"each": "FAILED"})
+    assert run.error == (
+        "step each failed: INVALID_ARGUMENT: 2 of 10 items failed, and the step is strict; the first: index 1 is bad"
+    )
+    assert [each.item for each in run.set_aside] == ["1", "3"]
+    assert (run.steps[0].tasks_done, run.steps[0].tasks_set_aside) == (8, 2)
+    platform.service.behave = None
+    platform.service.calls.clear()
+    await platform.next_attempt()
+    run = await platform.ended()
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert sorted(platform.service.calls) == ["run:2/each[1]", "run:2/each[3]"], "the others are found in the store"
 
 
 async def test_only_what_needs_a_failed_item_is_left_out(platform: Platform) -> None:
@@ -393,6 +413,45 @@ async def test_a_restart_goes_on_where_it_was(platform: Platform) -> None:
     assert outputs(run)["indices"] == list(range(40))
     assert not finished & set(platform.service.calls), "what was recorded is not done again"
     assert len(finished) + len(set(platform.service.calls)) + run.steps[0].tasks_cached == 40
+
+
+async def test_a_pause_holds_over_a_restart(platform: Platform) -> None:
+    await platform.submit(MAPPED, numbers=list(range(40)), seconds=0.05)
+    await platform.until(lambda: len(platform.service.done) >= 4)
+    platform.engine.runs.pause(Pause("io", 1.0, "ana", "new disks"))
+    platform.engine.runs.pause(Pause("io", 2.0, "ben", "the first stays"))
+    await platform.engine.read_pauses()
+    pool = platform.engine.placement.pools["io"]
+    assert pool.waiting > 0
+    await platform.until(lambda: pool.running == 0)
+    calls = len(platform.service.calls)
+    assert len(platform.service.done) == calls, "what runs ends"
+    await asyncio.sleep(0.3)
+    assert len(platform.service.calls) == calls < 40, "and nothing is begun"
+    await platform.engine.stop()
+    await platform.restart_stopped()
+    assert platform.engine.pauses["io"] == Pause("io", 1.0, "ana", "new disks")
+    await platform.until(lambda: platform.run().steps[0].phase == "io is paused")
+    assert len(platform.service.calls) == calls
+    platform.engine.runs.resume("io")
+    await platform.engine.read_pauses()
+    run = await platform.ended()
+    assert (run.state, outputs(run)["indices"]) == (pb.RUN_STATE_SUCCEEDED, list(range(40)))
+
+
+async def test_a_small_run_does_not_wait_behind_a_large_one_of_another_user(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.workflows.CHUNK_TASKS", 4)
+    await platform.submit(MAPPED, "large", "ana", numbers=list(range(240)), seconds=0.05)
+    await platform.until(lambda: len(platform.service.done) >= 8)
+    assert platform.service.peak == platform.service.slots, "alone she has them all"
+    await platform.submit(MAPPED, "small", "ben", numbers=list(range(1000, 1020)), seconds=0.05)
+    run = await platform.ended("small")
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    done = sum(key.startswith("large") for key in platform.service.done)
+    assert done < 150, "all of hers was queued before all of his"
+    await platform.engine.cancel_attempt("large", 1)
 
 
 async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:

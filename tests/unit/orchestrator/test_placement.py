@@ -111,6 +111,36 @@ async def test_names_are_resolved_again_and_again(home: Path, monkeypatch: pytes
             await service.kill()
 
 
+async def test_a_new_instance_takes_work_within_ten_seconds(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = {ip: FakeService(ip, 1) for ip in ("10.0.0.1", "10.0.0.2")}
+    answers = ["10.0.0.1"]
+
+    async def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in answers]
+
+    def open_unix(address: str, tls: Any, server_name: str | None) -> Any:
+        return open_channel(f"unix:{home}/{address.partition(':')[0]}")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    monkeypatch.setattr(placement, "open_channel", open_unix)
+    pool = Pool("learning", "dns:///learning.cluster:7000", settings_in(home, pools={}))
+    await services["10.0.0.1"].start(f"unix:{home}/10.0.0.1")
+    await pool.start()
+    try:
+        async with pool.slot():
+            waiting = asyncio.create_task(_name_of_slot(pool))
+            await asyncio.sleep(0.1)
+            assert pool.waiting == 1
+            await services["10.0.0.2"].start(f"unix:{home}/10.0.0.2")
+            answers.append("10.0.0.2")
+            async with asyncio.timeout(10):
+                assert await waiting == "10.0.0.2"
+    finally:
+        await pool.close()
+        for service in services.values():
+            await service.kill()
+
+
 async def _name_of_slot(pool: Pool) -> str:
     async with pool.slot() as instance:
         return instance.name
@@ -142,6 +172,45 @@ async def test_leaving_the_queue_gives_back_what_was_just_given(home: Path) -> N
     assert await waiters[1] == "one"
     assert await waiters[2] == "one"
     assert (pool.running, pool.waiting, pool.instances["one"].running) == (0, 0, 0)
+    await pool.close()
+
+
+async def test_a_paused_pool_gives_no_slots_and_loses_no_patience(home: Path) -> None:
+    pool = Pool("io", "", settings_in(home, pools={}, pool_wait_seconds=0.1))
+    await pool.start()
+    pool.instances["one"] = Instance("one", open_channel(f"unix:{home}/one"), "one", ready=True, slots_total=2)
+    async with pool.slot() as running:
+        pool.set_paused(True)
+        waiting = asyncio.create_task(_name_of_slot(pool))
+        pool.instances["one"].set_away("is away")
+        await asyncio.sleep(0.4)
+        assert not waiting.done(), "neither a slot, nor that there is none"
+        pool.instances["one"].ready = True
+        assert (running.running, pool.waiting) == (1, 1)
+        pool.set_paused(False)
+        assert await waiting == "one"
+    await pool.close()
+
+
+async def test_users_take_turns_for_the_slots_of_a_pool(home: Path) -> None:
+    pool = Pool("io", "", settings_in(home, pools={}))
+    pool.instances["one"] = Instance("one", open_channel(f"unix:{home}/one"), "one", ready=True, slots_total=2)
+    order: list[str] = []
+
+    async def work(user: str) -> None:
+        async with pool.slot(user=user):
+            order.append(user)
+            await asyncio.sleep(0.01)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(work("ana"))
+        await asyncio.sleep(0)
+        assert order == ["ana", "ana"], "alone she has them all"
+        for _ in range(5):
+            group.create_task(work("ben"))
+    assert order[2:12].count("ben") == 5, "then every other slot is his"
+    assert order[12:] == ["ana"] * 13
     await pool.close()
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cryofleet.channels import REASON_DRAINING, REASON_KEY, REASON_NEVER_FITS
+from cryofleet.channels import REASON_DRAINING, REASON_KEY, REASON_NEVER_FITS, REASON_TOO_LARGE
 from cryofleet.operations import find_operation
 from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2, runtime_pb2
-from orchestrator import tasks
+from orchestrator import set_aside, tasks
 from orchestrator.cache import ResultCache
 from orchestrator.placement import Placement
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
@@ -305,6 +305,99 @@ async def test_an_instance_that_is_too_small_is_left_for_a_larger_one(home: Home
     made.services[1].behave = failing(grpc.StatusCode.FAILED_PRECONDITION, 99, "needs 9 GiB", REASON_NEVER_FITS)
     outcome = await made.do()
     assert (outcome["status"], outcome["cause"]) == ("FAILED_PRECONDITION", "needs 9 GiB")
+
+
+async def test_what_is_too_large_is_given_up_at_once(home: Home) -> None:
+    made = await instances(home, 2)
+    for service in made.services:
+        service.behave = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 99, "of 9 GiB", REASON_TOO_LARGE)
+    outcome = await made.do()
+    assert (outcome["status"], outcome["cause"]) == ("RESOURCE_EXHAUSTED", "of 9 GiB")
+    assert sum(len(service.calls) for service in made.services) == 1
+
+
+async def test_a_task_that_fails_on_three_instances_is_given_up_with_all_causes(home: Home) -> None:
+    made = await instances(home, 4)
+    await _ready(made)
+    for service in made.services:
+        service.behave = failing(grpc.StatusCode.INTERNAL, 99, f"of {service.name}")
+    outcome = await made.do()
+    tried = made.calls
+    assert len(set(tried)) == len(tried) == 3
+    assert outcome["status"] == "INTERNAL"
+    assert outcome["cause"].endswith(" (failed on 3 instances)")
+    for name in tried:
+        assert f"{name}: of {name}" in outcome["cause"]
+    aside = made.placement.pools["io"].set_aside
+    assert all(aside.works(address) and not aside.causes(address) for address in made.addresses)
+
+
+async def test_an_instance_that_fails_what_others_do_is_set_aside_and_tried_again(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(set_aside, "SECONDS", (0.6, 3.0))
+    made = await instances(home, 2, slots=2)
+    await _ready(made)
+    bad, good = made.services
+    bad.behave = failing(grpc.StatusCode.INTERNAL, 10**6, "CUDA error")
+    outcomes = await asyncio.gather(*(made.do(index, seconds=0.02) for index in range(40)))
+    assert all(outcome["status"] == "OK" for outcome in outcomes)
+    assert len(good.done) == 40
+    aside = made.placement.pools["io"].set_aside
+    assert not aside.works(made.addresses[0])
+    assert aside.causes(made.addresses[0]) == ["INTERNAL: CUDA error"]
+    assert 3 <= len(bad.calls) <= 5, "those that were there already, and perhaps a trial"
+    async with asyncio.timeout(5):
+        while not aside.on_trial(made.addresses[0]):
+            await asyncio.sleep(0.01)
+    before = len(bad.calls)
+    assert (await made.do(100))["status"] == "OK"
+    assert len(bad.calls) == before + 1, "one task is tried there, and then done elsewhere"
+    assert not aside.on_trial(made.addresses[0])
+    bad.behave = None
+    async with asyncio.timeout(5):
+        while not aside.on_trial(made.addresses[0]):
+            await asyncio.sleep(0.01)
+    bad.peak = 0
+    bad.done.clear()
+    outcomes = await asyncio.gather(*(made.do(index, seconds=0.05) for index in range(200, 212)))
+    assert all(outcome["attempts"] == 1 for outcome in outcomes)
+    assert aside.works(made.addresses[0])
+    assert bad.peak == 2, "after its trial it takes work as before"
+
+
+async def test_an_instance_that_answers_for_other_tasks_is_set_aside(home: Home) -> None:
+    made = await instances(home, 2)
+    await _ready(made)
+    made.services[0].answers_for = "another"
+    outcomes = await asyncio.gather(*(made.do(index) for index in range(12)))
+    assert all(outcome["status"] == "OK" and outcome["result"]["instance"] == "i1" for outcome in outcomes)
+    aside = made.placement.pools["io"].set_aside
+    assert not aside.works(made.addresses[0])
+    assert "with that of 'another'" in aside.causes(made.addresses[0])[0]
+
+
+async def test_wrong_arguments_set_no_instance_aside(home: Home) -> None:
+    made = await instances(home, 2)
+    await _ready(made)
+    for service in made.services:
+        service.behave = failing(grpc.StatusCode.INVALID_ARGUMENT, 99, "no such thing")
+    await asyncio.gather(*(made.do(index) for index in range(12)))
+    aside = made.placement.pools["io"].set_aside
+    assert all(aside.works(address) for address in made.addresses)
+
+
+async def test_where_only_set_aside_instances_are_left_they_are_tried_at_once(home: Home) -> None:
+    made = await instances(home, 2)
+    await _ready(made)
+    aside = made.placement.pools["io"].set_aside
+    for number in range(3):
+        aside.failed(made.addresses[0], f"{number}", "INTERNAL: once")
+    assert not aside.works(made.addresses[0])
+    await made.services[1].kill()
+    outcomes = await asyncio.gather(*(made.do(index, seconds=0.01) for index in range(6)))
+    assert all(outcome["status"] == "OK" for outcome in outcomes)
+    assert aside.works(made.addresses[0])
 
 
 async def test_wrong_fields_are_an_outcome_too(home: Home) -> None:
