@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make protos · make bench
+# make demo · make test · make lint · make protos · make bench · make images · make manifests
 # Everything works from a bare clone: Python 3.11 and make are all that is needed.
 
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
-.PHONY: setup demo test lint protos protos-check bench clean
+.PHONY: setup demo test manifests lint protos protos-check bench clean wheelhouse images test-images
 
 setup: $(READY)
 
@@ -36,8 +36,21 @@ demo: $(READY)
 endif
 	@echo "Open $(OUT)/report.html. The platform is still up; stop it with: $(BIN)/cryofleet down"
 
+# What checks the manifests of deploy/k8s: from Debian, or KUBECTL=... PROMTOOL=... of this machine. Elsewhere those
+# tests are skipped, but in CI.
+ifneq ($(or $(wildcard /usr/share/keyrings/debian-archive-keyring.gpg),$(KUBECTL),$(CI)),)
+MANIFEST_TOOLS := $(VENV)/manifests/.ready
+endif
+
+$(VENV)/manifests/.ready: deploy/k8s/checks/install.sh deploy/k8s/checks/requirements.txt
+	PIP_OPTIONS="$(PIP_OPTIONS)" KUBECTL="$(KUBECTL)" PROMTOOL="$(PROMTOOL)" sh deploy/k8s/checks/install.sh $(VENV)/manifests $(PYTHON)
+	touch $@
+
+manifests: $(READY) $(VENV)/manifests/.ready
+	$(BIN)/python -m pytest tests/unit/deploy
+
 # A file's tests stay in one process, so that what they share is made once; the long ones come first.
-test: $(READY)
+test: $(READY) $(MANIFEST_TOOLS)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) protos-check
@@ -56,6 +69,21 @@ protos-check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
+
+# Images (docs/images.md). The wheelhouse is made by a PYTHON of the version that the images' base has.
+IMAGES ?= io picking alignment learning simulation orchestrator
+WHEELHOUSE ?= build/wheelhouse
+TORCH ?= cpu
+
+wheelhouse:
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_OPTIONS="$(PIP_OPTIONS)" ./images/wheelhouse.sh "$(WHEELHOUSE)"
+
+images:
+	TORCH="$(TORCH)" WHEELHOUSE="$(WHEELHOUSE)" ./images/build.sh $(IMAGES)
+
+# As root on Debian or Ubuntu; takes many minutes and some 20 GB under CRYOFLEET_IMAGES_FOLDER.
+test-images: $(READY)
+	IMAGES="$(IMAGES)" $(BIN)/python -m pytest -v tests/images/check_images.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from cryofleet.errors import FailedPrecondition, Failure, failure_from_status
 from cryofleet.settings import TlsFiles
 
+if TYPE_CHECKING:
+    from cryofleet.access.client_token import TokenSource
+
 MESSAGE_LIMIT_BYTES = 16 * 2**20
 """Largest message either side takes."""
+TRANSPORT_LIMIT_BYTES = 2 * MESSAGE_LIMIT_BYTES
+"""What gRPC itself refuses, without a word to the server's code; what is smaller than that is refused by name."""
 
 REASON_KEY = "cryofleet-reason"
 """Trailing metadata that says why a call was refused or failed: one of the words below."""
@@ -20,6 +26,8 @@ REASON_NEVER_FITS = "never-fits"
 """FAILED_PRECONDITION since the call needs more than the whole instance has."""
 REASON_MEMORY = "memory"
 """RESOURCE_EXHAUSTED since the operation ran out of memory."""
+REASON_TOO_LARGE = "too-large"
+"""RESOURCE_EXHAUSTED since something is larger than the settings allow: no instance and no time will do."""
 REASON_DRAINING = "draining"
 """UNAVAILABLE since the instance is stopping; another one will do."""
 
@@ -41,16 +49,49 @@ def is_unix(address: str) -> bool:
     return address.startswith("unix:")
 
 
-def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        root_certificates=tls.authority.read_bytes(),
-        private_key=tls.key.read_bytes(),
-        certificate_chain=tls.certificate.read_bytes(),
+class _TokenPlugin(grpc.AuthMetadataPlugin):
+    """Adds the token to a call. gRPC asks for it once the server's certificate has proved good, and never in plain."""
+
+    def __init__(self, token: TokenSource) -> None:
+        self._token = token
+
+    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        try:
+            callback((("authorization", f"Bearer {self._token()}"),), None)
+        except Failure as failure:
+            callback((), failure)
+
+
+def read_file(path: Path) -> bytes:
+    """A file of the settings. Raises FailedPrecondition where it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FailedPrecondition(f"{path}: {error.strerror}") from None
+
+
+def version_of(tls: TlsFiles) -> tuple[tuple[int, int], ...]:
+    """Differs after any of the files was renewed. Raises FailedPrecondition where one can't be read."""
+    try:
+        found = [path.stat() for path in (tls.key, tls.certificate, tls.authority)]
+    except OSError as error:
+        raise FailedPrecondition(f"{error.filename}: {error.strerror}") from None
+    return tuple((status.st_ino, status.st_mtime_ns) for status in found)
+
+
+def _credentials(tls: TlsFiles, token: TokenSource | None) -> grpc.ChannelCredentials:
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=read_file(tls.authority),
+        private_key=read_file(tls.key),
+        certificate_chain=read_file(tls.certificate),
     )
+    if token is None:
+        return credentials
+    return grpc.composite_channel_credentials(credentials, grpc.metadata_call_credentials(_TokenPlugin(token)))
 
 
 def _target(
-    address: str, tls: TlsFiles | None, server_name: str | None
+    address: str, tls: TlsFiles | None, server_name: str | None, token: TokenSource | None
 ) -> tuple[str, list[tuple[str, str | int]], grpc.ChannelCredentials | None]:
     options = list(_OPTIONS)
     if is_unix(address):
@@ -66,26 +107,31 @@ def _target(
     options.append(("grpc.max_reconnect_backoff_ms", _LONGEST_BACKOFF_MS["tcp"]))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
-    return address, options, _credentials(tls)
+    return address, options, _credentials(tls, token)
 
 
-def open_channel(address: str, tls: TlsFiles | None = None, server_name: str | None = None) -> grpc.aio.Channel:
+def open_channel(
+    address: str, tls: TlsFiles | None = None, server_name: str | None = None, token: TokenSource | None = None
+) -> grpc.aio.Channel:
     """A channel for asyncio to `address`: unix:/path, host:port or dns:///name:port.
 
     `server_name` is the name that the server's certificate must bear where it isn't the one in the
-    address: an instance that is reached by its IP bears its service's name.
+    address: an instance that is reached by its IP bears its service's name. `token` gives a client's bearer token
+    (`cryofleet.access.client_token`); over a Unix socket none is sent.
 
     Raises FailedPrecondition where a TCP address is given without TLS files.
     """
-    target, options, credentials = _target(address, tls, server_name)
+    target, options, credentials = _target(address, tls, server_name, token)
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)
 
 
-def open_blocking_channel(address: str, tls: TlsFiles | None = None, server_name: str | None = None) -> grpc.Channel:
+def open_blocking_channel(
+    address: str, tls: TlsFiles | None = None, server_name: str | None = None, token: TokenSource | None = None
+) -> grpc.Channel:
     """The same for code without an event loop."""
-    target, options, credentials = _target(address, tls, server_name)
+    target, options, credentials = _target(address, tls, server_name, token)
     if credentials is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, credentials, options=options)

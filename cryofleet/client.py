@@ -26,6 +26,7 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
 from cryofleet import local
+from cryofleet.access.client_token import token_source
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure, InvalidArgument, NotFound, Unavailable
 from cryofleet.operations import (
@@ -333,6 +334,7 @@ class Client:
                     raise Unavailable(
                         f"the platform went down; run {run_id} goes on at the next: cryofleet up"
                     ) from None
+                token_source(self.settings)  # raises where it is the token that can't be had
                 # The orchestrator is restarting; the run is durable and the watch goes on.
                 time.sleep(_RECONNECT_SECONDS)
 
@@ -348,6 +350,16 @@ class Client:
     def pools(self) -> list[orchestrator_pb2.PoolStatus]:
         """The services' instances with their slots."""
         return list(self.orchestrate("GetPools", orchestrator_pb2.GetPoolsRequest()).pools)
+
+    def pause_pool(self, pool: str, because: str = "") -> orchestrator_pb2.PoolStatus:
+        """Begin nothing more in a pool until it is resumed; `because` is for others to read."""
+        request = orchestrator_pb2.PausePoolRequest(pool=pool, because=because)
+        return cast(orchestrator_pb2.PoolStatus, self.orchestrate("PausePool", request).pool)
+
+    def resume_pool(self, pool: str) -> orchestrator_pb2.PoolStatus:
+        """Begin again in a pool that was paused."""
+        request = orchestrator_pb2.ResumePoolRequest(pool=pool)
+        return cast(orchestrator_pb2.PoolStatus, self.orchestrate("ResumePool", request).pool)
 
     def collect_garbage(self, older_than_hours: float, delete: bool) -> orchestrator_pb2.CollectGarbageResponse:
         """Results that no run and no pin needs; deleted only if `delete`."""
@@ -474,7 +486,9 @@ class Client:
                     local.start(self.settings)
                 elif not local.is_up(self.settings):
                     raise Unavailable(f"{what} is not up on this machine; start the platform with: cryofleet up")
-            self._channels[address] = open_blocking_channel(address, self.settings.tls)
+            self._channels[address] = open_blocking_channel(
+                address, self.settings.tls, token=token_source(self.settings)
+            )
         return self._channels[address]
 
 

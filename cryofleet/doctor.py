@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import grpc
 
 from cryofleet import __version__, local
+from cryofleet.access.client_token import token_source
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure
 from cryofleet.settings import Settings
@@ -136,7 +138,9 @@ def _check_database(settings: Settings) -> list[Finding]:
 
 
 def _check_postgresql(url: str) -> Finding:
-    where = url.rsplit("@", 1)[-1]
+    parts = urlsplit(url)
+    # Not the URL itself: it may hold a password in more than one place.
+    where = f"{parts.hostname or 'this machine'}{parts.path}"
     try:
         import psycopg
 
@@ -199,7 +203,7 @@ def _resolved(entry: str) -> list[tuple[str, str | None]]:
 def _check_instance(name: str, address: str, server_name: str | None, settings: Settings) -> Finding:
     check = f"service {name}"
     try:
-        with open_blocking_channel(address, settings.tls, server_name) as channel:
+        with open_blocking_channel(address, settings.tls, server_name, token_source(settings)) as channel:
             stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
             answer = stub.GetCapacity(runtime_pb2.GetCapacityRequest(), timeout=5)
     except grpc.RpcError as error:

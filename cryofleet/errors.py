@@ -49,6 +49,12 @@ class PermissionDenied(Failure):
     status = "PERMISSION_DENIED"
 
 
+class Unauthenticated(Failure):
+    """A caller who did not say who they are, or whose token is not taken."""
+
+    status = "UNAUTHENTICATED"
+
+
 class ResourceExhausted(Failure):
     """No slot, memory or disk space at present; come back later."""
 

@@ -76,6 +76,7 @@ def members(settings: Settings) -> list[Member]:
             "CRYOFLEET_ADDRESS": f"unix:{socket}",
             "CRYOFLEET_INSTANCE": name,
             "CRYOFLEET_METRICS_PORT": str(settings.metrics_port + number if settings.metrics_port else 0),
+            "CRYOFLEET_HEALTH_PORT": str(settings.health_port + number if settings.health_port else 0),
         }
         module = "orchestrator" if name == "orchestrator" else f"services.{name}"
         found.append(Member(name, module, socket, defaults, environment))

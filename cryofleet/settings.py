@@ -14,6 +14,9 @@ from cryofleet.errors import InvalidArgument
 SERVICES = ("io", "picking", "alignment", "learning", "simulation")
 PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DEFAULT_PROJECT = "default"
+ROLES = ("viewer", "operator", "admin")
+AUDIT_OFF, AUDIT_LOG = "off", "log"
+"""Words for CRYOFLEET_AUDIT; anything else is the path of a file."""
 
 
 def available_cores() -> int:
@@ -36,10 +39,30 @@ class S3Settings:
 
     endpoint: str = "localhost:9000"
     """Host and port, without scheme."""
-    access_key: str = ""
+    access_key: str = field(default="", repr=False)
     secret_key: str = field(default="", repr=False)
     secure: bool = True
     region: str = "us-east-1"
+
+
+@dataclass(frozen=True)
+class OidcSettings:
+    """An OpenID Connect provider whose tokens are taken, and which of their claims say who the user is."""
+
+    issuer: str
+    """The claim iss of its tokens."""
+    audience: str
+    """What the claim aud must name: this platform."""
+    jwks: str
+    """Where its public keys are: an https URL, or a file."""
+    user_claim: str = "sub"
+    role_claim: str = "cryofleet_role"
+    """Claims may be paths, as realm_access.roles."""
+    projects_claim: str = "cryofleet_projects"
+    roles: Mapping[str, str] = field(default_factory=lambda: {role: role for role in ROLES})
+    """Words of the role's claim, and the roles that they give."""
+    leeway_seconds: float = 30.0
+    """By how much the clocks of the provider and of this platform may differ."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +84,8 @@ class Settings:
     unix:/path, host:port, several separated by commas, or dns:///name:port."""
     orchestrator: str = ""
     """Where the orchestrator is. CRYOFLEET_ORCHESTRATOR"""
-    database: str = ""
-    """The orchestrator's database: sqlite:///path or postgresql://… CRYOFLEET_DATABASE"""
+    database: str = field(default="", repr=False)
+    """May hold a password. The orchestrator's database: sqlite:///path or postgresql://… CRYOFLEET_DATABASE"""
     pipelines: tuple[Path, ...] = ()
     """Folders of further pipelines, separated by colons. CRYOFLEET_PIPELINES"""
     slots: int = 1
@@ -80,12 +103,31 @@ class Settings:
     """Port of Prometheus metrics; 0 for none. CRYOFLEET_METRICS_PORT"""
     metrics_host: str = "127.0.0.1"
     """Interface of the metrics' port. CRYOFLEET_METRICS_HOST"""
+    health_port: int = 0
+    """Port of an open health service, which answers nothing else, for probes that have no certificate; 0 for none.
+    CRYOFLEET_HEALTH_PORT"""
     pool_wait_seconds: float = 300.0
     """How long a task waits for a pool that has no instance. CRYOFLEET_POOL_WAIT_SECONDS"""
     log_level: str = "INFO"
     """CRYOFLEET_LOG_LEVEL"""
     tls: TlsFiles | None = None
     """CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY, CRYOFLEET_TLS_AUTHORITY"""
+    tokens: Path | None = None
+    """File of the hashes of clients' tokens. CRYOFLEET_TOKENS"""
+    oidc: OidcSettings | None = None
+    """CRYOFLEET_OIDC_ISSUER, _AUDIENCE, _JWKS, _USER_CLAIM, _ROLE_CLAIM, _PROJECTS_CLAIM, _ROLES, _LEEWAY_SECONDS"""
+    platform_names: tuple[str, ...] = (*SERVICES, "orchestrator")
+    """Names in certificates whose bearers act for the platform, separated by spaces. CRYOFLEET_PLATFORM_NAMES"""
+    audit: str = ""
+    """Where calls are recorded: off, log, or a file; log where empty and the address is TCP. CRYOFLEET_AUDIT"""
+    max_volume_bytes: int = 0
+    """The largest volume or uploaded file that is taken; 0 for no limit. CRYOFLEET_MAX_VOLUME_BYTES"""
+    max_runs_per_user: int = 0
+    """Runs that a user may have going on; 0 for no limit. CRYOFLEET_MAX_RUNS_PER_USER"""
+    token: str = field(default="", repr=False)
+    """A client's bearer token; sent over TLS only. CRYOFLEET_TOKEN"""
+    token_file: Path | None = None
+    """A file that holds it instead, which its owner alone may read. CRYOFLEET_TOKEN_FILE"""
     s3: S3Settings = field(default_factory=S3Settings)
     """CRYOFLEET_S3_ENDPOINT, _ACCESS_KEY, _SECRET_KEY, _SECURE, _REGION"""
 
@@ -110,7 +152,7 @@ class Settings:
             raise InvalidArgument(
                 "CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY and CRYOFLEET_TLS_AUTHORITY must be set together"
             )
-        scratch = read.text("SCRATCH", "")
+        scratch, tokens, token_file = (read.text(name, "") for name in ("SCRATCH", "TOKENS", "TOKEN_FILE"))
         return cls(
             home=home,
             store=read.text("STORE", f"file://{home}/store").rstrip("/"),
@@ -128,9 +170,18 @@ class Settings:
             drain_seconds=read.number("DRAIN_SECONDS", 30.0),
             metrics_port=read.integer("METRICS_PORT", 0, least=0),
             metrics_host=read.text("METRICS_HOST", "127.0.0.1"),
+            health_port=read.integer("HEALTH_PORT", 0, least=0),
             pool_wait_seconds=read.number("POOL_WAIT_SECONDS", 300.0),
             log_level=read.text("LOG_LEVEL", "INFO").upper(),
             tls=TlsFiles(*(Path(name) for name in tls_files)) if all(tls_files) else None,
+            tokens=Path(tokens) if tokens else None,
+            oidc=_oidc(read),
+            platform_names=tuple(read.text("PLATFORM_NAMES", " ".join((*SERVICES, "orchestrator"))).split()),
+            audit=read.text("AUDIT", ""),
+            max_volume_bytes=read.integer("MAX_VOLUME_BYTES", 0, least=0),
+            max_runs_per_user=read.integer("MAX_RUNS_PER_USER", 0, least=0),
+            token=read.text("TOKEN", "").strip(),
+            token_file=Path(token_file).expanduser() if token_file else None,
             s3=S3Settings(
                 endpoint=read.text("S3_ENDPOINT", "localhost:9000"),
                 access_key=read.text("S3_ACCESS_KEY", ""),
@@ -139,6 +190,32 @@ class Settings:
                 region=read.text("S3_REGION", "us-east-1"),
             ),
         )
+
+
+def _oidc(read: _Reader) -> OidcSettings | None:
+    issuer, audience, jwks = (read.text(f"OIDC_{name}", "") for name in ("ISSUER", "AUDIENCE", "JWKS"))
+    if not any((issuer, audience, jwks)):
+        return None
+    if not all((issuer, audience, jwks)):
+        raise InvalidArgument("CRYOFLEET_OIDC_ISSUER, CRYOFLEET_OIDC_AUDIENCE and CRYOFLEET_OIDC_JWKS go together")
+    if "://" in jwks and not jwks.startswith("https://"):
+        raise InvalidArgument(f"CRYOFLEET_OIDC_JWKS is {jwks!r}; it must be an https URL, or a file")
+    roles = {}
+    for pair in read.text("OIDC_ROLES", " ".join(f"{role}={role}" for role in ROLES)).split():
+        word, separator, role = pair.rpartition("=")
+        if not separator or role not in ROLES:
+            raise InvalidArgument(f"CRYOFLEET_OIDC_ROLES has {pair!r}; it must be WORD=ROLE, of {', '.join(ROLES)}")
+        roles[word] = role
+    return OidcSettings(
+        issuer=issuer,
+        audience=audience,
+        jwks=jwks,
+        user_claim=read.text("OIDC_USER_CLAIM", "sub"),
+        role_claim=read.text("OIDC_ROLE_CLAIM", "cryofleet_role"),
+        projects_claim=read.text("OIDC_PROJECTS_CLAIM", "cryofleet_projects"),
+        roles=roles,
+        leeway_seconds=read.number("OIDC_LEEWAY_SECONDS", 30.0),
+    )
 
 
 class _Reader:

@@ -7,7 +7,7 @@ import sys
 import click
 
 from cryofleet import __version__
-from cryofleet.cli import models, operations, platform, runs, storage
+from cryofleet.cli import access, models, operations, platform, runs, storage, support, top
 from cryofleet.errors import Failure
 
 # What a script can tell a failure by; other failures exit with 1.
@@ -16,6 +16,7 @@ EXIT_CODES = {
     "NOT_FOUND": 4,
     "UNAVAILABLE": 5,
     "PERMISSION_DENIED": 6,
+    "UNAUTHENTICATED": 6,
     "FAILED_PRECONDITION": 7,
     "DATA_LOSS": 8,
 }
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for group in (platform, runs, operations, storage, models):
+for group in (platform, runs, operations, storage, models, access, support, top):
     for command in group.COMMANDS:
         cli.add_command(command)
 

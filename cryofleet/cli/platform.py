@@ -1,10 +1,11 @@
-"""up, down, status, doctor, logs: the platform on this machine."""
+"""up, down, status, pools, doctor, logs: the platform, its instances, its processes on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +13,11 @@ import click
 
 from cryofleet import local
 from cryofleet.cli.options import json_option
-from cryofleet.cli.output import print_json, print_table
+from cryofleet.cli.output import print_json, print_table, time_text
 from cryofleet.client import Client
 from cryofleet.errors import NotFound
 from cryofleet.settings import Settings
+from cryofleet.v1 import orchestrator_pb2
 
 
 @click.command()
@@ -50,16 +52,89 @@ def status(as_json: bool) -> None:
         return
     rows = []
     for pool in pools:
-        queue = f"{pool.tasks_running} running, {pool.tasks_queued} queued"
+        queue = _tasks_text(pool)
         for instance in pool.instances:
-            state = "ready" if instance.ready else instance.error or "not ready"
             slots = f"{instance.slots_free}/{instance.slots_total}"
+            state = _instance_state(instance)
             rows.append([pool.name, instance.instance, state, slots, " ".join(instance.devices), queue])
         if not pool.instances:
             rows.append([pool.name, "", "no instance", "", "", queue])
     print_table(["service", "instance", "state", "slots free", "devices", "tasks"], rows)
     if any(not instance.ready for pool in pools for instance in pool.instances):
         sys.exit(5)
+
+
+def _instance_state(instance: orchestrator_pb2.InstanceStatus) -> str:
+    """What the instance does; of one that is set aside, why."""
+    if not instance.ready:
+        return instance.error or "not ready"
+    if not instance.HasField("set_aside_until"):
+        return "ready"
+    causes = "; ".join(instance.set_aside_causes)
+    if instance.set_aside_until.ToNanoseconds() <= time.time_ns():
+        return f"on trial, a task at a time: {causes}"
+    return f"set aside until {time_text(instance.set_aside_until)}: {causes}"
+
+
+def _tasks_text(pool: orchestrator_pb2.PoolStatus) -> str:
+    paused = ", paused" if pool.HasField("paused_at") else ""
+    return f"{pool.tasks_running} running, {pool.tasks_queued} queued{paused}"
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def pools(context: click.Context, as_json: bool) -> None:
+    """List the pools; pause one, and resume it."""
+    if context.invoked_subcommand is not None:
+        return
+    with Client(start=False) as client:
+        found = client.pools()
+    if as_json:
+        print_json(found)
+        return
+    rows = []
+    for pool in found:
+        ready = [instance for instance in pool.instances if instance.ready]
+        aside = [instance for instance in ready if instance.HasField("set_aside_until")]
+        instances = f"{len(ready)} of {len(pool.instances)} ready" + (f", {len(aside)} set aside" if aside else "")
+        slots = f"{sum(instance.slots_free for instance in ready)}/{sum(instance.slots_total for instance in ready)}"
+        rows.append([pool.name, _pool_state(pool), instances, slots, pool.tasks_running, pool.tasks_queued])
+    print_table(["pool", "state", "instances", "slots free", "running", "queued"], rows)
+    for pool in found:
+        for instance in pool.instances:
+            if instance.ready and instance.HasField("set_aside_until"):
+                click.echo(
+                    f"{pool.name}: {instance.instance} ({instance.address}): {_instance_state(instance)}", err=True
+                )
+
+
+def _pool_state(pool: orchestrator_pb2.PoolStatus) -> str:
+    if not pool.HasField("paused_at"):
+        return "open"
+    because = f": {pool.paused_because}" if pool.paused_because else ""
+    return f"paused since {time_text(pool.paused_at)} by {pool.paused_by}{because}"
+
+
+@pools.command()
+@click.argument("pool")
+@click.option("--because", default="", help="Why, for others to read.")
+@json_option
+def pause(pool: str, because: str, as_json: bool) -> None:
+    """Begin nothing more in POOL: what waits for it waits on, what runs there ends. Holds over restarts."""
+    with Client(start=False) as client:
+        status = client.pause_pool(pool, because)
+    print_json(status) if as_json else click.echo(f"pool {pool} is {_pool_state(status)}")
+
+
+@pools.command()
+@click.argument("pool")
+@json_option
+def resume(pool: str, as_json: bool) -> None:
+    """Begin again in POOL, which was paused."""
+    with Client(start=False) as client:
+        status = client.resume_pool(pool)
+    print_json(status) if as_json else click.echo(f"pool {pool} is {_pool_state(status)}")
 
 
 @click.command()
@@ -111,4 +186,4 @@ def _log_lines(settings: Settings, run: str) -> Iterator[dict[str, Any]]:
                             yield entry
 
 
-COMMANDS = (up, down, status, doctor, logs)
+COMMANDS = (up, down, status, pools, doctor, logs)

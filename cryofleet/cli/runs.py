@@ -146,10 +146,19 @@ def runs(project: str, limit: int, as_json: bool) -> None:
         print_json(found)
         return
     rows = [
-        [r.id, r.pipeline, state_name(r), r.attempt, time_text(r.created_at), seconds_text(run_seconds(r)), r.error]
+        [
+            r.id,
+            r.pipeline,
+            state_name(r),
+            r.attempt,
+            r.owner,
+            time_text(r.created_at),
+            seconds_text(run_seconds(r)),
+            r.error,
+        ]
         for r in found
     ]
-    print_table(["run", "pipeline", "state", "attempt", "created", "took", "error"], rows)
+    print_table(["run", "pipeline", "state", "attempt", "owner", "created", "took", "error"], rows)
 
 
 @click.command()

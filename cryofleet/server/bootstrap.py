@@ -16,18 +16,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from cryofleet.channels import MESSAGE_LIMIT_BYTES, is_unix
+from cryofleet.access.audit import AuditLog
+from cryofleet.access.authentication import Authenticator
+from cryofleet.channels import MESSAGE_LIMIT_BYTES, TRANSPORT_LIMIT_BYTES, is_unix
 from cryofleet.errors import Failure
 from cryofleet.logs import configure_logs
 from cryofleet.server import runtime_service
+from cryofleet.server.access import AccessInterceptor
 from cryofleet.server.calls import BorderInterceptor, Calls
 from cryofleet.server.execution import STOP_SECONDS, Executions
 from cryofleet.server.failures import Draining
+from cryofleet.server.health_port import health_port
 from cryofleet.server.instance import Instance
 from cryofleet.server.listening import listen
 from cryofleet.server.service import Service
 from cryofleet.server.validation import ValidationInterceptor
-from cryofleet.settings import Settings
+from cryofleet.settings import AUDIT_LOG, AUDIT_OFF, Settings
 from cryofleet.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -45,7 +49,7 @@ _WITHOUT_LIMIT = 2**31 - 1  # what gRPC takes for infinity
 def _server_options() -> list[tuple[str, int]]:
     return [
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-        ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+        ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
         ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_SECONDS * 1000)),
         ("grpc.max_connection_age_grace_ms", _WITHOUT_LIMIT),
         ("grpc.keepalive_time_ms", 60_000),
@@ -93,8 +97,17 @@ class Server:
         try:
             self._executions = Executions(instance, self._on_hung)
             self._calls = Calls(instance, self._executions)
+            private = is_unix(self.settings.address)
+            audit = AuditLog(
+                self.settings.audit or (AUDIT_OFF if private else AUDIT_LOG), instance.service_name, instance.name
+            )
             self._server = grpc.aio.server(
-                interceptors=[BorderInterceptor(instance), ValidationInterceptor()], options=_server_options()
+                interceptors=[
+                    BorderInterceptor(instance, audit),
+                    AccessInterceptor(Authenticator(self.settings, private), instance.store),
+                    ValidationInterceptor(),
+                ],
+                options=_server_options(),
             )
             names = [service.descriptor.full_name for service in instance.services]
             self._server.add_generic_rpc_handlers(tuple(self._calls.handler(service) for service in instance.services))
@@ -108,6 +121,8 @@ class Server:
                 await self._lifespan.enter_async_context(self._service.lifespan(instance))
             if self.settings.metrics_port:
                 self._lifespan.callback(instance.metrics.serve(self.settings.metrics_host, self.settings.metrics_port))
+            if self.settings.health_port:
+                await self._lifespan.enter_async_context(health_port(self._health, self.settings.health_port))
             await self._server.start()
         except BaseException:
             await self._lifespan.aclose()

@@ -11,11 +11,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import Message
 
+from cryofleet.access import audit
+from cryofleet.access.authentication import certificate_names
 from cryofleet.channels import REASON_BUSY, REASON_KEY, REASON_NEVER_FITS
 from cryofleet.errors import Cancelled, DeadlineExceeded, Failure
 from cryofleet.logs import bind_log_context
@@ -61,7 +64,12 @@ class CallContext:
     def reader(self, context: common_pb2.Context) -> Reader:
         """Reads artifacts for the project of a request's context."""
         project = context.project or DEFAULT_PROJECT
-        return Reader(self.store.for_project(project), project, self.instance.scratch.new_folder)
+        return Reader(
+            self.store.for_project(project),
+            project,
+            self.instance.scratch.new_folder,
+            self.settings.max_volume_bytes,
+        )
 
     async def in_thread(self, function: Callable[..., ValueT], *arguments: Any) -> ValueT:
         """Runs blocking work, such as anything with the store, in a worker thread."""
@@ -201,10 +209,11 @@ def _as_coroutine_function(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> C
 
 
 class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """The outermost layer of every call: failures become statuses, and each call is counted and logged."""
+    """The outermost layer of every call: failures become statuses, and each call is counted, logged and audited."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, audit_log: audit.AuditLog) -> None:
         self._instance = instance
+        self._audit_log = audit_log
         self._wrapped: dict[str, Any] = {}
         self._operations = {method.operation.full_name: method.operation.name for method in instance.methods.values()}
 
@@ -234,6 +243,9 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             started = time.perf_counter()
             status = "OK"
             message = ""
+            certificate = next(iter(certificate_names(context.auth_context())), "")
+            entry = audit.Entry(name, unquote(context.peer()), certificate)
+            audit.begin(entry)
             about = None if streams_requests else getattr(request, "context", None)
             if isinstance(about, common_pb2.Context):
                 bind_log_context(run_id=about.run_id, task_key=about.task_key, operation=operation)
@@ -252,9 +264,11 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
                 if reason in (REASON_BUSY, REASON_NEVER_FITS):
                     metrics.refused.labels(operation).inc()
                 trailing = ((REASON_KEY, reason),) if reason else ()
+                self._audit_log.write(entry, status)  # before the caller is told
                 await context.abort(grpc.StatusCode[status], message, trailing)
             finally:
                 took = time.perf_counter() - started
+                self._audit_log.write(entry, status)
                 metrics.in_flight.dec()
                 metrics.calls.labels(name, status).inc()
                 seconds.observe(took)

@@ -129,6 +129,7 @@ def compute(
     instance: str,
     software: str,
     new_scratch: Callable[[], Path],
+    max_volume_bytes: int = 0,
 ) -> Manifest:
     """Runs the operation's function and keeps its result, the manifest last.
 
@@ -145,6 +146,7 @@ def compute(
         threads=threads,
         instance=instance,
         new_scratch=new_scratch,
+        max_volume_bytes=max_volume_bytes,
     )
     operation = question.method.operation
     started = time.monotonic()

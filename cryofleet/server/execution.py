@@ -26,6 +26,8 @@ from cryofleet.server.instance import Instance
 from cryofleet.server.service import Method
 from cryofleet.server.task import Reader
 from cryofleet.server.watched_store import WatchedStore
+from cryofleet.server.work_done import GpuMemory, WorkDone
+from cryofleet.v1 import common_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,14 @@ class Answer:
 class Execution:
     """One computation, and how many calls wait for it."""
 
-    def __init__(self, method: Method, key: str) -> None:
+    def __init__(self, method: Method, key: str, about: common_pb2.Context, work_done: WorkDone) -> None:
+        """`about` is the context of the call that began it."""
+        self.work_done = work_done
         self.method = method
         self.key = key
+        self.about = about
+        self.began_at = 0.0
+        """When its function was called; 0 before."""
         self.waiting = 1
         self.answer: Future[Answer] = Future()
         self.answer.set_running_or_notify_cancel()  # so that no waiting call can cancel it
@@ -75,6 +82,7 @@ class Execution:
         self.go_on()
         # max and min in this order also turn NaN into 0.
         self.progress = (min(max(0.0, float(fraction)), 1.0), phase, counters)
+        self.work_done.note(phase, counters)
 
 
 @dataclass
@@ -100,7 +108,12 @@ class Executions:
         """`on_hung` is called on the event loop before the process ends because a worker did not stop."""
         self._instance = instance
         self._on_hung = on_hung
-        self._store_bytes = {name: instance.metrics.store_bytes.labels(name) for name in ("read", "written")}
+        self._store_bytes = {
+            (operation, direction): instance.metrics.store_bytes.labels(operation, direction)
+            for operation in instance.methods
+            for direction in ("read", "written")
+        }
+        self._gpu_memory = GpuMemory(instance.metrics)
         self._running: dict[str, Execution] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(instance.settings.slots + _LOOKING_UP, thread_name_prefix="worker")
@@ -110,6 +123,12 @@ class Executions:
     def count(self) -> int:
         """Computations going on."""
         return len(self._running)
+
+    def computing(self) -> list[Execution]:
+        """Those whose function runs, the longest first."""
+        with self._lock:
+            running = [execution for execution in self._running.values() if execution.thread is not None]
+        return sorted(running, key=lambda execution: execution.began_at)
 
     def submit(self, method: Method, request: Message, ticket: Ticket) -> asyncio.Future[Answer | Execution]:
         """Starts a call in a worker thread. Gives its answer, or the execution that it has joined."""
@@ -127,10 +146,10 @@ class Executions:
 
     def _work(self, method: Method, request: Any, ticket: Ticket) -> Answer | Execution:
         def on_bytes(direction: str, count: int) -> None:
-            store_bytes[direction].inc(count)
+            store_bytes[name, direction].inc(count)
             ticket.go_on()
 
-        store_bytes = self._store_bytes
+        store_bytes, name = self._store_bytes, method.operation.name
         question = identify(method, request, WatchedStore(self._instance.store, on_bytes))
         with self._lock:
             ticket.go_on()
@@ -141,7 +160,9 @@ class Executions:
                 execution.waiting += 1
                 ticket.execution = execution
                 return execution
-            execution = ticket.execution = Execution(method, question.key)
+            execution = ticket.execution = Execution(
+                method, question.key, request.context, WorkDone(self._instance.metrics, name)
+            )
             self._running[question.key] = execution
         try:
             answer = self._answer(execution, question)
@@ -166,22 +187,26 @@ class Executions:
         if instance.draining:
             raise Draining(f"instance {instance.name} is stopping")
         device = instance.device_for(method.operation, question.request.context.device)
-        with Reader(question.store, question.project, instance.scratch.new_folder) as reader:
+        most_bytes = instance.settings.max_volume_bytes
+        with Reader(question.store, question.project, instance.scratch.new_folder, most_bytes) as reader:
             needs = method.needs(question.request, reader)
         instance.admission.acquire(needs)
         try:
             instance.limit_threads()
             execution.progressed_at = time.monotonic()
+            execution.began_at = time.time()
             execution.thread = threading.get_ident()
-            manifest = compute(
-                question,
-                progress=execution.report,
-                device=device,
-                threads=instance.settings.threads,
-                instance=instance.name,
-                software=f"cryofleet {instance.version}",
-                new_scratch=instance.scratch.new_folder,
-            )
+            with self._gpu_memory.watched(method.operation.name, device):
+                manifest = compute(
+                    question,
+                    progress=execution.report,
+                    device=device,
+                    threads=instance.settings.threads,
+                    instance=instance.name,
+                    software=f"cryofleet {instance.version}",
+                    new_scratch=instance.scratch.new_folder,
+                    max_volume_bytes=most_bytes,
+                )
         finally:
             execution.thread = None
             instance.admission.release(needs)

@@ -6,7 +6,7 @@ import errno
 import logging
 import uuid
 
-from cryofleet.channels import REASON_BUSY, REASON_DRAINING, REASON_MEMORY, REASON_NEVER_FITS
+from cryofleet.channels import REASON_BUSY, REASON_DRAINING, REASON_MEMORY, REASON_NEVER_FITS, REASON_TOO_LARGE
 from cryofleet.errors import Failure, Internal, ResourceExhausted, Unavailable
 from cryofleet.server.admission import Busy, NeverFits
 
@@ -20,6 +20,10 @@ class OutOfMemory(ResourceExhausted):
     """The operation took more memory than there is."""
 
 
+class TooLarge(ResourceExhausted):
+    """A message or a volume that is larger than the settings allow."""
+
+
 class Draining(Unavailable):
     """The instance is stopping."""
 
@@ -28,6 +32,7 @@ _REASONS: tuple[tuple[type[Failure], str], ...] = (
     (Busy, REASON_BUSY),
     (NeverFits, REASON_NEVER_FITS),
     (OutOfMemory, REASON_MEMORY),
+    (TooLarge, REASON_TOO_LARGE),
     (Draining, REASON_DRAINING),
 )
 

@@ -10,6 +10,7 @@ import grpc
 
 from cryofleet.channels import is_unix
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.server.tls import server_credentials
 from cryofleet.settings import TlsFiles
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its final NUL
@@ -33,9 +34,7 @@ def listen(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> str:
             f"refusing to listen on {address} without authentication: TCP needs mutual TLS; set "
             "CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY and CRYOFLEET_TLS_AUTHORITY, or listen on unix:/path"
         )
-    credentials = grpc.ssl_server_credentials(
-        [(_read(tls.key), _read(tls.certificate))], root_certificates=_read(tls.authority), require_client_auth=True
-    )
+    credentials = server_credentials(tls)
     bound = _bind(lambda where: server.add_secure_port(where, credentials), address)
     return f"{host}:{bound}"
 
@@ -48,13 +47,6 @@ def _bind(add_port: object, address: str) -> int:
     if port == 0:
         raise FailedPrecondition(f"cannot listen on {address}")
     return port
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FailedPrecondition(f"{path}: {error.strerror}") from error
 
 
 def _prepare_socket(path: Path) -> None:

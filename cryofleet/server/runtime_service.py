@@ -6,14 +6,18 @@ import time
 
 from google.protobuf.message import DecodeError
 
+from cryofleet.access.caller import current_caller
+from cryofleet.access.projects import check_request
 from cryofleet.artifacts import manifest_for
 from cryofleet.errors import Failure, InvalidArgument, failure_from_status
 from cryofleet.server.admission import Needs
 from cryofleet.server.calls import CallContext
 from cryofleet.server.computation import Question, identify, look_up
+from cryofleet.server.execution import Execution
 from cryofleet.server.service import Service
 from cryofleet.server.task import Reader, Task
 from cryofleet.server.validation import validate
+from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.v1 import options_pb2, runtime_pb2
 
 service = Service(runtime_pb2.DESCRIPTOR.services_by_name["RuntimeService"])
@@ -40,7 +44,24 @@ async def get_capacity(
         draining=instance.draining,
         operations=list(instance.methods),
         store=instance.store.root,
+        running=[_running(execution) for execution in context.executions.computing()],
     )
+
+
+def _running(execution: Execution) -> runtime_pb2.RunningOperation:
+    """What is computed; of which run only for those who may use its project."""
+    fraction, phase, _ = execution.progress or (0.0, "", {})
+    project = execution.about.project or DEFAULT_PROJECT
+    own = current_caller().may_use(project)
+    message = runtime_pb2.RunningOperation(
+        operation=execution.method.operation.name,
+        run_id=execution.about.run_id if own else "",
+        project=project if own else "",
+        fraction=fraction,
+        phase=phase if own else "",
+    )
+    message.started_at.FromNanoseconds(int(execution.began_at * 1e9))
+    return message
 
 
 @service.rpc("Estimate")
@@ -61,9 +82,13 @@ def _estimate(request: runtime_pb2.EstimateRequest, context: CallContext) -> run
         raise InvalidArgument(
             f"request is not a serialised {method.operation.request_class.DESCRIPTOR.full_name}"
         ) from None
+    # The request within the request says which project it is of.
+    check_request(current_caller(), wanted, instance.store)
     validate(wanted)
     question = identify(method, wanted, instance.store)
-    with Reader(question.store, question.project, instance.scratch.new_folder) as reader:
+    with Reader(
+        question.store, question.project, instance.scratch.new_folder, instance.settings.max_volume_bytes
+    ) as reader:
         needs = method.needs(question.request, reader)
     return runtime_pb2.EstimateResponse(
         key=question.key,

@@ -16,6 +16,7 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.particles import Particles
 from cryofleet.progress import Progress
 from cryofleet.server.checkpoints import Checkpoints
+from cryofleet.server.limits import check_volume_bytes
 from cryofleet.storage import Data, Store
 from cryofleet.volumes import (
     Shard,
@@ -37,10 +38,12 @@ class Reader:
     All methods raise NotFound, PermissionDenied (another project, outside the roots) and DataLoss.
     """
 
-    def __init__(self, store: Store, project: str, new_scratch: Callable[[], Path]) -> None:
+    def __init__(self, store: Store, project: str, new_scratch: Callable[[], Path], max_volume_bytes: int = 0) -> None:
         self.store = store
         """Closed to other projects."""
         self.project = project
+        self.max_volume_bytes = max_volume_bytes
+        """The largest volume that is taken; 0 for no limit."""
         self._new_scratch = new_scratch
         self._scratch: Path | None = None
 
@@ -64,8 +67,13 @@ class Reader:
         self.close()
 
     def open_volume(self, uri: str) -> Volume:
-        """A volume or a stack of them; its header is read at once, its voxels when asked for."""
-        return open_volume(self.store, uri)
+        """A volume or a stack of them; its header is read at once, its voxels when asked for.
+
+        Raises ResourceExhausted where the header says that it is larger than what is taken.
+        """
+        volume = open_volume(self.store, uri)
+        check_volume_bytes(uri, volume.info.data_bytes, self.max_volume_bytes)
+        return volume
 
     def open_subtomograms(self, uri: str) -> Subtomograms:
         """A set of subtomograms by the URI of its index."""
@@ -137,8 +145,9 @@ class Task(Reader):
         threads: int,
         instance: str,
         new_scratch: Callable[[], Path],
+        max_volume_bytes: int = 0,
     ) -> None:
-        super().__init__(store, project, new_scratch)
+        super().__init__(store, project, new_scratch, max_volume_bytes)
         self.progress = progress
         """To be called at least once a second; raises when the operation must stop."""
         self.device = device
@@ -177,10 +186,12 @@ class Task(Reader):
 
     def write_volume(self, name: str, array: NDArray[np.floating[Any]], info: VolumeInfo) -> str:
         """Writes a volume `[z, y, x]`, or a stack of them where the info has a count; its URI."""
+        check_volume_bytes(name, info.data_bytes, self.max_volume_bytes)
         return self._writer.put(name, encoded_volume(array, info))
 
     def volume_writer(self, name: str, info: VolumeInfo) -> VolumeWriter:
         """Writes a volume slab by slab: a context manager with `write(slab)`, and `uri` once its block has ended."""
+        check_volume_bytes(name, info.data_bytes, self.max_volume_bytes)
         return VolumeWriter(self._writer, name, info, self.scratch)
 
     def write_subtomograms(

@@ -82,13 +82,18 @@ KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 """Attributes of a gRPC method handler that hold its behaviour; one of them is set."""
 
 
-def wrap_handler(handler: Any, wrap: Callable[[Behaviour, bool], Behaviour]) -> Any:
-    """The handler with its behaviour replaced by `wrap(behaviour, streams_requests)`, a coroutine function from one."""
+def wrap_handler(
+    handler: Any, wrap: Callable[[Behaviour, bool], Behaviour], deserialise: Callable[[bytes], Any] | None = None
+) -> Any:
+    """The handler with its behaviour replaced by `wrap(behaviour, streams_requests)`, a coroutine function from one.
+
+    `deserialise` takes the place of the handler's own where it is given.
+    """
     kind = next(name for name in KINDS if getattr(handler, name) is not None)
     make = getattr(grpc, f"{kind}_rpc_method_handler")
     return make(
         wrap(_as_coroutine(getattr(handler, kind)), handler.request_streaming),
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=deserialise or handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
 

@@ -4,6 +4,7 @@ isort:skip_file
 Durable runs of pipelines over the services."""
 
 from collections import abc as _abc
+from cryofleet.v1 import runtime_pb2 as _runtime_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
@@ -193,6 +194,7 @@ class Run(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     pipeline: _builtins.str
     project: _builtins.str
@@ -200,6 +202,8 @@ class Run(_message.Message):
     attempt: _builtins.int
     error: _builtins.str
     """Why it failed, naming the step and input."""
+    owner: _builtins.str
+    """The user who submitted it; empty for runs from before owners were kept."""
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct:
         """Inputs and parameters with defaults resolved."""
@@ -232,10 +236,11 @@ class Run(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "created_at", b"created_at", "finished_at", b"finished_at", "outputs", b"outputs", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "id", b"id", "outputs", b"outputs", "pipeline", b"pipeline", "project", b"project", "set_aside", b"set_aside", "started_at", b"started_at", "state", b"state", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "id", b"id", "outputs", b"outputs", "owner", b"owner", "pipeline", b"pipeline", "project", b"project", "set_aside", b"set_aside", "started_at", b"started_at", "state", b"state", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -817,6 +822,11 @@ class InstanceStatus(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_UNTIL_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_CAUSES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     instance: _builtins.str
     ready: _builtins.bool
@@ -824,8 +834,25 @@ class InstanceStatus(_message.Message):
     slots_free: _builtins.int
     version: _builtins.str
     error: _builtins.str
+    memory_total_bytes: _builtins.int
+    """Memory for operations, and what of it is not granted to one."""
+    memory_free_bytes: _builtins.int
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def set_aside_until(self) -> _timestamp_pb2.Timestamp:
+        """It has failed several tasks and gets no new ones until then; past that time it is tried with one task at a time, and
+        is not set aside any more once it has done one.
+        """
+
+    @_builtins.property
+    def set_aside_causes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it was set aside: what its tasks failed with."""
+
+    @_builtins.property
+    def running(self) -> _containers.RepeatedCompositeFieldContainer[_runtime_pb2.RunningOperation]:
+        """What it works on, for whichever orchestrator or client, as it said a second ago."""
+
     def __init__(
         self,
         *,
@@ -837,10 +864,15 @@ class InstanceStatus(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         error: _builtins.str = ...,
+        set_aside_until: _timestamp_pb2.Timestamp | None = ...,
+        set_aside_causes: _abc.Iterable[_builtins.str] | None = ...,
+        memory_total_bytes: _builtins.int = ...,
+        memory_free_bytes: _builtins.int = ...,
+        running: _abc.Iterable[_runtime_pb2.RunningOperation] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["set_aside_until", b"set_aside_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "error", b"error", "instance", b"instance", "ready", b"ready", "slots_free", b"slots_free", "slots_total", b"slots_total", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "error", b"error", "instance", b"instance", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "ready", b"ready", "running", b"running", "set_aside_causes", b"set_aside_causes", "set_aside_until", b"set_aside_until", "slots_free", b"slots_free", "slots_total", b"slots_total", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,12 +886,21 @@ class PoolStatus(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     TASKS_QUEUED_FIELD_NUMBER: _builtins.int
     TASKS_RUNNING_FIELD_NUMBER: _builtins.int
+    PAUSED_AT_FIELD_NUMBER: _builtins.int
+    PAUSED_BY_FIELD_NUMBER: _builtins.int
+    PAUSED_BECAUSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The service: io, picking, ..."""
     tasks_queued: _builtins.int
     tasks_running: _builtins.int
+    paused_by: _builtins.str
+    paused_because: _builtins.str
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceStatus]: ...
+    @_builtins.property
+    def paused_at(self) -> _timestamp_pb2.Timestamp:
+        """Where it is paused: since when, by whom, and what they said of it."""
+
     def __init__(
         self,
         *,
@@ -867,10 +908,13 @@ class PoolStatus(_message.Message):
         instances: _abc.Iterable[Global___InstanceStatus] | None = ...,
         tasks_queued: _builtins.int = ...,
         tasks_running: _builtins.int = ...,
+        paused_at: _timestamp_pb2.Timestamp | None = ...,
+        paused_by: _builtins.str = ...,
+        paused_because: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["paused_at", b"paused_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "name", b"name", "tasks_queued", b"tasks_queued", "tasks_running", b"tasks_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "name", b"name", "paused_at", b"paused_at", "paused_because", b"paused_because", "paused_by", b"paused_by", "tasks_queued", b"tasks_queued", "tasks_running", b"tasks_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -895,6 +939,89 @@ class GetPoolsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPoolsResponse: _TypeAlias = GetPoolsResponse  # noqa: Y015
+
+@_typing.final
+class PausePoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    """The service: io, picking, ..."""
+    because: _builtins.str
+    """Why, for others to read."""
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        because: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PausePoolRequest: _TypeAlias = PausePoolRequest  # noqa: Y015
+
+@_typing.final
+class PausePoolResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> Global___PoolStatus: ...
+    def __init__(
+        self,
+        *,
+        pool: Global___PoolStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PausePoolResponse: _TypeAlias = PausePoolResponse  # noqa: Y015
+
+@_typing.final
+class ResumePoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumePoolRequest: _TypeAlias = ResumePoolRequest  # noqa: Y015
+
+@_typing.final
+class ResumePoolResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pool(self) -> Global___PoolStatus: ...
+    def __init__(
+        self,
+        *,
+        pool: Global___PoolStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumePoolResponse: _TypeAlias = ResumePoolResponse  # noqa: Y015
 
 @_typing.final
 class CollectGarbageRequest(_message.Message):

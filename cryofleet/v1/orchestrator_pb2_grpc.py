@@ -89,6 +89,16 @@ class OrchestratorServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsResponse.FromString,
                 _registered_method=True)
+        self.PausePool = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/PausePool',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolResponse.FromString,
+                _registered_method=True)
+        self.ResumePool = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/ResumePool',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolResponse.FromString,
+                _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/cryofleet.v1.OrchestratorService/CollectGarbage',
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageRequest.SerializeToString,
@@ -177,6 +187,20 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PausePool(self, request, context):
+        """Begins nothing more in a pool until it is resumed: what waits for it waits on, what runs there ends. Holds for all
+        orchestrators of the database, and over their restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumePool(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CollectGarbage(self, request, context):
         """Results that no run and no pin needs; deletes them where asked to.
         """
@@ -248,6 +272,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.GetPools,
                     request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsResponse.SerializeToString,
+            ),
+            'PausePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.PausePool,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolResponse.SerializeToString,
+            ),
+            'ResumePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumePool,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -557,6 +591,60 @@ class OrchestratorService:
             '/cryofleet.v1.OrchestratorService/GetPools',
             cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsRequest.SerializeToString,
             cryofleet_dot_v1_dot_orchestrator__pb2.GetPoolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PausePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/PausePool',
+            cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.PausePoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/ResumePool',
+            cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.ResumePoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,11 @@ class OrchestratorServiceStub:
     ListPipelines: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListPipelinesRequest, _orchestrator_pb2.ListPipelinesResponse]
     GetPools: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetPoolsRequest, _orchestrator_pb2.GetPoolsResponse]
     """The instances of each pool with their slots, and what waits for them."""
+    PausePool: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PausePoolRequest, _orchestrator_pb2.PausePoolResponse]
+    """Begins nothing more in a pool until it is resumed: what waits for it waits on, what runs there ends. Holds for all
+    orchestrators of the database, and over their restarts.
+    """
+    ResumePool: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumePoolRequest, _orchestrator_pb2.ResumePoolResponse]
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CollectGarbageRequest, _orchestrator_pb2.CollectGarbageResponse]
     """Results that no run and no pin needs; deletes them where asked to."""
     PinArtifact: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]
@@ -75,6 +80,11 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     ListPipelines: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListPipelinesRequest, _orchestrator_pb2.ListPipelinesResponse]  # type: ignore[assignment]
     GetPools: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetPoolsRequest, _orchestrator_pb2.GetPoolsResponse]  # type: ignore[assignment]
     """The instances of each pool with their slots, and what waits for them."""
+    PausePool: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PausePoolRequest, _orchestrator_pb2.PausePoolResponse]  # type: ignore[assignment]
+    """Begins nothing more in a pool until it is resumed: what waits for it waits on, what runs there ends. Holds for all
+    orchestrators of the database, and over their restarts.
+    """
+    ResumePool: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumePoolRequest, _orchestrator_pb2.ResumePoolResponse]  # type: ignore[assignment]
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CollectGarbageRequest, _orchestrator_pb2.CollectGarbageResponse]  # type: ignore[assignment]
     """Results that no run and no pin needs; deletes them where asked to."""
     PinArtifact: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]  # type: ignore[assignment]
@@ -164,6 +174,23 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.GetPoolsResponse, _abc.Awaitable[_orchestrator_pb2.GetPoolsResponse]]:
         """The instances of each pool with their slots, and what waits for them."""
+
+    @_abc_1.abstractmethod
+    def PausePool(
+        self,
+        request: _orchestrator_pb2.PausePoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.PausePoolResponse, _abc.Awaitable[_orchestrator_pb2.PausePoolResponse]]:
+        """Begins nothing more in a pool until it is resumed: what waits for it waits on, what runs there ends. Holds for all
+        orchestrators of the database, and over their restarts.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumePool(
+        self,
+        request: _orchestrator_pb2.ResumePoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ResumePoolResponse, _abc.Awaitable[_orchestrator_pb2.ResumePoolResponse]]: ...
 
     @_abc_1.abstractmethod
     def CollectGarbage(

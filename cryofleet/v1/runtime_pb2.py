@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from cryofleet.v1.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from cryofleet.v1 import common_pb2 as cryofleet_dot_v1_dot_common__pb2
 from cryofleet.v1 import options_pb2 as cryofleet_dot_v1_dot_options__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/runtime.proto\x12\x0c\x63ryofleet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19\x63ryofleet/v1/common.proto\x1a\x1a\x63ryofleet/v1/options.proto\"\x14\n\x12GetCapacityRequest\"\xef\x01\n\x13GetCapacityResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nslots_free\x18\x05 \x01(\x05\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x12\n\noperations\x18\n \x03(\t\x12\r\n\x05store\x18\x0b \x01(\t\">\n\x0f\x45stimateRequest\x12\x1a\n\toperation\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"\x8b\x01\n\x10\x45stimateResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x05\x12 \n\x04pool\x18\x05 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x13\n\x0binput_bytes\x18\x06 \x01(\x03\"\xd5\x03\n\x0fSelfTestRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.cryofleet.v1.Context\x12)\n\x05index\x18\x02 \x01(\x03\x42\x1a\xea\xc7\x18\x16\n\x14\x65\x63hoed in the result\x12I\n\x07seconds\x18\x03 \x01(\x01\x42\x33\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00 \xac@)\x00\x00\x00\x00\x00\x00\x00\x00\xea\xc7\x18\x18\n\x10how long to take\x12\x01s\x1a\x01\x30H\x00\x88\x01\x01\x12;\n\tfail_with\x18\x04 \x01(\tB(\xea\xc7\x18$\n\"name of a gRPC status to fail with\x12K\n\x04rows\x18\x05 \x01(\x0b\x32\x16.cryofleet.v1.RowRangeB%\xea\xc7\x18!\n\x1fstands for a shard of particles\x12>\n\rparticles_uri\x18\x06 \x01(\tB\'\xea\xc7\x18#\n\x1f\x61 table to shard over; not read \x04\x12N\n\x08\x63ount_to\x18\x08 \x01(\x03\x42<\xea\xc7\x18\x38\n6the result says whether the next index has come so farB\n\n\x08_seconds\"\xce\x01\n\x0eSelfTestResult\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x35\n\x08instance\x18\x03 \x01(\tB#\xea\xc7\x18\x1f\n\x1dthe instance that computed it\x12#\n\nnext_index\x18\x04 \x01(\x03\x42\x0f\xea\xc7\x18\x0b\n\tindex + 1\x12>\n\x07\x63ounted\x18\x05 \x01(\x08\x42-\xea\xc7\x18)\n\'whether next_index has reached count_to\"\xd3\x01\n\x10SelfTestResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.cryofleet.v1.ProgressH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.cryofleet.v1.HeartbeatH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.cryofleet.v1.SelfTestResultH\x00\x12,\n\nprovenance\x18\x04 \x01(\x0b\x32\x18.cryofleet.v1.ProvenanceB\x07\n\x05\x65vent2\x81\x03\n\x0eRuntimeService\x12R\n\x0bGetCapacity\x12 .cryofleet.v1.GetCapacityRequest\x1a!.cryofleet.v1.GetCapacityResponse\x12I\n\x08\x45stimate\x12\x1d.cryofleet.v1.EstimateRequest\x1a\x1e.cryofleet.v1.EstimateResponse\x12\xcf\x01\n\x08SelfTest\x12\x1d.cryofleet.v1.SelfTestRequest\x1a\x1e.cryofleet.v1.SelfTestResponse\"\x81\x01\xf2\xc7\x18}\nnDo nothing for a while, or count, or fail on purpose; for checking an installation and measuring its overhead.\x10\x02\x18\x01!\x00\x00\x00\x00\x00\x00^@0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/runtime.proto\x12\x0c\x63ryofleet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19\x63ryofleet/v1/common.proto\x1a\x1a\x63ryofleet/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n\x12GetCapacityRequest\"\x97\x01\n\x10RunningOperation\x12\x11\n\toperation\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07project\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12\r\n\x05phase\x18\x06 \x01(\t\"\xa0\x02\n\x13GetCapacityResponse\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bslots_total\x18\x04 \x01(\x05\x12\x12\n\nslots_free\x18\x05 \x01(\x05\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07\x64\x65vices\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x12\n\noperations\x18\n \x03(\t\x12\r\n\x05store\x18\x0b \x01(\t\x12/\n\x07running\x18\x0c \x03(\x0b\x32\x1e.cryofleet.v1.RunningOperation\">\n\x0f\x45stimateRequest\x12\x1a\n\toperation\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x0f\n\x07request\x18\x02 \x01(\x0c\"\x8b\x01\n\x10\x45stimateResponse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x05\x12 \n\x04pool\x18\x05 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x13\n\x0binput_bytes\x18\x06 \x01(\x03\"\xd5\x03\n\x0fSelfTestRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.cryofleet.v1.Context\x12)\n\x05index\x18\x02 \x01(\x03\x42\x1a\xea\xc7\x18\x16\n\x14\x65\x63hoed in the result\x12I\n\x07seconds\x18\x03 \x01(\x01\x42\x33\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00 \xac@)\x00\x00\x00\x00\x00\x00\x00\x00\xea\xc7\x18\x18\n\x10how long to take\x12\x01s\x1a\x01\x30H\x00\x88\x01\x01\x12;\n\tfail_with\x18\x04 \x01(\tB(\xea\xc7\x18$\n\"name of a gRPC status to fail with\x12K\n\x04rows\x18\x05 \x01(\x0b\x32\x16.cryofleet.v1.RowRangeB%\xea\xc7\x18!\n\x1fstands for a shard of particles\x12>\n\rparticles_uri\x18\x06 \x01(\tB\'\xea\xc7\x18#\n\x1f\x61 table to shard over; not read \x04\x12N\n\x08\x63ount_to\x18\x08 \x01(\x03\x42<\xea\xc7\x18\x38\n6the result says whether the next index has come so farB\n\n\x08_seconds\"\xce\x01\n\x0eSelfTestResult\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x11\n\tfirst_row\x18\x02 \x01(\x03\x12\x35\n\x08instance\x18\x03 \x01(\tB#\xea\xc7\x18\x1f\n\x1dthe instance that computed it\x12#\n\nnext_index\x18\x04 \x01(\x03\x42\x0f\xea\xc7\x18\x0b\n\tindex + 1\x12>\n\x07\x63ounted\x18\x05 \x01(\x08\x42-\xea\xc7\x18)\n\'whether next_index has reached count_to\"\xd3\x01\n\x10SelfTestResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.cryofleet.v1.ProgressH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.cryofleet.v1.HeartbeatH\x00\x12.\n\x06result\x18\x03 \x01(\x0b\x32\x1c.cryofleet.v1.SelfTestResultH\x00\x12,\n\nprovenance\x18\x04 \x01(\x0b\x32\x18.cryofleet.v1.ProvenanceB\x07\n\x05\x65vent2\x81\x03\n\x0eRuntimeService\x12R\n\x0bGetCapacity\x12 .cryofleet.v1.GetCapacityRequest\x1a!.cryofleet.v1.GetCapacityResponse\x12I\n\x08\x45stimate\x12\x1d.cryofleet.v1.EstimateRequest\x1a\x1e.cryofleet.v1.EstimateResponse\x12\xcf\x01\n\x08SelfTest\x12\x1d.cryofleet.v1.SelfTestRequest\x1a\x1e.cryofleet.v1.SelfTestResponse\"\x81\x01\xf2\xc7\x18}\nnDo nothing for a while, or count, or fail on purpose; for checking an installation and measuring its overhead.\x10\x02\x18\x01!\x00\x00\x00\x00\x00\x00^@0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,20 +57,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SELFTESTRESULT'].fields_by_name['counted']._serialized_options = b'\352\307\030)\n\'whether next_index has reached count_to'
   _globals['_RUNTIMESERVICE'].methods_by_name['SelfTest']._loaded_options = None
   _globals['_RUNTIMESERVICE'].methods_by_name['SelfTest']._serialized_options = b'\362\307\030}\nnDo nothing for a while, or count, or fail on purpose; for checking an installation and measuring its overhead.\020\002\030\001!\000\000\000\000\000\000^@'
-  _globals['_GETCAPACITYREQUEST']._serialized_start=128
-  _globals['_GETCAPACITYREQUEST']._serialized_end=148
-  _globals['_GETCAPACITYRESPONSE']._serialized_start=151
-  _globals['_GETCAPACITYRESPONSE']._serialized_end=390
-  _globals['_ESTIMATEREQUEST']._serialized_start=392
-  _globals['_ESTIMATEREQUEST']._serialized_end=454
-  _globals['_ESTIMATERESPONSE']._serialized_start=457
-  _globals['_ESTIMATERESPONSE']._serialized_end=596
-  _globals['_SELFTESTREQUEST']._serialized_start=599
-  _globals['_SELFTESTREQUEST']._serialized_end=1068
-  _globals['_SELFTESTRESULT']._serialized_start=1071
-  _globals['_SELFTESTRESULT']._serialized_end=1277
-  _globals['_SELFTESTRESPONSE']._serialized_start=1280
-  _globals['_SELFTESTRESPONSE']._serialized_end=1491
-  _globals['_RUNTIMESERVICE']._serialized_start=1494
-  _globals['_RUNTIMESERVICE']._serialized_end=1879
+  _globals['_GETCAPACITYREQUEST']._serialized_start=161
+  _globals['_GETCAPACITYREQUEST']._serialized_end=181
+  _globals['_RUNNINGOPERATION']._serialized_start=184
+  _globals['_RUNNINGOPERATION']._serialized_end=335
+  _globals['_GETCAPACITYRESPONSE']._serialized_start=338
+  _globals['_GETCAPACITYRESPONSE']._serialized_end=626
+  _globals['_ESTIMATEREQUEST']._serialized_start=628
+  _globals['_ESTIMATEREQUEST']._serialized_end=690
+  _globals['_ESTIMATERESPONSE']._serialized_start=693
+  _globals['_ESTIMATERESPONSE']._serialized_end=832
+  _globals['_SELFTESTREQUEST']._serialized_start=835
+  _globals['_SELFTESTREQUEST']._serialized_end=1304
+  _globals['_SELFTESTRESULT']._serialized_start=1307
+  _globals['_SELFTESTRESULT']._serialized_end=1513
+  _globals['_SELFTESTRESPONSE']._serialized_start=1516
+  _globals['_SELFTESTRESPONSE']._serialized_end=1727
+  _globals['_RUNTIMESERVICE']._serialized_start=1730
+  _globals['_RUNTIMESERVICE']._serialized_end=2115
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from cryofleet.v1 import common_pb2 as _common_pb2
 from cryofleet.v1 import options_pb2 as _options_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -36,6 +37,45 @@ class GetCapacityRequest(_message.Message):
 Global___GetCapacityRequest: _TypeAlias = GetCapacityRequest  # noqa: Y015
 
 @_typing.final
+class RunningOperation(_message.Message):
+    """An operation that an instance works on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    operation: _builtins.str
+    """As picking.Extract."""
+    run_id: _builtins.str
+    """Of the call that began it; empty where no run did, and in answers to those who may not use the project."""
+    project: _builtins.str
+    fraction: _builtins.float
+    phase: _builtins.str
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        operation: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        project: _builtins.str = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        fraction: _builtins.float = ...,
+        phase: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction", b"fraction", "operation", b"operation", "phase", b"phase", "project", b"project", "run_id", b"run_id", "started_at", b"started_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunningOperation: _TypeAlias = RunningOperation  # noqa: Y015
+
+@_typing.final
 class GetCapacityResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -50,6 +90,7 @@ class GetCapacityResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service of this instance: io, picking, ..."""
     instance: _builtins.str
@@ -67,6 +108,10 @@ class GetCapacityResponse(_message.Message):
     def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Operations by name, as picking.Extract."""
 
+    @_builtins.property
+    def running(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningOperation]:
+        """What it works on, the longest first."""
+
     def __init__(
         self,
         *,
@@ -81,10 +126,11 @@ class GetCapacityResponse(_message.Message):
         draining: _builtins.bool = ...,
         operations: _abc.Iterable[_builtins.str] | None = ...,
         store: _builtins.str = ...,
+        running: _abc.Iterable[Global___RunningOperation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "draining", b"draining", "instance", b"instance", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "operations", b"operations", "service", b"service", "slots_free", b"slots_free", "slots_total", b"slots_total", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "draining", b"draining", "instance", b"instance", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "operations", b"operations", "running", b"running", "service", b"service", "slots_free", b"slots_free", "slots_total", b"slots_total", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

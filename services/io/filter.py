@@ -48,7 +48,7 @@ def gaussian(
         first, last = max(0, start - halo), min(depth, stop + halo)
         smoothed = scipy.ndimage.gaussian_filter(read(first, last), sigma_voxels, truncate=_TRUNCATE)
         write(smoothed[start - first : stop - first])
-        progress(stop / depth, "smoothing", sections=float(stop))
+        progress(stop / depth, "smoothing", sections=float(stop), voxels=float(stop * shape[1] * shape[2]))
 
 
 def gaussian_memory_bytes(shape: tuple[int, int, int], sigma_voxels: float) -> int:

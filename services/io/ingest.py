@@ -105,6 +105,6 @@ def _slabs(volume: VolumeFile, progress: Progress, phase: str) -> Iterator[tuple
     depth, height, width = volume.shape
     thickness = max(1, SLAB_BYTES // (4 * height * width))
     for start in range(0, depth, thickness):
-        progress(start / depth, phase, sections=float(start))
+        progress(start / depth, phase, sections=float(start), voxels=float(start * height * width))
         yield start, volume.slab(start, min(start + thickness, depth))
-    progress(1.0, phase, sections=float(depth))
+    progress(1.0, phase, sections=float(depth), voxels=float(depth * height * width))

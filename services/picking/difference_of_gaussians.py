@@ -349,7 +349,7 @@ def _find_peaks(
             waiting = len(indices[0])
             sift_at = 2 * waiting + SIFT_PEAKS
         del planes  # they would keep the tile's memory while that of the next is taken
-        progress(count / voxels, "filtering", peaks=waiting)
+        progress(count / voxels, "filtering", peaks=waiting, voxels=count)
     mean = total / voxels
     deviation = math.sqrt(max(0.0, squares / voxels - mean * mean))
     if deviation == 0:

@@ -144,7 +144,7 @@ def cut_boxes(
             box = fourier_crop(region, placement.binning) if placement.binning > 1 else region
             out[member] = normalise(box, normalisation, background)
             done += 1
-            progress(done / len(placement.rows), "cutting boxes", boxes=done)
+            progress(done / len(placement.rows), "cutting boxes", particles=done)
 
 
 def _regions(

@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
+from prometheus_client import CollectorRegistry
 
 from cryofleet.artifacts import find, manifest_for
 from cryofleet.channels import open_channel
@@ -63,6 +64,8 @@ class Orchestrator:
     instance: grpc.aio.Channel
     store: Store
     home: Path
+    registry: CollectorRegistry
+    """Its metrics."""
 
     async def submit(self, text: str = TASKS, run_id: str = "", project: str = "", **arguments: Any) -> pb.Run:
         given = Struct()
@@ -101,7 +104,7 @@ async def orchestrator(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Orchest
             await server.start()
         async with open_channel(settings.address) as channel, open_channel(instance.address) as direct:
             stub = orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
-            yield Orchestrator(stub, direct, Store(settings.store), home)
+            yield Orchestrator(stub, direct, Store(settings.store), home, servers[1].instance.metrics.registry)
     finally:
         for server in reversed(servers):
             await server.stop()
@@ -387,6 +390,52 @@ async def test_pools_and_pipelines(orchestrator: Orchestrator) -> None:
     assert parameters["particle_diameter_angstrom"].default_value.number_value > 0
     assert "pick: picking.DifferenceOfGaussians" in discover.steps
     assert "particles" in discover.outputs
+
+
+async def test_pools_tell_what_runs_where(orchestrator: Orchestrator) -> None:
+    before = time.time()
+    run = await orchestrator.submit(numbers=[1, 2], seconds=20, project="mine")
+    async with asyncio.timeout(20):
+        instance = pb.InstanceStatus()
+        while len(instance.running) < 2:
+            await asyncio.sleep(0.1)
+            instance = (await orchestrator.stub.GetPools(pb.GetPoolsRequest())).pools[0].instances[0]
+    assert instance.memory_total_bytes == 2**30
+    assert 0 < instance.memory_free_bytes <= 2**30
+    for operation in instance.running:
+        assert (operation.operation, operation.run_id, operation.project) == ("runtime.SelfTest", run.id, "mine")
+        assert before - 1 <= operation.started_at.ToNanoseconds() / 1e9 <= time.time()
+        assert 0 <= operation.fraction < 1
+    started = [operation.started_at.ToNanoseconds() for operation in instance.running]
+    assert started == sorted(started)
+    await orchestrator.stub.CancelRun(pb.CancelRunRequest(run_id=run.id))
+    async with asyncio.timeout(20):
+        while instance.running:
+            await asyncio.sleep(0.1)
+            instance = (await orchestrator.stub.GetPools(pb.GetPoolsRequest())).pools[0].instances[0]
+
+
+async def test_runs_are_counted_by_state(orchestrator: Orchestrator) -> None:
+    def count(name: str, state: str) -> float:
+        value = orchestrator.registry.get_sample_value(name, {"state": state})
+        assert value is not None
+        return value
+
+    good = await orchestrator.submit(numbers=[1])
+    bad = await orchestrator.submit(numbers=[1], fail="NOT_FOUND")
+    await asyncio.gather(orchestrator.ended(good), orchestrator.ended(bad))
+    assert count("cryofleet_runs_ended_total", "succeeded") == 1
+    assert count("cryofleet_runs_ended_total", "failed") == 1
+    going_on = await orchestrator.submit(numbers=[1], seconds=20)
+    async with asyncio.timeout(20):
+        while count("cryofleet_runs", "running") != 1:
+            await asyncio.sleep(0.1)
+            await orchestrator.stub.GetPools(pb.GetPoolsRequest())  # counts anew
+    assert count("cryofleet_runs", "queued") == 0
+    await orchestrator.stub.CancelRun(pb.CancelRunRequest(run_id=going_on.id))
+    await orchestrator.stub.GetPools(pb.GetPoolsRequest())
+    assert count("cryofleet_runs", "running") == 0
+    assert count("cryofleet_runs_ended_total", "cancelled") == 1
 
 
 async def test_an_estimate_knows_what_the_store_has(orchestrator: Orchestrator) -> None:

@@ -671,6 +671,11 @@ async def test_tcp_with_mutual_tls(settings: Settings, tmp_path: Path) -> None:
 # --- Metrics -------------------------------------------------------------------------------------------------------
 
 
+def _value(lines: list[str], sample: str) -> float:
+    (line,) = [line for line in lines if line.startswith(sample + " ")]
+    return float(line.rpartition(" ")[2])
+
+
 async def test_metrics_count_calls_by_status(settings: Settings, an_input: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -692,6 +697,10 @@ async def test_metrics_count_calls_by_status(settings: Settings, an_input: str) 
     assert f'cryofleet_calls_total{{method="{method}",status="OK"}} 2.0' in lines
     assert f'cryofleet_calls_total{{method="{method}",status="INVALID_ARGUMENT"}} 1.0' in lines
     assert 'cryofleet_cached_results_total{operation="picking.Evaluate"} 1.0' in lines
+    # The result's table, and the manifest with it; inputs are read to be hashed.
+    assert _value(lines, 'cryofleet_store_bytes_total{direction="written",operation="picking.Evaluate"}') > 0
+    assert _value(lines, 'cryofleet_store_bytes_total{direction="read",operation="picking.Evaluate"}') > 0
+    assert _value(lines, 'cryofleet_store_bytes_total{direction="read",operation="runtime.SelfTest"}') == 0
     assert "cryofleet_slots 2.0" in lines
     assert "cryofleet_slots_free 2.0" in lines
     assert "cryofleet_calls_in_flight 0.0" in lines

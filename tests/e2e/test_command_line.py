@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
+import subprocess
+import sys
+import termios
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +130,90 @@ def test_gc_is_a_dry_run_unless_told(platform: Platform, tmp_path: Path) -> None
     assert platform.command("pin", uri, "--remove").returncode == 0
     platform.json("gc", "--older-than-hours", "0", "--delete")
     assert platform.command("get", uri, str(tmp_path / "b")).returncode == 4
+
+
+def _shown_on_a_terminal(platform: Platform, *words: str, end_with: int) -> tuple[int, str]:
+    """Exit code and all that a command wrote to its terminal; it gets the signal once it has shown the pools."""
+    leader, follower = os.openpty()
+    attributes = termios.tcgetattr(follower)
+    environment = {**platform.environment, "TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cryofleet", *words],
+        env=environment, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
+    shown = b""
+    try:
+        deadline = time.monotonic() + 60
+        told = False
+        while time.monotonic() < deadline and (process.poll() is None or select.select([leader], [], [], 0.2)[0]):
+            if select.select([leader], [], [], 0.2)[0]:
+                shown += os.read(leader, 65536)
+            if not told and b"simulation" in shown:
+                told = True
+                process.send_signal(end_with)
+        assert termios.tcgetattr(follower) == attributes
+    finally:
+        process.kill()
+        os.close(follower)
+        os.close(leader)
+    return process.wait(), shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_top_leaves_the_terminal_as_it_was(platform: Platform, number: int, code: int) -> None:
+    ended, shown = _shown_on_a_terminal(platform, "top", end_with=number)
+    assert ended == code, shown
+    assert "simulation" in shown, shown
+    assert shown.index("\x1b[?1049h") < shown.index("simulation") < shown.rindex("\x1b[?1049l"), "its own screen, left"
+    assert shown.rindex("\x1b[?25l") < shown.rindex("\x1b[?25h"), "the cursor is back"
+    assert "Traceback" not in shown
+
+
+def test_top_prints_once_where_there_is_no_terminal(platform: Platform) -> None:
+    run = json.loads(platform.command("run", "self-test", "--set", "seconds=8", "--detach", "--json").stdout)[0]["id"]
+    deadline = time.monotonic() + 60
+    picture = platform.json("top")
+    # How far a run is, is written once a second.
+    while not (picture["operations"] and [r for r in picture["runs"] if r["tasks"]]) and time.monotonic() < deadline:
+        picture = platform.json("top")
+    assert {pool["pool"] for pool in picture["pools"]} >= {"io", "picking", "simulation"}
+    assert sum(pool["slots_busy"] for pool in picture["pools"]) >= 1
+    assert all(pool["memory_bytes"] > 0 for pool in picture["pools"])
+    (line,) = [each for each in picture["runs"] if each["run"] == run]
+    assert (line["pipeline"], line["state"]) == ("self-test", "running")
+    assert line["tasks"] in (8, 9), "of the steps that have begun"
+    assert {each["operation"] for each in picture["operations"] if each["run"] == run} == {"runtime.SelfTest"}
+    done = platform.command("top")
+    assert done.returncode == 0, done.stderr
+    kinds = {words.split("\t")[0] for words in done.stdout.splitlines()}
+    assert kinds == {"pool", "run", "operation"}
+    assert "\x1b" not in done.stdout
+    assert platform.command("cancel", run).returncode == 0
+
+
+def test_support_bundle_of_a_platform(platform: Platform, tmp_path: Path) -> None:
+    pipeline = tmp_path / "failing.yaml"
+    pipeline.write_text(
+        "name: failing\nsteps:\n  - {id: one, op: runtime.SelfTest, with: {fail_with: NOT_FOUND}}\n"
+        "outputs:\n  index: ${one.index}\n"
+    )
+    failed = platform.command("run", str(pipeline), "--json")
+    run = json.loads(failed.stdout)["id"]
+    told = platform.json("support-bundle", str(tmp_path / "bundle.zip"))
+    assert told["missing"] == {}
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+        parts = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert {pool["name"] for pool in json.loads(parts["pools.json"])} >= {"io", "picking"}
+    (kept,) = [each for each in json.loads(parts["runs.json"]) if each["id"] == run]
+    assert kept["state"] == "failed"
+    assert "failed with NOT_FOUND, as asked for" in kept["error"]
+    assert {"arguments", "outputs"}.isdisjoint(kept)
+    assert all("outputs" not in step for step in kept["steps"])
+    assert all(finding["ok"] for finding in json.loads(parts["doctor.json"]))
+    assert run in parts["logs/orchestrator.log"]
+    assert json.loads(parts["processes.json"])["io"] == platform.process_id("io")
+    again = platform.command("support-bundle", str(tmp_path / "bundle.zip"))
+    assert (again.returncode, again.stderr.strip()) == (1, f"error: {tmp_path}/bundle.zip exists")
 
 
 def test_run_starts_the_platform_where_none_is_up() -> None:
