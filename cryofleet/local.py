@@ -38,6 +38,8 @@ _STOP_MARGIN_SECONDS = 15.0
 _ALL_CORES = ("learning", "simulation")
 _PR_SET_PDEATHSIG = 1
 _DETACH = "--detach"
+_SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Processes run in the platform's home; code that lies there is none of theirs."""
 _LAUNCH_SECONDS = 10.0
 """A supervisor that was launched has its lock within this time."""
 
@@ -173,7 +175,7 @@ def _launch_supervisor(settings: Settings) -> None:
     with (settings.log_folder / "supervisor.log").open("ab") as log:
         subprocess.run(
             [sys.executable, "-m", "cryofleet.local", _DETACH],
-            env={**os.environ, "CRYOFLEET_HOME": str(settings.home)},
+            env={**os.environ, **_SAFE_PATH, "CRYOFLEET_HOME": str(settings.home)},
             cwd=settings.home,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -281,7 +283,7 @@ class Supervisor:
         with child.log.open("ab") as log:
             child.process = subprocess.Popen(
                 [sys.executable, "-m", child.member.module],
-                env={**child.member.defaults, **os.environ, **child.member.environment},
+                env={**child.member.defaults, **os.environ, **_SAFE_PATH, **child.member.environment},
                 cwd=self._settings.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -81,6 +81,10 @@ def platform_home(**variables: str) -> Iterator[Platform]:
     """
     # Not pytest's own folders: their paths are too long for Unix sockets.
     home = Path(tempfile.mkdtemp(prefix="cryofleet-"))
+    for package in ("cryofleet", "orchestrator", "services"):
+        # A user may keep a clone of the project there: it must not be run in place of what is installed.
+        (home / package).mkdir()
+        (home / package / "__init__.py").write_text(f"raise SystemExit('{package} was taken from the home')\n")
     names = {f"CRYOFLEET_{name}": value for name, value in variables.items()}
     # The platform gives each service the threads it should have, where its environment says nothing else.
     kept = {n: value for n, value in os.environ.items() if not n.startswith("CRYOFLEET_") and n != "OMP_NUM_THREADS"}
