@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
 from cryofleet.access import audit
@@ -19,7 +18,7 @@ from cryofleet.channels import MESSAGE_LIMIT_BYTES
 from cryofleet.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from cryofleet.logs import bind_log_context
 from cryofleet.server.failures import TooLarge
-from cryofleet.server.validation import Behaviour, wrap_handler
+from cryofleet.server.interception import Behaviour, Interceptor, wrap_handler
 from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.storage import Store
 
@@ -43,29 +42,17 @@ def _reading(deserialise: Callable[[bytes], Message]) -> Callable[[bytes], Messa
     return read
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+class AccessInterceptor(Interceptor):
     """Lets calls through whose caller is known and may make them; refuses all others, with the reason in the audit."""
 
     def __init__(self, authenticator: Authenticator, store: Store) -> None:
+        super().__init__()
         self._authenticator = authenticator
         self._store = store
-        self._wrapped: dict[str, Any] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wraps each method's handler once."""
-        method = handler_call_details.method
-        if method not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None
-            self._wrapped[method] = wrap_handler(
-                handler, functools.partial(self._guarded, method), _reading(handler.request_deserializer)
-            )
-        return self._wrapped[method]
+    def wrap(self, method: str, handler: Any) -> Any:
+        """The handler behind the door."""
+        return wrap_handler(handler, functools.partial(self._guarded, method), _reading(handler.request_deserializer))
 
     def _guarded(self, method: str, behaviour: Behaviour, streams_requests: bool) -> Behaviour:
         rule = rule_of(method)

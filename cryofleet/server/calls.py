@@ -25,9 +25,9 @@ from cryofleet.logs import bind_log_context
 from cryofleet.server.execution import Answer, Execution, Executions, Ticket
 from cryofleet.server.failures import Draining, failure_of, one_line, reason_for
 from cryofleet.server.instance import Instance
+from cryofleet.server.interception import Interceptor, wrap_handler
 from cryofleet.server.service import Method, Service
 from cryofleet.server.task import Reader
-from cryofleet.server.validation import wrap_handler
 from cryofleet.settings import DEFAULT_PROJECT, Settings
 from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2
@@ -208,28 +208,18 @@ def _as_coroutine_function(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> C
     return call
 
 
-class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+class BorderInterceptor(Interceptor):
     """The outermost layer of every call: failures become statuses, and each call is counted, logged and audited."""
 
     def __init__(self, instance: Instance, audit_log: audit.AuditLog) -> None:
+        super().__init__()
         self._instance = instance
         self._audit_log = audit_log
-        self._wrapped: dict[str, Any] = {}
         self._operations = {method.operation.full_name: method.operation.name for method in instance.methods.values()}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wraps each method's handler once."""
-        name = handler_call_details.method
-        if name not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return None
-            self._wrapped[name] = wrap_handler(handler, functools.partial(self._bordered, name))
-        return self._wrapped[name]
+    def wrap(self, method: str, handler: Any) -> Any:
+        """The handler within the border."""
+        return wrap_handler(handler, functools.partial(self._bordered, method))
 
     def _bordered(
         self, name: str, behaviour: Callable[[Any, Any], Any], streams_requests: bool

@@ -43,6 +43,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning("%s is damaged; starting afresh", self._pointer)
             return None
+        logger.info("going on from a checkpoint", extra={"checkpoint": self._pointer})
         return files
 
     def save(self, files: Mapping[str, bytes]) -> None:

@@ -18,7 +18,7 @@ _UNREADABLE = (
     ValueError,
     OSError,
     EOFError,
-    NotImplementedError,
+    NotImplementedError,  # what zipfile raises for a compression that it does not know
     RuntimeError,
     zipfile.BadZipFile,
     tokenize.TokenError,

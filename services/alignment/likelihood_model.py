@@ -27,7 +27,7 @@ from services.alignment.array_files import Arrays
 from services.alignment.band import Band
 from services.alignment.reconstruction import JOINED_ANGSTROM, components_of, noise_share, volume_of
 from services.alignment.sufficient_statistics import Posterior, Statistics
-from services.alignment.symmetry_frame import Turnable, centre_of_mass, find_frame
+from services.alignment.symmetry_frame import centre_of_mass, find_frame, symmetrised
 
 LEAST_COVERAGE = 0.5
 """Where fewer than this share of a class was sampled, the rest is filled from the model."""
@@ -345,7 +345,7 @@ def imposed(task: Task, model: Model) -> Model:
     n = task.search.box_size
     band = Band(n, 1.0, model.k_reach, None, "cpu")
     group = point_group(task.search.symmetry)
-    ratio, place, count = prior_ratio(task, model), shells(band), len(band)
+    ratio, place = prior_ratio(task, model), shells(band)
     sums, weights, filling = model.sums.copy(), model.weights.copy(), model.filling.copy()
     recentring, turns = model.recentring.copy(), model.turns.copy()
     averaged = volumes(task, model, joint(task, model)) * task.mask(n)
@@ -355,11 +355,11 @@ def imposed(task: Task, model: Model) -> Model:
             task.search.symmetry, task.radius, centre_of_mass(averaged[k]),
         )  # fmt: skip
         for half in range(2):
-            found = Turnable(band, model.sums[half, k], model.weights[half, k], frame.centre_voxels)
-            both = found.turned(frame.rotation * group, count)
-            sums[half, k], weights[half, k] = (values.mean(dim=0).numpy() for values in both)
-        filled = Turnable(band, model.filling[k].astype(np.complex128), model.weights[0, k], frame.centre_voxels)
-        filling[k] = filled.turned(frame.rotation * group, count)[0].mean(dim=0).numpy()
+            sums[half, k] = symmetrised(band, model.sums[half, k], frame.rotation, frame.centre_voxels, group)
+            # How often a component was sampled does not depend on where the average lies.
+            sampled = symmetrised(band, model.weights[half, k], frame.rotation, np.zeros(3), group)
+            weights[half, k] = np.maximum(sampled.real, 0)
+        filling[k] = symmetrised(band, model.filling[k], frame.rotation, frame.centre_voxels, group)
         recentring[k] += frame.centre_voxels
         turns[k] = frame.rotation.as_quat()
     model = replace(

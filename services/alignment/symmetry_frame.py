@@ -13,6 +13,7 @@ not both known, and a plain correlation is far from 1 for the true axis, too.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from cryofleet.numerics.masks import centred_coordinates
 from cryofleet.numerics.rotations import point_group, rotation_grid
 from cryofleet.numerics.so3 import suppress
 from cryofleet.numerics.spectra import SpectrumTable
+from services.alignment.align import oversampling
 from services.alignment.band import Band, rotation_matrices
 from services.alignment.pose_grid import angular_step_degrees
 from services.alignment.reconstruction import volume_of
@@ -63,7 +65,7 @@ def centre_of_mass(volume: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class Turnable:
-    """Components of an average, or of sums, about `centre_voxels`, and real weights of them: to be turned together."""
+    """Components of an average about `centre_voxels`, and how far each is known: to be turned together."""
 
     def __init__(
         self,
@@ -73,21 +75,44 @@ class Turnable:
         centre_voxels: NDArray[np.float64],
     ) -> None:
         self.band = band
-        phases = np.exp(2j * np.pi / band.box_size * (band.points.numpy().astype(np.float64) @ centre_voxels))
-        self.values = torch.from_numpy((values * phases).astype(np.complex64))
+        self.values = torch.from_numpy((values * _phases(band, centre_voxels)).astype(np.complex64))
         self.weights = torch.from_numpy(weights.astype(np.float32))
         self._tables = [
-            SpectrumTable(volume_of(band, part.to(torch.complex64)[None]), band.k_max)
+            SpectrumTable(volume_of(band, part.to(torch.complex64)[None]), band.k_max, oversampling(band.k_max))
             for part in (self.values, self.weights)
         ]
 
     def turned(self, rotations: Rotation, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and weights at R k of the first `count` components k, (rotations, count)."""
-        matrices = rotation_matrices(torch.from_numpy(np.atleast_2d(rotations.as_quat())).float())
-        # `rotated` asks for R^-1 k, so it is given the inverse.
-        inverse = matrices.transpose(-1, -2).contiguous()[None]
+        inverse = _inverse_matrices(rotations)[None]
         values, weights = (table.rotated(self.band.points[:count], inverse)[0] for table in self._tables)
         return values, weights.real.clamp(min=0)
+
+
+def symmetrised(
+    band: Band, values: NDArray[Any], rotation: Rotation, centre_voxels: NDArray[np.float64], group: Rotation
+) -> NDArray[np.complex64]:
+    """The mean over the group of components (components,) on `band`, about a centre, in a frame."""
+    centred = torch.from_numpy((values * _phases(band, centre_voxels)).astype(np.complex64))
+    table = SpectrumTable(volume_of(band, centred[None]), band.k_max, oversampling(band.k_max))
+    inverse = _inverse_matrices(rotation * group)
+    total = torch.zeros(len(band), dtype=torch.complex64)
+    # One after the other: of a large group and box, all copies at once would outgrow the model by far.
+    for element in inverse:
+        total += table.rotated(band.points, element[None, None])[0, 0]
+    return (total / len(inverse)).numpy()
+
+
+def _phases(band: Band, centre_voxels: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """What moves a volume so that `centre_voxels` comes to the box's centre."""
+    cycles = band.points.numpy().astype(np.float64) @ centre_voxels / band.box_size
+    return np.asarray(np.exp(2j * np.pi * cycles), dtype=np.complex128)
+
+
+def _inverse_matrices(rotations: Rotation) -> torch.Tensor:
+    """(rotations, 3, 3): `SpectrumTable.rotated` asks for R^-1 k, and so is given the inverse."""
+    matrices = rotation_matrices(torch.from_numpy(np.atleast_2d(rotations.as_quat())).float())
+    return matrices.transpose(-1, -2).contiguous()
 
 
 def find_frame(

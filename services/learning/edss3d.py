@@ -24,7 +24,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
-from services.learning.autoencoder import kernel_spread, max_pool, memory_order, upsample_and_convolve
+from services.learning.autoencoder import initialise, kernel_spread, max_pool, memory_order, upsample_and_convolve
 from services.learning.single_channel import convolve_from_one
 from services.learning.training import Batch
 
@@ -81,12 +81,7 @@ class EDSS3D(nn.Module):
         self.convolution_5 = nn.Conv3d(CHANNELS, CHANNELS, 3, padding=1)
         self.convolution_6 = nn.Conv3d(CHANNELS, classes, 3, padding=1)
         self.skip = nn.Conv3d(1, classes, 3, padding=1) if skip else None
-        for module in self.children():
-            assert isinstance(module, nn.Conv3d)
-            assert module.bias is not None
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-            module.weight.data = memory_order(module.weight.data)
+        initialise(self, generator)
         self.register_buffer("spread", kernel_spread(), persistent=False)
 
     def forward(self, boxes: Tensor) -> Tensor:

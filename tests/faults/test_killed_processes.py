@@ -16,11 +16,11 @@ from tests.faults.conftest import Undisturbed, computed, contents, discover_argu
 from tests.platform import SMALL_SCENE, Platform
 
 # The step during which each service is killed, and whether it must be held fast for that: these steps are over in less
-# time than it takes to see that they began.
+# time than it takes to see that they began. (`test_training_killed` kills a training in its middle.)
 STEP_OF_SERVICE = {
     "io": ("ingest", True),
     "picking": ("pick", True),
-    "learning": ("train", False),
+    "learning": ("train", True),
     "alignment": ("average", False),
 }
 WAITING = (orchestrator_pb2.STEP_STATE_UNSPECIFIED, orchestrator_pb2.STEP_STATE_WAITING)
