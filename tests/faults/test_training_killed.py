@@ -16,7 +16,7 @@ from cryofleet.v1 import learning_pb2
 from tests.contract.test_learning import put_subtomograms
 from tests.unit.learning.shapes import two_kinds
 
-EPOCHS = 120
+EPOCHS = 60
 
 
 def request(store: Store) -> learning_pb2.TrainAutoencoderRequest:
