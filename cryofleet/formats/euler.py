@@ -11,6 +11,7 @@ relion    rot, tilt, psi           (Rz(rot) Ry(tilt) Rz(psi))^-1          RELION
 dynamo    tdrot, tilt, narot       (Rz(narot) Rx(tilt) Rz(tdrot))^-1      Dynamo tables
 eman      az, alt, phi             (Rz(az) Rx(alt) Rz(phi))^-1            EMAN2 transforms from reference to particle
 faml      alpha, beta, gamma       Rz(alpha) Ry(beta) Rz(gamma)           FAML and AITom
+av3       phi, theta, psi          Rz(psi) Rx(theta) Rz(phi)              TOM, AV3, PyTom, novaSTA, STOPGAP, cryoCAT
 ========  =======================  =====================================  ==========================================
 
 All angles are degrees; AITom itself keeps radians. EMAN2's ``xform.align3d`` takes the particle onto the reference:
@@ -30,7 +31,7 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 
-EulerConvention = Literal["relion", "dynamo", "eman", "faml"]
+EulerConvention = Literal["relion", "dynamo", "eman", "faml", "av3"]
 
 CONVENTIONS: tuple[EulerConvention, ...] = get_args(EulerConvention)
 
@@ -59,6 +60,8 @@ def from_euler(angles: ArrayLike, convention: EulerConvention) -> Rotation:
             return Rotation.from_euler("ZXZ", triple, degrees=True).inv()
         case "faml":
             return Rotation.from_euler("ZYZ", triple, degrees=True)
+        case "av3":
+            return Rotation.from_euler("ZXZ", triple[..., ::-1], degrees=True)
         case _:
             raise InvalidArgument(f"unknown Euler convention {convention!r}; known are {', '.join(CONVENTIONS)}")
 
@@ -77,6 +80,8 @@ def to_euler(rotation: Rotation, convention: EulerConvention) -> NDArray[np.floa
             return _zyz_to_zxz(_zyz_angles(rotation.inv().as_matrix()))
         case "faml":
             return _zyz_angles(rotation.as_matrix())
+        case "av3":
+            return _zyz_to_zxz(_zyz_angles(rotation.as_matrix()))[..., ::-1]
         case _:
             raise InvalidArgument(f"unknown Euler convention {convention!r}; known are {', '.join(CONVENTIONS)}")
 

@@ -303,7 +303,7 @@ class MrcVolume(MrcSections):
         self.voxel_size_angstrom = self.header.voxel_size_angstrom
 
     def _check(self) -> None:
-        _check_is_volume(self.header, self.name)
+        check_is_volume(self.header, self.name)
 
 
 class MrcImages(MrcSections):
@@ -324,7 +324,8 @@ class MrcImages(MrcSections):
             )
 
 
-def _check_is_volume(header: MrcHeader, name: str) -> None:
+def check_is_volume(header: MrcHeader, name: str) -> None:
+    """Raises FailedPrecondition where a readable file does not hold one volume on orthogonal axes, with what it is."""
     sections, rows, columns = header.shape
     if sections == 1:
         raise FailedPrecondition(f"{name}: one image of {columns} x {rows} pixels, not a volume")

@@ -1,9 +1,11 @@
-"""RELION 5 particle files."""
+"""RELION 5 particle files as the io service exports them, of one tomogram and ready for RELION's import.
+
+`cryofleet.formats.particles.relion` reads and writes every version.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,33 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.formats.euler import to_euler
-
-CentreRule = Literal["size/2", "floor(size/2)", "size/2-1"]
-CENTRE_RULES: tuple[CentreRule, ...] = get_args(CentreRule)
-_CENTRES: dict[CentreRule, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-    "size/2": lambda size: size / 2,
-    "floor(size/2)": lambda size: np.floor(size / 2),
-    "size/2-1": lambda size: size / 2 - 1,
-}
-_ROWS_AT_ONCE = 50_000
-
-
-def tomogram_centre(shape: tuple[int, int, int], rule: CentreRule = "size/2") -> NDArray[np.float64]:
-    """The point of a tomogram that centred coordinates count from, (x, y, z) in voxels, the first voxel's centre at 0.
-
-    RELION 5 holds three rules, by name here:
-
-    - ``size/2``: what RELION adds when it reads particles (``TomogramSet::loadTomogram``), hence what reconstruction
-      and extraction see. Half a voxel beside the middle of the array for even sizes, and a half-integer for odd ones.
-    - ``floor(size/2)``: its projection matrices. The same for even sizes.
-    - ``size/2-1``: its Python picker, in unbinned pixels.
-
-    RELION counts in pixels of the tilt series: a voxel i of a tomogram binned by b lies at b i, and the centre at
-    b size/2, so that the rule "size/2" gives the same Å at every binning.
-    """
-    if rule not in _CENTRES:
-        raise InvalidArgument(f"unknown rule of the tomogram's centre {rule!r}; known are {', '.join(CENTRE_RULES)}")
-    return _CENTRES[rule](np.array(shape[::-1], dtype=np.float64))
+from cryofleet.formats.frames import CentreRule, tomogram_centre
+from cryofleet.formats.rows import Column, encode_rows, literal
 
 
 def encode_relion5_particles(
@@ -91,32 +68,22 @@ def encode_relion5_particles(
         raise InvalidArgument(f"particle in row {row} has a position or shift that is not finite")
     numbers = np.arange(1, count + 1) if ids is None else ids
 
-    # Each column's label, format and values; a tomogram's name stands for itself, as a constant of every row.
-    columns: list[tuple[str, str, NDArray[np.generic]]] = [
-        ("rlnTomoParticleName", f"{_literal(tomogram_name)}/%d", numbers)
-    ]
-    columns += [(f"rlnCenteredCoordinate{axis}Angst", "%.6f", centred[:, i]) for i, axis in enumerate("XYZ")]
+    columns: list[tuple[str, Column]] = [("rlnTomoParticleName", (f"{literal(tomogram_name)}/%d", numbers))]
+    columns += [(f"rlnCenteredCoordinate{axis}Angst", ("%.6f", centred[:, i])) for i, axis in enumerate("XYZ")]
     if rotations is not None:
         angles = to_euler(rotations, "relion")
-        columns += [(f"rlnAngle{name}", "%.6f", angles[:, i]) for i, name in enumerate(("Rot", "Tilt", "Psi"))]
-        columns += [(f"rlnOrigin{axis}Angst", "%.6f", np.zeros(count)) for axis in "XYZ"]
+        columns += [(f"rlnAngle{name}", ("%.6f", angles[:, i])) for i, name in enumerate(("Rot", "Tilt", "Psi"))]
+        columns += [(f"rlnOrigin{axis}Angst", ("%.6f", np.zeros(count))) for axis in "XYZ"]
     if class_numbers is not None:
-        columns.append(("rlnClassNumber", "%d", class_numbers))
+        columns.append(("rlnClassNumber", ("%d", class_numbers)))
     if random_subsets is not None:
-        columns.append(("rlnRandomSubset", "%d", random_subsets))
+        columns.append(("rlnRandomSubset", ("%d", random_subsets)))
     if scores is not None:
-        columns.append(("rlnAutopickFigureOfMerit", "%.6f", scores))
+        columns.append(("rlnAutopickFigureOfMerit", ("%.6f", scores)))
 
-    names = ["rlnTomoName", *(label for label, _, _ in columns)]
+    names = ["rlnTomoName", *(label for label, _ in columns)]
     labels = "".join(f"_{label} #{i}\n" for i, label in enumerate(names, start=1))
     yield f"\n# version 50001\n\ndata_particles\n\nloop_\n{labels}".encode()
-    line = "\t".join([_literal(tomogram_name), *(form for _, form, _ in columns)]) + "\n"
-    for start in range(0, count, _ROWS_AT_ONCE):
-        values = [column[start : start + _ROWS_AT_ONCE].tolist() for _, _, column in columns]
-        yield "".join(line % fields for fields in zip(*values, strict=True)).encode()
+    # The tomogram's name stands in every row.
+    yield from encode_rows([column for _, column in columns], "\t", f"{literal(tomogram_name)}\t")
     yield b"\n"
-
-
-def _literal(text: str) -> str:
-    """A text as it must stand in a format to be printed as it is."""
-    return text.replace("%", "%%")

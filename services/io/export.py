@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
@@ -18,7 +17,6 @@ from cryofleet.progress import Progress, no_progress, part
 ReadSlab = Callable[[int, int], NDArray[np.float32]]
 
 _SLAB_BYTES = 16 << 20
-_ROWS_AT_ONCE = 50_000
 _STORED: dict[int, np.dtype[Any]] = {0: np.dtype("<i1"), 1: np.dtype("<i2"), 2: np.dtype("<f4"), 12: np.dtype("<f2")}
 
 
@@ -92,23 +90,3 @@ def _slabs(
         progress(start / depth, phase)
         yield read(start, min(start + thickness, depth))
     progress(1.0, phase)
-
-
-def encode_csv(table: pd.DataFrame, tomogram: str, voxel_size_angstrom: float) -> Iterator[bytes]:
-    """The text of a particle table as CSV, in pieces, with nothing left to guess.
-
-    To the table's own columns (x, y, z in voxels from the first voxel's centre, the quaternion that takes the reference
-    onto the particle, shifts in voxels) come `x_angstrom`, `y_angstrom`, `z_angstrom` (shift included, from the same
-    origin), the tomogram's name and its voxel size. Numbers keep all their digits.
-    """
-    placed = table[["x", "y", "z"]].to_numpy(np.float64)
-    if "shift_x" in table:
-        placed = placed + table[["shift_x", "shift_y", "shift_z"]].to_numpy(np.float64)
-    whole = table.assign(
-        **{f"{axis}_angstrom": placed[:, i] * voxel_size_angstrom for i, axis in enumerate("xyz")},
-        tomogram=tomogram,
-        voxel_size_angstrom=voxel_size_angstrom,
-    )
-    for start in range(0, max(len(whole), 1), _ROWS_AT_ONCE):
-        rows = whole.iloc[start : start + _ROWS_AT_ONCE]
-        yield rows.to_csv(None, index=False, header=start == 0, lineterminator="\n").encode()

@@ -9,7 +9,8 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.formats.euler import from_euler
-from cryofleet.formats.star import CENTRE_RULES, CentreRule, encode_relion5_particles, tomogram_centre
+from cryofleet.formats.frames import CENTRE_RULES, CentreRule, tomogram_centre
+from cryofleet.formats.star import encode_relion5_particles
 
 CENTRED = ["rlnCenteredCoordinateXAngst", "rlnCenteredCoordinateYAngst", "rlnCenteredCoordinateZAngst"]
 ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
@@ -78,6 +79,7 @@ def test_the_centre_rules_by_name() -> None:
         "size/2": (20.5, 20.0, 15.5),
         "floor(size/2)": (20, 20, 15),
         "size/2-1": (19.5, 19, 14.5),
+        "(size-1)/2": (20, 19.5, 15),
     }
     assert set(expected) == set(CENTRE_RULES)
     for rule, centre in expected.items():

@@ -108,3 +108,25 @@ def test_values_of_the_wrong_kind_are_named_with_their_row() -> None:
             table("rlnX", text).vectors("rlnX")
     with pytest.raises(InvalidArgument, match="2 numbers, 4 were expected"):
         table("rlnX", "[1,2]").vectors("rlnX", 4)
+
+
+def test_long_loops_are_read_as_short_ones() -> None:
+    rows = [f"{i / 7:.6f}\t name_{i} {i}  x" for i in range(5000)]
+    text = "data_a\nloop_\n_number #1\n_name #2\n_index\n_text\n{}\n\n# of b\ndata_b\n_value 3\n"
+    tables = parse_star(text.format("\n".join(rows)).encode(), "long.star")
+    table = tables["a"]
+    assert table.rows == 5000
+    np.testing.assert_array_equal(table.numbers("number"), [float(row.split()[0]) for row in rows])
+    assert table.integers("index")[-1] == 4999
+    assert table.texts("name")[4998] == "name_4998"
+    assert list(table.texts("text"))[:2] == ["x", "x"]
+    assert tables["b"].texts("value")[0] == "3"
+    for bad in ("1 2 3", "1 2 3 4 5", "1 2 3 4 5 6 7"):
+        with pytest.raises(InvalidArgument, match=f"line 3007: a row of {len(bad.split())} values under 4 labels"):
+            parse_star(text.format("\n".join([*rows[:3000], bad, *rows[3000:]])).encode(), "long.star")
+    quoted = parse_star(text.format("\n".join([*rows, "1 'two words' 3 y"])).encode(), "long.star")["a"]
+    assert (quoted.rows, quoted.texts("name")[5000]) == (5001, "two words")
+    rows[7] = rows[7].replace("1.000000", "seven")
+    table = parse_star(text.format("\n".join(rows)).encode(), "long.star")["a"]
+    with pytest.raises(InvalidArgument, match="column number, row 8: 'seven' is not a finite number"):
+        table.numbers("number")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
 from cryofleet.formats.mrc import MrcVolume
+from cryofleet.formats.particles.csv import encode_csv
 from cryofleet.numerics import fourier
 from services.io import export, ingest
 from services.io import filter as filters
@@ -220,7 +221,7 @@ def test_csv_keeps_every_digit_and_folds_shifts_into_angstroms(tmp_path: Path) -
     names = ("x", "y", "z", "shift_x", "shift_y", "shift_z", "score")
     table = pd.DataFrame({"id": np.arange(9), **{name: rng.normal(0, 50, 9) for name in names}})
     path = tmp_path / "a.csv"
-    path.write_bytes(b"".join(export.encode_csv(table, "TS_01, left", 7.84)))
+    path.write_bytes(b"".join(encode_csv(table, "TS_01, left", 7.84)))
     read = pd.read_csv(path)
     # pandas' own reader may be off by a unit in the last place
     pd.testing.assert_frame_equal(read[list(table.columns)], table, rtol=4e-16)
