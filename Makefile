@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make protos · make bench · make images · make manifests
+# make demo · make test · make soak · make lint · make protos · make bench · make images · make manifests
 # Everything works from a bare clone: Python 3.11 and make are all that is needed.
 
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
-.PHONY: setup demo test manifests lint protos protos-check bench clean wheelhouse images test-images
+.PHONY: setup demo test soak manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
 
 setup: $(READY)
 
@@ -53,6 +53,10 @@ manifests: $(READY) $(VENV)/manifests/.ready
 test: $(READY) $(MANIFEST_TOOLS)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+# Faults at random for at most 15 minutes (docs/faults.md): SEED repeats one, FAULTS and MINUTES change how many and how long.
+soak: $(READY)
+	SEED="$(SEED)" FAULTS="$(FAULTS)" MINUTES="$(MINUTES)" $(BIN)/python -m tests.faults.soak
+
 lint: $(READY) protos-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,6 +88,10 @@ images:
 # As root on Debian or Ubuntu; takes many minutes and some 20 GB under CRYOFLEET_IMAGES_FOLDER.
 test-images: $(READY)
 	IMAGES="$(IMAGES)" $(BIN)/python -m pytest -v tests/images/check_images.py
+
+# Other programs read what we write, each in an environment of its own under .venv/formats, made when it is not there.
+check-formats: $(READY)
+	PIP_OPTIONS="$(PIP_OPTIONS)" $(BIN)/python -m pytest -v tests/formats/check_formats.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from cryofleet import tracing
 from cryofleet.errors import FailedPrecondition, Failure, failure_from_status
 from cryofleet.settings import TlsFiles
 
@@ -60,6 +63,43 @@ class _TokenPlugin(grpc.AuthMetadataPlugin):
             callback((("authorization", f"Bearer {self._token()}"),), None)
         except Failure as failure:
             callback((), failure)
+
+
+@dataclass(frozen=True)
+class _Details(grpc.ClientCallDetails):
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _CarryTrace(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[type-arg]  # generic in the stubs alone
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[type-arg]
+):
+    """Sends the current span's traceparent along with every call; nothing where there is none."""
+
+    def _carry(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        carried = tracing.metadata()
+        if carried:
+            details = _Details(
+                details.method,
+                details.timeout,
+                (*(details.metadata or ()), *carried),
+                details.credentials,
+                details.wait_for_ready,
+                details.compression,
+            )
+        return continuation(details, request)
+
+    intercept_unary_unary: Any = _carry
+    intercept_unary_stream: Any = _carry
+    intercept_stream_unary: Any = _carry
+    intercept_stream_stream: Any = _carry
 
 
 def read_file(path: Path) -> bytes:
@@ -133,8 +173,10 @@ def open_blocking_channel(
     """The same for code without an event loop."""
     target, options, credentials = _target(address, tls, server_name, token)
     if credentials is None:
-        return grpc.insecure_channel(target, options=options)
-    return grpc.secure_channel(target, credentials, options=options)
+        channel = grpc.insecure_channel(target, options=options)
+    else:
+        channel = grpc.secure_channel(target, credentials, options=options)
+    return grpc.intercept_channel(channel, _CarryTrace())
 
 
 def failure_from_rpc(error: grpc.RpcError) -> Failure:

@@ -25,7 +25,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
-from cryofleet import local
+from cryofleet import local, tracing
 from cryofleet.access.client_token import token_source
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure, InvalidArgument, NotFound, Unavailable
@@ -252,6 +252,7 @@ class Client:
 
     # Runs
 
+    @tracing.spanned("submit")
     def run(self, pipeline: str | Path, **arguments: Any) -> RunHandle:
         """Start a pipeline, by name or by the path of its YAML file.
 
@@ -368,6 +369,11 @@ class Client:
         )
         return cast(orchestrator_pb2.CollectGarbageResponse, self.orchestrate("CollectGarbage", request))
 
+    def usage(self, every_project: bool = False) -> orchestrator_pb2.GetUsageResponse:
+        """What this project, or every one that the caller may see, has stored and may store."""
+        request = orchestrator_pb2.GetUsageRequest(project="" if every_project else self.project)
+        return cast(orchestrator_pb2.GetUsageResponse, self.orchestrate("GetUsage", request))
+
     def pin(self, uri: str, unpin: bool = False) -> None:
         """Keep a result and what it was made from; or let it go again."""
         self.orchestrate("PinArtifact", orchestrator_pb2.PinArtifactRequest(uri=uri, unpin=unpin))
@@ -375,8 +381,8 @@ class Client:
     def orchestrate(self, method: str, request: Message) -> Any:
         """Call one of the orchestrator's methods; raises the Failure that it answers with."""
         stub = orchestrator_pb2_grpc.OrchestratorServiceStub(self._orchestrator())
-        # What is collected as garbage may be long to find; nothing else takes its time.
-        timeout = None if method == "CollectGarbage" else 120
+        # To list a whole store may take long; nothing else takes its time.
+        timeout = None if method in ("CollectGarbage", "GetUsage") else 120
         with _failures():
             return getattr(stub, method)(request, timeout=timeout)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform as machine
-import shutil
 import socket
 import sqlite3
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from cryofleet.access.client_token import token_source
 from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import Failure
 from cryofleet.settings import Settings
+from cryofleet.space import free_bytes
 from cryofleet.storage import Store
 from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
 
@@ -95,13 +96,16 @@ def _check_devices(settings: Settings) -> list[Finding]:
 
 
 def _check_disk(settings: Settings) -> list[Finding]:
-    folder = settings.home
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    ok = free >= _LEAST_FREE_BYTES
-    advice = "" if ok else "free some space, or point CRYOFLEET_HOME at a larger disk"
-    return [Finding("disk", ok, f"{free / 1024**3:.1f} GiB free at {settings.home}", advice)]
+    found = []
+    least = max(_LEAST_FREE_BYTES, settings.reserve_bytes)
+    places = {"CRYOFLEET_HOME": settings.home, "CRYOFLEET_SCRATCH": settings.scratch or Path(tempfile.gettempdir())}
+    if settings.store.startswith("file://"):
+        places["CRYOFLEET_STORE"] = Path(settings.store.removeprefix("file://"))
+    for variable, folder in places.items():
+        free = free_bytes(folder)
+        advice = "" if free >= least else f"free some space, or point {variable} at a larger disk"
+        found.append(Finding("disk", free >= least, f"{free / 1024**3:.1f} GiB free at {folder}", advice))
+    return found
 
 
 def _check_store(settings: Settings) -> list[Finding]:

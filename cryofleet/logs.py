@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+from cryofleet import tracing
+
 _context: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("cryofleet_log_context", default=None)
 
 # What every LogRecord has; anything else was given by `extra`.
@@ -53,6 +55,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             **self._fixed,
             **(_context.get() or {}),
+            **({"trace_id": trace_id} if (trace_id := tracing.trace_id()) else {}),
             "message": record.getMessage(),
         }
         line.update({name: value for name, value in vars(record).items() if name not in _STANDARD})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.errors import ResourceExhausted
+from cryofleet.space import claim
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 _FLOAT = np.dtype(np.float32).itemsize
@@ -87,12 +86,7 @@ def _reserve(path: Path, size_bytes: int) -> None:
     """A new file of so many bytes, whose disk space is claimed."""
     try:
         with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-            else:
-                file.truncate(size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            claim(file, size_bytes, path.parent)
+    except ResourceExhausted:
         path.unlink(missing_ok=True)
-        raise ResourceExhausted(f"{path.parent} has no room for a temporary file of {size_bytes} bytes") from error
+        raise

@@ -122,6 +122,10 @@ class Settings:
     """Where calls are recorded: off, log, or a file; log where empty and the address is TCP. CRYOFLEET_AUDIT"""
     max_volume_bytes: int = 0
     """The largest volume or uploaded file that is taken; 0 for no limit. CRYOFLEET_MAX_VOLUME_BYTES"""
+    reserve_bytes: int = 2**30
+    """What is kept free on the disks of a store that is a folder, and of temporary files. CRYOFLEET_RESERVE_BYTES"""
+    project_rules: Path | None = None
+    """File of how much projects may store, and for how long (`cryofleet.project_rules`). CRYOFLEET_PROJECT_RULES"""
     max_runs_per_user: int = 0
     """Runs that a user may have going on; 0 for no limit. CRYOFLEET_MAX_RUNS_PER_USER"""
     token: str = field(default="", repr=False)
@@ -152,7 +156,9 @@ class Settings:
             raise InvalidArgument(
                 "CRYOFLEET_TLS_CERTIFICATE, CRYOFLEET_TLS_KEY and CRYOFLEET_TLS_AUTHORITY must be set together"
             )
-        scratch, tokens, token_file = (read.text(name, "") for name in ("SCRATCH", "TOKENS", "TOKEN_FILE"))
+        scratch, tokens, token_file, project_rules = (
+            read.text(name, "") for name in ("SCRATCH", "TOKENS", "TOKEN_FILE", "PROJECT_RULES")
+        )
         return cls(
             home=home,
             store=read.text("STORE", f"file://{home}/store").rstrip("/"),
@@ -179,6 +185,8 @@ class Settings:
             platform_names=tuple(read.text("PLATFORM_NAMES", " ".join((*SERVICES, "orchestrator"))).split()),
             audit=read.text("AUDIT", ""),
             max_volume_bytes=read.integer("MAX_VOLUME_BYTES", 0, least=0),
+            reserve_bytes=read.integer("RESERVE_BYTES", 2**30, least=0),
+            project_rules=Path(project_rules) if project_rules else None,
             max_runs_per_user=read.integer("MAX_RUNS_PER_USER", 0, least=0),
             token=read.text("TOKEN", "").strip(),
             token_file=Path(token_file).expanduser() if token_file else None,

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -21,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.artifacts import BLOCK_BYTES, Blob, Manifest, ResultWriter, contract, expand, manifest_for, open_blob
-from cryofleet.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from cryofleet.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from cryofleet.particles import Particles
+from cryofleet.space import claim
 from cryofleet.storage import Store
 
 Array = NDArray[np.float32]
@@ -263,8 +265,16 @@ class VolumeWriter:
         self._name = name
         self._planes = 0
         self._statistics = _Statistics()
-        folder = str(scratch) if scratch else None
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(2 * BLOCK_BYTES, dir=folder)  # noqa: SIM115
+        self._file: IO[bytes]
+        if info.data_bytes <= 2 * BLOCK_BYTES:
+            self._file = BytesIO()
+        else:
+            self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+            try:
+                claim(self._file, info.data_bytes, Path(scratch or tempfile.gettempdir()))
+            except ResourceExhausted:
+                self._file.close()
+                raise
 
     def write(self, slab: NDArray[Any]) -> None:
         """The next planes, (n, y, x); of a stack also boxes, (n, z, y, x). Raises InvalidArgument."""

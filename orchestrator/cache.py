@@ -48,7 +48,15 @@ class ResultCache:
 
     def find(self, operation: Operation, request: Message, project: str) -> Manifest | None:
         """The manifest of the request's result, if the store has it. Blocks; raises the store's failures."""
+        return self.look_up(operation, request, project)[1]
+
+    def look_up(self, operation: Operation, request: Message, project: str) -> tuple[str, Manifest | None]:
+        """The same, with the identity of the result."""
         key = self.key(operation, request, project)
+        return key, self.kept(project, key)
+
+    def kept(self, project: str, key: str) -> Manifest | None:
+        """The manifest of the result of that identity, if the store has it whole. Blocks."""
         store = self._store.for_project(project)
         try:
             manifest = find(store, project, key)

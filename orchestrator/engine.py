@@ -23,8 +23,9 @@ from cryofleet.particles import row_count
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from cryofleet.volumes import open_subtomograms
-from orchestrator import workflows
+from orchestrator import connections, run_trace, workflows
 from orchestrator.cache import ResultCache
+from orchestrator.endings import Endings
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
@@ -43,17 +44,22 @@ from orchestrator.runs import (
 )
 from orchestrator.tasks import Outcome, TaskRequest, TaskRunner
 from orchestrator.tracker import Tracker
+from orchestrator.views import Views
 
 logger = logging.getLogger(__name__)
 
 APPLICATION_VERSION = "1"
-"""Of the order of steps in `workflows`."""
+"""Of the order of steps in `workflows`; runs go on with an orchestrator of the version that began them, while there is
+one, and otherwise begin anew with another's."""
 HEARTBEAT_SECONDS = 3.0
 EXPIRY_SECONDS = 20.0
 """An orchestrator whose heartbeat is older is taken for dead, and its runs are adopted."""
 PROGRESS_SECONDS = 1.0
 QUEUE_WORKERS = 16
 """Chunks that an orchestrator works on at a time, for each pool and user."""
+ITEM_WORKERS = 64
+"""Items of a foreach that it works on at a time, for each user and each depth of foreach in foreach: as many as tasks
+that follow each other can be under way at once."""
 QUEUE_POLL_SECONDS = 0.2
 ANSWER_SECONDS = 10.0
 """How long a caller waits for a database that is away; runs wait longer."""
@@ -107,7 +113,7 @@ def make_database(url: str) -> sa.Engine:
             parsed.set(drivername="postgresql+psycopg"),
             pool_size=4,
             max_overflow=4,
-            pool_pre_ping=True,
+            **connections.POOL,
             connect_args={"connect_timeout": _CONNECT_SECONDS},
         )
     if parsed.database:
@@ -154,12 +160,16 @@ class Engine:
         self._running: set[asyncio.Task[Any]] = set()
         self._background: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
+        self.views = Views(self)
+        self.endings = Endings()
         self.pauses: dict[str, Pause] = {}
         """Of the pools that are paused, as last read."""
         self._left: dict[tuple[str, str], int] = {}
         self.runs_by_state: Counter[str] = Counter()
         """Runs of all orchestrators that go on, as last counted."""
         self._unstarted: dict[str, float] = {}
+        self._missing: dict[str, float] = {}
+        """Own workflows that should run and don't, with when that was first seen."""
         self._stopping = False
 
     # Life
@@ -185,18 +195,26 @@ class Engine:
         }
         if self._database.dialect.name == "sqlite":
             config["system_database_engine"] = self._database
-        await self.in_thread(self.runs.beat, self.settings.instance)
-        DBOS(config=config)
+        else:
+            config["db_engine_kwargs"] = connections.POOL
+        await self.in_thread(self.runs.beat, self.settings.instance, APPLICATION_VERSION)
+        self._dbos = DBOS(config=config)
         _use_own_logs()
         # Launched on the loop, so that workflows run here, beside the channels they use.
         DBOS.launch()
-        await DBOS.register_queue_async(
-            workflows.QUEUE,
-            partition_worker_concurrency=QUEUE_WORKERS,
-            polling_interval_sec=QUEUE_POLL_SECONDS,
-            on_conflict="always_update",
-        )
-        self._background = [asyncio.create_task(self._write_progress()), asyncio.create_task(self._look_after_runs())]
+        # Items were in the queue of chunks once; those that an earlier version has left there are still done.
+        for queue, workers in ((workflows.QUEUE, QUEUE_WORKERS), (workflows.ITEMS, ITEM_WORKERS)):
+            await DBOS.register_queue_async(
+                queue,
+                partition_worker_concurrency=workers,
+                polling_interval_sec=QUEUE_POLL_SECONDS,
+                on_conflict="always_update",
+            )
+        self._background = [
+            asyncio.create_task(self._write_progress()),
+            asyncio.create_task(self._look_after_runs()),
+            asyncio.create_task(self.endings.keep_asking()),
+        ]
 
     async def stop(self) -> None:
         """Leaves the runs to others, or to the next start: nothing of them is recorded as failed."""
@@ -254,16 +272,20 @@ class Engine:
 
     async def plan(self, run_id: str, seconds: float = _PATIENCE_SECONDS) -> Plan:
         """The run's pipeline and arguments. Raises Unavailable where the database is away for so many seconds."""
-        row = await self.with_record(self.runs.run, run_id, seconds=seconds)
-        known = self._plans.get(run_id)
+        return await self.plan_of(await self.with_record(self.runs.run, run_id, seconds=seconds))
+
+    async def plan_of(self, row: RunRow) -> Plan:
+        """The same from the run's record."""
+        known = self._plans.get(row.run_id)
         # A run that was forgotten, here or elsewhere, may have left its id to another one.
         if known is not None and known[0] == row:
             return known[1]
-        pipeline = load(row.definition, row.source)
-        plan = Plan(run_id, row.project, pipeline, pipeline.bind(row.arguments), row.owner or row.project)
+        # It takes a tenth of a second.
+        pipeline = await self.in_thread(load, row.definition, row.source)
+        plan = Plan(row.run_id, row.project, pipeline, pipeline.bind(row.arguments), row.owner or row.project)
         if len(self._plans) >= 256:
             self._plans.clear()
-        self._plans[run_id] = (row, plan)
+        self._plans[row.run_id] = (row, plan)
         return plan
 
     def unit(self, run_id: str, attempt: int, name: str, path: str, state: str) -> Unit:
@@ -289,11 +311,13 @@ class Engine:
             if phase:
                 unit.phase = phase
 
-        with self._stoppable():
+        with self._stoppable(), run_trace.inside(task):
             try:
-                return await self.tasks.run(task, report)
+                outcome = await self.tasks.run(task, report)
             finally:
                 unit.partial -= fraction
+        run_trace.task_ended(task, outcome)
+        return outcome
 
     async def count(self, project: str, place: str, kind: str, uri: str) -> dict[str, Any]:
         """The body of a step that counts the rows of particles or subtomograms."""
@@ -304,6 +328,7 @@ class Engine:
             except Failure as failure:
                 return {"task": place, "status": failure.status, "cause": str(failure)}
 
+    @run_trace.of_run
     async def begin(self, run_id: str, attempt: int) -> dict[str, Any]:
         """The body of a run's first step: says so where the attempt was ended before it began."""
         if not await self.with_record(self.runs.set_started, run_id, attempt):
@@ -313,6 +338,7 @@ class Engine:
         self._announce(run_id)
         return {}
 
+    @run_trace.of_run
     async def finish(
         self, run_id: str, attempt: int, state: str, error: str, outputs: dict[str, Any]
     ) -> dict[str, Any]:
@@ -342,6 +368,7 @@ class Engine:
     # Changes
 
     def _announce(self, run_id: str) -> None:
+        self.views.drop(run_id)
         event = self._changed.pop(run_id, None)
         if event is not None:
             event.set()
@@ -357,7 +384,7 @@ class Engine:
 
     async def start_attempt(self, run_id: str, attempt: int) -> None:
         """Starts an attempt's workflow; nothing happens where it was started already."""
-        with SetWorkflowID(workflows.workflow_id(run_id, attempt)):
+        with run_trace.starting(run_id, attempt), SetWorkflowID(workflows.workflow_id(run_id, attempt)):
             await DBOS.start_workflow_async(workflows.run_workflow, run_id, attempt)
 
     async def cancel_attempt(self, run_id: str, attempt: int) -> bool:
@@ -432,7 +459,7 @@ class Engine:
     async def _look_after_runs(self) -> None:
         while True:
             try:
-                await self.in_thread(self.runs.beat, self.settings.instance)
+                await self.in_thread(self.runs.beat, self.settings.instance, APPLICATION_VERSION)
                 await self._adopt()
                 await self._put_right()
                 await self.read_pauses()
@@ -488,17 +515,31 @@ class Engine:
         return {kind: max(0, self._left.get((pool, kind), 0)) for kind in ("cpu", "gpu")}
 
     async def _adopt(self) -> None:
-        """Takes over the workflows of orchestrators that are gone."""
+        """Takes over the workflows of orchestrators that are gone, and goes on with own ones that broke off."""
         pending = await DBOS.list_workflows_async(
             status="PENDING", app_version=APPLICATION_VERSION, load_input=False, load_output=False
         )
         owners = {workflow.executor_id for workflow in pending if workflow.executor_id}
-        if not owners - {self.settings.instance}:
+        own = self.settings.instance
+        await self._go_on({workflow.workflow_id for workflow in pending if workflow.executor_id == own})
+        if not owners - {own}:
             return
-        for owner in await self.in_thread(self.runs.claim_expired, self.settings.instance, owners, EXPIRY_SECONDS):
+        gone = await self.in_thread(self.runs.claim_expired, own, owners, EXPIRY_SECONDS, APPLICATION_VERSION)
+        for owner in gone:
             logger.warning("orchestrator %s is gone; its runs go on here", owner)
-            # DBOS's own recovery takes only what still belongs to that owner; `resume_workflow` does not check that.
+            # DBOS's own recovery takes only what still belongs to that owner, so that two who do this at once do no
+            # harm; `resume_workflow` does not check that.
             await asyncio.to_thread(DBOS._recover_pending_workflows, [owner])
+
+    async def _go_on(self, own: set[str]) -> None:
+        """Own workflows that should run and don't: an error that DBOS could not record has ended them here."""
+        lost = own - set(self._dbos._active_workflows_set.activeList())
+        now = asyncio.get_running_loop().time()
+        self._missing = {name: self._missing.get(name, now) for name in lost}
+        for name in [name for name, since in self._missing.items() if now - since > _LOST_SECONDS]:
+            logger.warning("workflow %s had broken off; it goes on", name)
+            del self._missing[name]
+            await DBOS.resume_workflow_async(name)
 
     async def _put_right(self) -> None:
         """Attempts whose workflow never started, or ended without saying so."""
@@ -510,7 +551,8 @@ class Engine:
         found = await DBOS.list_workflows_async(workflow_ids=list(by_id), load_input=False, load_output=True)
         status = {workflow.workflow_id: workflow for workflow in found}
         now = asyncio.get_running_loop().time()
-        others = await self.in_thread(self.runs.alive, EXPIRY_SECONDS) - {self.settings.instance}
+        alive = await self.in_thread(self.runs.alive, EXPIRY_SECONDS)
+        versions = {version for name, version in alive.items() if name != self.settings.instance}
         for name, attempt in by_id.items():
             workflow = status.get(name)
             if workflow is None:
@@ -525,18 +567,27 @@ class Engine:
                 logger.error("run %s: %s", attempt.run_id, error)
                 await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
                 self._announce(attempt.run_id)
-            elif workflow.app_version != APPLICATION_VERSION and workflow.executor_id not in others:
-                error = (
-                    f"the run was begun by version {workflow.app_version} of the orchestrator, which is gone; resume it"
-                )
-                await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
-                await self._cancel_workflows(attempt.run_id, attempt.attempt)
-                self._announce(attempt.run_id)
+            elif workflow.app_version != APPLICATION_VERSION and workflow.app_version not in versions:
+                await self._begin_anew(attempt.run_id, attempt.attempt, str(workflow.app_version))
             elif workflow.status == "CANCELLED":
                 await self.in_thread(
                     self.runs.set_finished, attempt.run_id, attempt.attempt, CANCELLED, "the run was cancelled"
                 )
                 self._announce(attempt.run_id)
+
+    async def _begin_anew(self, run_id: str, attempt: int, version: str) -> None:
+        """Goes on with a run whose steps had another order when it was begun: the next attempt finds what is done.
+
+        Its old workflows end first. Where this is cut off in the middle, the next look finds the attempt as it was.
+        """
+        await self._cancel_workflows(run_id, attempt)
+        why = f"no orchestrator with the steps of version {version} is left; the run goes on as attempt {attempt + 1}"
+        if await self.in_thread(self.runs.supersede, run_id, attempt, why):
+            await self.in_thread(run_trace.run_ended, self.runs, run_id, attempt, FAILED)
+            logger.warning("attempt %d: %s", attempt, why, extra={"run_id": run_id})
+            self.tracker.forget(run_id)
+            await self.start_attempt(run_id, attempt + 1)
+            self._announce(run_id)
 
 
 class _Registered:

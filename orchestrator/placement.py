@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from cryofleet import tracing
 from cryofleet.channels import open_channel, version_of
 from cryofleet.errors import Failure, Unavailable
 from cryofleet.settings import Settings
@@ -172,7 +173,8 @@ class Pool:
         self._waiters.add(waiter)
         self._serve()
         try:
-            return await waiter.instance
+            with tracing.span("wait for a slot", pool=self.name):
+                return await waiter.instance
         except asyncio.CancelledError:
             self._waiters.remove(waiter)
             if waiter.instance.done() and not waiter.instance.cancelled() and waiter.instance.exception() is None:

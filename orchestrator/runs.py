@@ -4,6 +4,8 @@ What a run is (`cryofleet_runs`) never changes. What became of it is kept by att
 is, is kept by unit of work (`cryofleet_progress`): a step, an item of a foreach, a chunk of shards. Each unit has one
 writer at a time, whichever orchestrator works on it, and a replay of its workflow writes the same again; so the run is
 the sum of its units, and any orchestrator can tell it. All units that changed are written together, once a second.
+
+What is here describes the tables as this version uses them; `schema` makes them, and changes those of older versions.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from cryofleet.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from orchestrator.garbage import Held
+from orchestrator.schema import migrate
 
 QUEUED, RUNNING, SUCCEEDED, PARTIAL, FAILED, CANCELLED = (
     "queued",
@@ -70,6 +73,7 @@ _orchestrators = sa.Table(
     _metadata,
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("heartbeat", sa.Float(53), nullable=False),
+    sa.Column("application_version", sa.Text, nullable=False, server_default="1"),
 )
 _pauses = sa.Table(
     "cryofleet_pauses",
@@ -144,16 +148,24 @@ class Unit:
     results: list[str] = field(default_factory=list)
     """URIs of the results that its tasks have."""
 
+    changed: bool = field(default=True, compare=False, repr=False)
+    """Since it was last written; not part of the record."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "changed", name != "changed" or value)
+
     def to_json(self) -> str:
         empty = Unit(self.path)
-        return json.dumps({k: v for k, v in asdict(self).items() if k == "path" or v != getattr(empty, k)})
+        values = {name: getattr(self, name) for name in _RECORDED}
+        return json.dumps({k: v for k, v in values.items() if k == "path" or v != getattr(empty, k)})
 
     @staticmethod
     def from_json(text: str) -> Unit:
-        known = {f.name for f in fields(Unit)}
-        return Unit(**{k: v for k, v in json.loads(text).items() if k in known})
+        return Unit(**{k: v for k, v in json.loads(text).items() if k in _RECORDED})
 
 
+_RECORDED = tuple(f.name for f in fields(Unit) if f.name != "changed")
 UnitKey = tuple[str, int, str]
 """Run, attempt, unit."""
 
@@ -163,30 +175,10 @@ class RunStore:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self.on_ended: Callable[[str], None] = lambda state: None
-        """Told the state that an attempt has ended in, when this store has recorded it."""
+        self.on_ended: Callable[[str, int, str], None] = lambda run_id, attempt, state: None
+        """Told an attempt and the state that it has ended in, when this store has recorded it."""
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
-        self._create()
-
-    def _create(self) -> None:
-        try:
-            _metadata.create_all(self._engine)
-        except (sa.exc.OperationalError, sa.exc.ProgrammingError, sa.exc.IntegrityError):
-            # Another orchestrator that starts at the same time made them first.
-            _metadata.create_all(self._engine)
-        try:
-            self._add_owner()
-        except (sa.exc.OperationalError, sa.exc.ProgrammingError):
-            self._add_owner()
-
-    def _add_owner(self) -> None:
-        """To a database from before runs had owners; those runs belong to nobody."""
-        known = {column["name"] for column in sa.inspect(self._engine).get_columns(_runs.name)}
-        if "owner" not in known:
-            with self._engine.begin() as connection:
-                connection.execute(sa.text(f"ALTER TABLE {_runs.name} ADD COLUMN owner TEXT NOT NULL DEFAULT ''"))
-                for index in _runs.indexes:
-                    index.create(connection, checkfirst=True)
+        migrate(engine)
 
     def _clock(self, connection: sa.Connection) -> float:
         """Unix time by the database's clock, which all orchestrators share; SQLite's is this machine's."""
@@ -271,6 +263,19 @@ class RunStore:
             self.run(run_id)
         return added
 
+    def supersede(self, run_id: str, attempt: int, why: str) -> bool:
+        """Ends an attempt that has not ended as failed, and adds the one that follows; false where it has ended.
+
+        Both at once: nobody sees the run as failed in between.
+        """
+        with self._engine.begin() as connection:
+            ended = connection.execute(
+                sa.update(_attempts)
+                .where(_attempts.c.run_id == run_id, _attempts.c.attempt == attempt, _attempts.c.state.in_(ACTIVE))
+                .values(state=FAILED, error=why, finished_at=time.time())
+            ).rowcount
+            return bool(ended) and self._add_attempt(connection, run_id, attempt + 1)
+
     def forget(self, run_id: str) -> None:
         """Deletes all that is kept of a run that has ended.
 
@@ -296,9 +301,11 @@ class RunStore:
             raise NotFound(f"there is no run {run_id!r}")
         return _run_row(row)
 
-    def attempt(self, run_id: str) -> AttemptRow:
-        """The last attempt. Raises NotFound."""
+    def attempt(self, run_id: str, number: int | None = None) -> AttemptRow:
+        """The last attempt, or the one of that number. Raises NotFound."""
         query = sa.select(_attempts).where(_attempts.c.run_id == run_id).order_by(_attempts.c.attempt.desc()).limit(1)
+        if number is not None:
+            query = query.where(_attempts.c.attempt == number)
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
@@ -325,13 +332,31 @@ class RunStore:
                 .where(_attempts.c.run_id.in_([run.run_id for run in runs]))
             ).mappings()
             attempts = {row["run_id"]: _attempt_row(row) for row in rows}
-        return [(run, attempts[run.run_id]) for run in runs]
+        # One that was forgotten in between has none.
+        return [(run, attempts[run.run_id]) for run in runs if run.run_id in attempts]
 
     def in_state(self, states: Iterable[str]) -> list[AttemptRow]:
         """All attempts in one of the states."""
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(_attempts).where(_attempts.c.state.in_(tuple(states)))).mappings()
             return [_attempt_row(row) for row in rows]
+
+    def ended_before(self, project: str, before: float) -> list[str]:
+        """A project's runs whose last attempt ended before that time, the oldest first."""
+        latest = (
+            sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt"))
+            .group_by(_attempts.c.run_id)
+            .subquery()
+        )
+        query = (
+            sa.select(_attempts.c.run_id)
+            .join(latest, (latest.c.run_id == _attempts.c.run_id) & (latest.c.attempt == _attempts.c.attempt))
+            .join(_runs, _runs.c.run_id == _attempts.c.run_id)
+            .where(_runs.c.project == project, _attempts.c.state.not_in(ACTIVE), _attempts.c.finished_at < before)
+            .order_by(_attempts.c.finished_at)
+        )
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
 
     def set_started(self, run_id: str, attempt: int) -> bool:
         """The attempt runs, since now unless it did already; false where it has ended."""
@@ -352,7 +377,7 @@ class RunStore:
             finished_at=time.time(),
         )
         if ended:
-            self.on_ended(state)
+            self.on_ended(run_id, attempt, state)
         return ended
 
     def _change(self, run_id: str, attempt: int, states: tuple[str, ...], **values: Any) -> bool:
@@ -389,6 +414,21 @@ class RunStore:
         )
         with self._engine.connect() as connection:
             return {unit: Unit.from_json(record) for unit, record in connection.execute(query)}
+
+    def whole(self, run_id: str) -> tuple[RunRow, AttemptRow, dict[str, str]]:
+        """A run, its last attempt, and the records of that one's units by name. Raises NotFound."""
+        # One connection, and one transaction, for all that a caller is told.
+        with self._engine.connect() as connection:
+            run = connection.execute(sa.select(_runs).where(_runs.c.run_id == run_id)).mappings().one_or_none()
+            attempts = sa.select(_attempts).where(_attempts.c.run_id == run_id).order_by(_attempts.c.attempt.desc())
+            attempt = connection.execute(attempts.limit(1)).mappings().one_or_none()
+            if run is None or attempt is None:
+                raise NotFound(f"there is no run {run_id!r}")
+            units = sa.select(_progress.c.unit, _progress.c.record).where(
+                _progress.c.run_id == run_id, _progress.c.attempt == attempt["attempt"]
+            )
+            records = {row.unit: row.record for row in connection.execute(units)}
+        return _run_row(run), _attempt_row(attempt), records
 
     def held(self, ended_before: float) -> Held:
         """What the runs hold: their inputs and results.
@@ -436,49 +476,49 @@ class RunStore:
 
     # Orchestrators
 
-    def beat(self, name: str) -> None:
-        """This orchestrator is alive."""
+    def beat(self, name: str, version: str = "1") -> None:
+        """This orchestrator is alive, and goes on with runs whose steps have this version's order."""
         with self._engine.begin() as connection:
-            statement = self._insert(_orchestrators).values(name=name, heartbeat=self._clock(connection))
-            connection.execute(
-                statement.on_conflict_do_update(
-                    index_elements=["name"], set_={"heartbeat": statement.excluded.heartbeat}
-                )
-            )
+            values = {"heartbeat": self._clock(connection), "application_version": version}
+            statement = self._insert(_orchestrators).values(name=name, **values)
+            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=values))
 
     def leave(self, name: str) -> None:
         """This orchestrator stops; others may take its runs over at once."""
         with self._engine.begin() as connection:
             connection.execute(sa.update(_orchestrators).where(_orchestrators.c.name == name).values(heartbeat=0.0))
 
-    def alive(self, expiry_seconds: float) -> set[str]:
-        """Names of the orchestrators whose heartbeat has not expired."""
+    def alive(self, expiry_seconds: float) -> dict[str, str]:
+        """The orchestrators whose heartbeat has not expired: their versions by their names."""
         with self._engine.begin() as connection:
             limit = self._clock(connection) - expiry_seconds
-            return set(
-                connection.execute(
-                    sa.select(_orchestrators.c.name).where(_orchestrators.c.heartbeat >= limit)
-                ).scalars()
-            )
+            columns = (_orchestrators.c.name, _orchestrators.c.application_version)
+            query = sa.select(*columns).where(_orchestrators.c.heartbeat >= limit)
+            return {row.name: row.application_version for row in connection.execute(query)}
 
-    def claim_expired(self, own: str, owners: Iterable[str], expiry_seconds: float) -> list[str]:
+    def claim_expired(self, own: str, owners: Iterable[str], expiry_seconds: float, version: str = "1") -> list[str]:
         """Of `owners`, those whose heartbeat has expired, claimed for adoption: no other orchestrator gets them too.
 
-        An owner that never beat counts as expired once it has been seen for the expiry's time.
+        An owner that never beat counts as expired once it has been seen for the expiry's time. One that is alive, but
+        no longer of this version, was replaced, and never goes on with what its predecessor had; it is in the answer
+        for everybody who asks.
         """
         claimed = []
         with self._engine.begin() as connection:
             now = self._clock(connection)
             for owner in sorted(set(owners) - {own}):
                 connection.execute(
-                    self._insert(_orchestrators).values(name=owner, heartbeat=now).on_conflict_do_nothing()
+                    self._insert(_orchestrators)
+                    .values(name=owner, heartbeat=now, application_version=version)
+                    .on_conflict_do_nothing()
                 )
                 taken = connection.execute(
                     sa.update(_orchestrators)
                     .where(_orchestrators.c.name == owner, _orchestrators.c.heartbeat < now - expiry_seconds)
                     .values(heartbeat=now)
                 ).rowcount
-                if taken:
+                of_owner = sa.select(_orchestrators.c.application_version).where(_orchestrators.c.name == owner)
+                if taken or connection.execute(of_owner).scalar_one() != version:
                     claimed.append(owner)
         return claimed
 

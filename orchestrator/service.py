@@ -14,24 +14,27 @@ from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Value
 from prometheus_client import Counter, Gauge
 
+from cryofleet import tracing
 from cryofleet.access import audit
 from cryofleet.access.caller import current_caller
 from cryofleet.errors import FailedPrecondition, Failure, NotFound
 from cryofleet.server import CallContext, Instance, Service
 from cryofleet.server.failures import Draining
 from cryofleet.settings import DEFAULT_PROJECT
+from cryofleet.space import SMALL_BYTES
 from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
-from orchestrator import garbage
+from orchestrator import garbage, housekeeping, run_trace
 from orchestrator.arguments import Argument
-from orchestrator.engine import ANSWER_SECONDS, Engine
+from orchestrator.engine import Engine
 from orchestrator.estimate import estimate_run
 from orchestrator.library import Library
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.run_message import ENDED, run_message, timestamp
 from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, SUCCEEDED, AttemptRow, Pause, RunRow
+from orchestrator.views import AGE_SECONDS
 
 service = Service(pb.DESCRIPTOR.services_by_name["OrchestratorService"])
 
@@ -66,11 +69,19 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
     )
     for state in (SUCCEEDED, PARTIAL, FAILED, CANCELLED):
         ended.labels(state)
-    engine.runs.on_ended = lambda state: ended.labels(state).inc()
+
+    def on_ended(run_id: str, attempt: int, state: str) -> None:
+        ended.labels(state).inc()
+        run_trace.run_ended(engine.runs, run_id, attempt, state)
+
+    engine.runs.on_ended = on_ended
     instance.metrics.pages["/slots"] = functools.partial(_slots, engine)
+    keeping = asyncio.create_task(housekeeping.keep_rules(engine, instance.quotas.rules))
     try:
         yield
     finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
         del _engines[id(instance)]
         await engine.stop()
 
@@ -99,6 +110,7 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
     pipeline, text = await _pipeline(request, context)
     values = pipeline.bind(json_format.MessageToDict(request.arguments))
     await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
+    await context.in_thread(_check_space, context, project)
     run = RunRow(
         run_id=request.run_id or f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
         project=project,
@@ -110,6 +122,7 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
         owner=current_caller().user,
     )
     audit.note(run_id=run.run_id)
+    tracing.note(run_id=run.run_id)
     if await engine.answer(engine.runs.create, run, context.settings.max_runs_per_user):
         await engine.start_attempt(run.run_id, 1)
     return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
@@ -135,6 +148,12 @@ def _check_inputs(store: Store, pipeline: Pipeline, values: dict[str, Any]) -> N
                 raise type(failure)(f"input {argument.name}: {failure}") from None
             if not found:
                 raise NotFound(f"input {argument.name}: {uri} does not exist")
+
+
+def _check_space(context: CallContext, project: str) -> None:
+    """Raises ResourceExhausted where nothing more can be stored: no task would come to its end."""
+    context.instance.quotas.check(project)
+    context.store.check_space(SMALL_BYTES + 1)
 
 
 @service.rpc("EstimateRun")
@@ -169,22 +188,17 @@ async def _attempt(engine: Engine, run_id: str) -> AttemptRow:
     return await engine.answer(engine.runs.attempt, run_id)
 
 
-async def _run(engine: Engine, run_id: str) -> pb.Run:
-    """The run, of the caller's projects. Raises NotFound."""
-    plan = await engine.plan(run_id, ANSWER_SECONDS)
-    _check_own(run_id, plan.project)
-
-    def read() -> pb.Run:
-        attempt = engine.runs.attempt(run_id)
-        return run_message(engine.runs.run(run_id), attempt, plan.pipeline, engine.runs.units(run_id, attempt.attempt))
-
-    return await engine.answer(read)
+async def _run(engine: Engine, run_id: str, age_seconds: float = 0.0) -> pb.Run:
+    """The run, of the caller's projects, as the record told it at most so long ago. Raises NotFound."""
+    run = await engine.views.run(run_id, age_seconds)
+    _check_own(run_id, run.project)
+    return run
 
 
 @service.rpc("GetRun")
 async def get_run(request: pb.GetRunRequest, context: CallContext) -> pb.GetRunResponse:
-    """As it stands in the record."""
-    return pb.GetRunResponse(run=await _run(_engine(context), request.run_id))
+    """As it stands in the record, or stood there half a second ago."""
+    return pb.GetRunResponse(run=await _run(_engine(context), request.run_id, AGE_SECONDS))
 
 
 @service.rpc("WatchRun")
@@ -193,8 +207,8 @@ async def watch_run(request: pb.WatchRunRequest, context: CallContext) -> AsyncI
     engine = _engine(context)
     last = None
     while True:
-        run = await _run(engine, request.run_id)
-        if run != last:
+        run = await _run(engine, request.run_id, AGE_SECONDS)
+        if run is not last and run != last:
             last = run
             yield pb.WatchRunResponse(run=run)
         if run.state in ENDED:
@@ -306,6 +320,7 @@ def _parameter(argument: Argument) -> pb.PipelineParameter:
         repeated=argument.repeated,
         required=argument.required,
         default_value=default,
+        choices=[json_format.ParseDict(choice, Value()) for choice in argument.choices],
     )
 
 
@@ -389,26 +404,32 @@ def _check_pool(engine: Engine, name: str) -> None:
 async def collect_garbage(request: pb.CollectGarbageRequest, context: CallContext) -> pb.CollectGarbageResponse:
     """Only lists what it finds, unless it is told to delete it."""
     engine = _engine(context)
-    loop = asyncio.get_running_loop()
-    older_than_seconds = request.older_than_hours * 3600.0
-
-    async def held() -> garbage.Held:
-        # What tasks here have found since the last second's record, too.
-        await engine.answer(engine.tracker.flush)
-        return await engine.answer(engine.runs.held, time.time() - older_than_seconds)
-
-    found = await context.in_thread(
-        garbage.collect,
-        engine.store,
-        lambda: asyncio.run_coroutine_threadsafe(held(), loop).result(),
-        older_than_seconds,
-        request.project,
-        request.delete,
-    )
+    found = await housekeeping.collect(engine, request.older_than_hours * 3600.0, request.project, request.delete)
     return pb.CollectGarbageResponse(
         results=[pb.Garbage(uri=each.uri, operation=each.operation, size_bytes=each.size_bytes) for each in found],
         size_bytes=sum(each.size_bytes for each in found),
         deleted=request.delete,
+    )
+
+
+@service.rpc("GetUsage")
+async def get_usage(request: pb.GetUsageRequest, context: CallContext) -> pb.GetUsageResponse:
+    """Of one project, or of all that the caller may see."""
+    found = await context.in_thread(housekeeping.usage, context.store, context.instance.quotas.rules, request.project)
+    return pb.GetUsageResponse(
+        projects=[
+            pb.ProjectUsage(
+                project=project,
+                size_bytes=usage.size_bytes,
+                objects=usage.objects,
+                quota_bytes=rules.quota_bytes,
+                keep_days=rules.keep_days,
+            )
+            for project, (usage, rules) in found.items()
+            if current_caller().may_use(project)
+        ],
+        free_bytes=context.store.free_bytes(),
+        reserve_bytes=context.settings.reserve_bytes,
     )
 
 

@@ -15,12 +15,14 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import grpc
 from google.protobuf.message import Message
 
+from cryofleet import tracing
 from cryofleet.artifacts import Manifest
 from cryofleet.channels import (
     REASON_BUSY,
@@ -115,6 +117,8 @@ class _History:
     """How a task has failed so far."""
 
     content: str
+    key: str
+    """The identity that its result must have."""
     failures: dict[str, int] = field(default_factory=dict)
     causes: dict[str, str] = field(default_factory=dict)
     """By instance, the last of each."""
@@ -156,11 +160,11 @@ class TaskRunner:
         try:
             operation = find_operation(task.operation)
             request = build_request(operation, task)
-            manifest = await self._look_up(operation, request, task.project)
+            key, manifest = await self.in_thread(self._cache.look_up, operation, request, task.project)
             if manifest is not None:
                 outcome.update(_from_manifest(manifest))
             else:
-                outcome.update(await self._call_until_done(task, operation, request, report))
+                outcome.update(await self._call_until_done(task, operation, request, report, key))
         except _GiveUp as error:
             outcome["status"], outcome["cause"] = error.status, error.cause
         except Failure as failure:
@@ -193,14 +197,18 @@ class TaskRunner:
                 await _pause(pauses)
                 pauses += 1
 
-    async def _look_up(self, operation: Operation, request: Message, project: str) -> Manifest | None:
-        found: Manifest | None = await self.in_thread(self._cache.find, operation, request, project)
-        return found
+    async def _kept(self, task: TaskRequest, operation: Operation, request: Message, key: str) -> dict[str, Any] | None:
+        """The result as the store has it; None where it isn't there. Raises the store's failures."""
+        manifest = await self.in_thread(self._cache.kept, task.project, key)
+        if manifest is None:
+            # An input that is no result of ours may have been replaced since the task began.
+            _, manifest = await self.in_thread(self._cache.look_up, operation, request, task.project)
+        return portable(manifest.result) if manifest is not None else None
 
     async def _call_until_done(
-        self, task: TaskRequest, operation: Operation, request: Message, report: Report
+        self, task: TaskRequest, operation: Operation, request: Message, report: Report, key: str
     ) -> Outcome:
-        history = _History(task.content())
+        history = _History(task.content(), key)
         pools: set[Pool] = set()
         try:
             outcome = await self._try(task, operation, request, report, history, pools)
@@ -233,7 +241,8 @@ class TaskRunner:
                 history.attempts += 1
                 history.begun = False
                 try:
-                    outcome = await self._call(task, operation, request, instance, report, history)
+                    with _span(task, instance, history):
+                        outcome = await self._call(task, operation, request, instance, report, history)
                     outcome["attempts"] = history.attempts
                     pool.set_aside.done(instance.address, history.content, started)
                     return outcome
@@ -265,7 +274,7 @@ class TaskRunner:
             request_serializer=operation.request_class.SerializeToString,
             response_deserializer=operation.response_class.FromString,
         )
-        call = method(request)
+        call = method(request, metadata=tracing.metadata())
         result: Any = None
         provenance: Any = None
         try:
@@ -279,6 +288,9 @@ class TaskRunner:
                     ) from None
                 if event is _EOF:
                     break
+                if event is None:
+                    # What gRPC makes of bytes that are no message.
+                    raise _Garbled(f"instance {instance.name} answered {operation.name} with what is no message of it")
                 history.begun = True
                 match event.WhichOneof("event"):
                     case "progress":
@@ -298,9 +310,18 @@ class TaskRunner:
             raise _Silent(f"instance {instance.name} ended {operation.name} without a result")
         if provenance.task_key != task.key:
             raise _Garbled(f"instance {instance.name} answered task {task.key} with that of {provenance.task_key!r}")
+        found = portable(result_to_mapping(result))
+        if any(output.is_artifact for output in operation.outputs):
+            # What names objects counts only as the store has it: that is what the next steps will read.
+            found = await self._kept(task, operation, request, history.key)
+            if found is None:
+                raise _Garbled(
+                    f"instance {instance.name} answered {operation.name} with a result that is not in the store"
+                )
+        tracing.note(status="OK", cached=provenance.cached)
         return {
             "status": "OK",
-            "result": portable(result_to_mapping(result)),
+            "result": found,
             "manifest": provenance.manifest_uri.rpartition("/")[0],
             "cached": provenance.cached,
             "seconds": provenance.seconds,
@@ -390,6 +411,19 @@ class TaskRunner:
         history.causes[instance.name or instance.address] = cause
         if len(history.failed_on) >= MAX_FAILED_INSTANCES:
             raise _GiveUp(status, f"{_causes(history)} (failed on {len(history.failed_on)} instances)")
+
+
+def _span(task: TaskRequest, instance: Instance, history: _History) -> AbstractContextManager[None]:
+    """The span of one try."""
+    return tracing.span(
+        task.operation,
+        "client",
+        run_id=task.run_id,
+        task_key=task.key,
+        operation=task.operation,
+        instance=instance.name,
+        try_number=history.attempts,
+    )
 
 
 def _causes(history: _History) -> str:

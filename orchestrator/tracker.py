@@ -25,14 +25,24 @@ class Tracker:
     def flush(self, run_id: str | None = None) -> None:
         """Writes what has changed, of one run or of all, in one transaction. Blocks."""
         with self._lock:
-            changed = {}
+            changed, read = {}, []
             for key, unit in list(self._units.items()):
                 if run_id is not None and key[0] != run_id:
                     continue
+                if not unit.changed:
+                    continue
+                # Before the record is made: what changes meanwhile is written the next time.
+                unit.changed = False
+                read.append(unit)
                 record = unit.to_json()
                 if self._written.get(key) != record:
                     changed[key] = record
-            self._store.write_units(changed)
+            try:
+                self._store.write_units(changed)
+            except BaseException:
+                for unit in read:
+                    unit.changed = True
+                raise
             self._written.update(changed)
 
     def forget(self, run_id: str) -> None:

@@ -11,7 +11,7 @@ A run is a workflow; its steps form a graph. What makes a replay after a crash f
 Tasks are queued in chunks of up to 64: a queue entry costs several times what a step does.
 
 What is here decides the order of steps. Raise `engine.APPLICATION_VERSION` when that changes: runs that were begun by
-an older version are then left to an orchestrator of that version, or resumed as a new attempt.
+an older version are then left to an orchestrator of that version, or begin anew once there is none.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from dbos import DBOS, SetEnqueueOptions, SetWorkflowID, StepOptions
 
 from cryofleet.operations import Operation
+from orchestrator import run_trace
 from orchestrator.expressions import Reference, evaluate, look_up_in
 from orchestrator.pipeline import ROUND, ROUNDS, Step, check_rounds
 from orchestrator.runs import CANCELLED, FAILED, PARTIAL, RUNNING, SKIPPED, SUCCEEDED, Unit
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 CHUNK_TASKS = 64
 """Tasks in a queue entry at most."""
 QUEUE = "cryofleet-work"
+"""Of chunks."""
+ITEMS = "cryofleet-items"
+"""Of the items of a foreach, which mostly wait for their tasks."""
 _POLL_SECONDS = 0.1
 _INDEX = re.compile(r"\[(\d+)\]|@(\d+)")
 """Of an item, or of a round."""
@@ -245,6 +249,7 @@ async def _part(workflow: Callable[..., Any], run_id: str, attempt: int, place: 
 
 
 @DBOS.workflow(name="fan_out", max_recovery_attempts=None)
+@run_trace.of_step
 async def fan_out_workflow(run_id: str, attempt: int, place: str, path: str, scope: Values) -> Json:
     """A step with a foreach, a repeat or shards."""
     engine = _current()
@@ -265,6 +270,7 @@ async def fan_out_workflow(run_id: str, attempt: int, place: str, path: str, sco
 
 
 @DBOS.workflow(name="item", max_recovery_attempts=None)
+@run_trace.of_step
 async def item_workflow(run_id: str, attempt: int, place: str, path: str, scope: Values) -> Json:
     """One item of a foreach whose step has several parts."""
     engine = _current()
@@ -328,6 +334,7 @@ async def _tasks(
     own: Sequence[Values | None],
 ) -> list[Outcome | None]:
     """The outcomes of many tasks, in order, done in chunks of the operation's queue; None where `own` has None."""
+    engine = _current()
     handles = []
     for number, first in enumerate(range(0, len(own), CHUNK_TASKS)):
         name = f"{place}#{number}"
@@ -351,6 +358,7 @@ async def _tasks(
             )
     outcomes: list[Outcome | None] = []
     for number, handle in enumerate(handles):
+        await engine.endings.of(handle.workflow_id)
         result = await handle.get_result(polling_interval_sec=_POLL_SECONDS)
         assert result["place"] == f"{place}#{number}", f"{result['place']} stands in the place of {place}#{number}"
         outcomes += result["outcomes"]
@@ -554,6 +562,7 @@ def _left_out(place: str) -> StepResult:
 async def _mapped_items(
     plan: Plan, attempt: int, place: str, path: str, step: Step, scope: Values, items: list[Any], unit: Unit
 ) -> list[StepResult]:
+    engine = _current()
     handles: list[Any] = []
     depth = place.count("[")
     for index, item in enumerate(items):
@@ -568,7 +577,7 @@ async def _mapped_items(
         ):
             handles.append(
                 await DBOS.enqueue_workflow_async(
-                    QUEUE, item_workflow, plan.run_id, attempt, name, path, {**scope, step.item: item}
+                    ITEMS, item_workflow, plan.run_id, attempt, name, path, {**scope, step.item: item}
                 )
             )
     results: list[StepResult] = []
@@ -576,6 +585,7 @@ async def _mapped_items(
         if handle is None:
             results.append(_left_out(f"{place}[{index}]"))
             continue
+        await engine.endings.of(handle.workflow_id)
         result: StepResult = await handle.get_result(polling_interval_sec=_POLL_SECONDS)
         assert result["place"] == f"{place}[{index}]", f"{result['place']} stands in the place of {place}[{index}]"
         if step.steps:

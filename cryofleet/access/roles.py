@@ -75,6 +75,7 @@ RULES: Mapping[str, Rule] = {
     "cryofleet.v1.OrchestratorService/RetryRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/ForgetRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/PinArtifact": Rule(Role.OPERATOR),
+    "cryofleet.v1.OrchestratorService/GetUsage": Rule(Role.VIEWER, every_project=True),
     # The platform.
     "cryofleet.v1.OrchestratorService/ListPipelines": Rule(Role.VIEWER),
     "cryofleet.v1.OrchestratorService/GetPools": Rule(Role.VIEWER, platform=True, audited=False),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from google.protobuf.message import Message
 from rich.console import Console
 
 from cryofleet.cli.options import json_option, key_values, project_option
@@ -35,7 +37,7 @@ _VOLUME_ENDING = re.compile(r"\.(mrc|rec|map|st|tiff?)(\.gz)?$", re.IGNORECASE)
 @click.command()
 @click.argument("pipeline")
 @click.option("--tomogram", "tomograms", multiple=True, help="A tomogram: file or URI; may be given again.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An input or a parameter.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An input or a parameter, as text or JSON.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to bring the outputs to.")
 @click.option("--detach", is_flag=True, help="Start the run and print its id without waiting.")
 @click.option("--estimate", is_flag=True, help="Only check, and say what the run would take.")
@@ -265,6 +267,8 @@ def pipelines(name: str | None, as_json: bool) -> None:
         for parameter in found[0].parameters:
             default = "required" if parameter.required else _default_text(parameter)
             kind = f"list of {parameter.type}s" if parameter.repeated else parameter.type
+            if parameter.choices:
+                kind = " | ".join(_value_text(choice) for choice in parameter.choices)
             rows.append([parameter.name, kind, default, parameter.unit, parameter.help])
         print_table(["name", "type", "default", "unit", "what it is"], rows)
         click.echo("\nsteps:\n  " + "\n  ".join(found[0].steps))
@@ -272,10 +276,24 @@ def pipelines(name: str | None, as_json: bool) -> None:
 
 
 def _default_text(parameter: orchestrator_pb2.PipelineParameter) -> str:
+    return _value_text(parameter.default_value) if parameter.HasField("default_value") else ""
+
+
+def _value_text(value: Message) -> str:
+    """As `--set` takes it: text bare, all else as JSON."""
     from google.protobuf import json_format
 
-    value = json_format.MessageToDict(parameter).get("defaultValue")
-    return "" if value is None else str(value)
+    plain = _whole_numbers(json_format.MessageToDict(value))
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """JSON has one kind of number, and Python would show 256 as 256.0."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 COMMANDS = (run, runs, show, watch, cancel, resume, retry, forget, pipelines)

@@ -1,4 +1,4 @@
-"""ls, get, put, provenance, gc, pin: what is in the store."""
+"""ls, get, put, provenance, gc, usage, pin: what is in the store."""
 
 from __future__ import annotations
 
@@ -97,6 +97,33 @@ def gc(older_than_hours: float, delete: bool, project: str, as_json: bool) -> No
 
 
 @click.command()
+@click.option("--all", "every_project", is_flag=True, help="Every project that you may see.")
+@project_option
+@json_option
+def usage(every_project: bool, project: str, as_json: bool) -> None:
+    """Show what a project has stored, its quota, and for how long its runs are kept."""
+    with Client(project=project, start=False) as client:
+        answer = client.usage(every_project)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        [
+            each.project,
+            size_text(each.size_bytes),
+            str(each.objects),
+            size_text(each.quota_bytes) if each.quota_bytes else "no limit",
+            f"{each.keep_days:g}" if each.keep_days else "for ever",
+        ]
+        for each in answer.projects
+    ]
+    print_table(["project", "stored", "objects", "quota", "days kept"], rows)
+    if answer.HasField("free_bytes"):
+        kept = size_text(answer.reserve_bytes)
+        click.echo(f"{size_text(answer.free_bytes)} are free on the store's disk; {kept} are kept free", err=True)
+
+
+@click.command()
 @click.argument("uri")
 @click.option("--remove", is_flag=True, help="Take the pin away.")
 def pin(uri: str, remove: bool) -> None:
@@ -105,4 +132,4 @@ def pin(uri: str, remove: bool) -> None:
         client.pin(uri, unpin=remove)
 
 
-COMMANDS = (ls, get, put, provenance, gc, pin)
+COMMANDS = (ls, get, put, provenance, gc, usage, pin)

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryofleet import tracing
 from cryofleet.errors import FailedPrecondition, ResourceExhausted
 
 
@@ -50,6 +51,7 @@ class Admission:
         """Memory that no call was granted."""
         return self.memory_total_bytes - self._memory_bytes
 
+    @tracing.spanned("admission")
     def acquire(self, needs: Needs) -> None:
         """Takes what `needs` says; the caller gives it back by `release`.
 

@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from cryofleet import tracing
 from cryofleet.access.audit import AuditLog
 from cryofleet.access.authentication import Authenticator
 from cryofleet.channels import MESSAGE_LIMIT_BYTES, TRANSPORT_LIMIT_BYTES, is_unix
@@ -30,6 +31,7 @@ from cryofleet.server.health_port import health_port
 from cryofleet.server.instance import Instance
 from cryofleet.server.listening import listen
 from cryofleet.server.service import Service
+from cryofleet.server.tracing import TracingInterceptor
 from cryofleet.server.validation import ValidationInterceptor
 from cryofleet.settings import AUDIT_LOG, AUDIT_OFF, Settings
 from cryofleet.storage import Store
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_NOT_STARTED = 1
 """Exit code of a server that could not start."""
+EXIT_NO_MEMORY = 71
+"""Exit code of a process that had no memory left for a thread."""
 
 MAX_CONNECTION_AGE_SECONDS = 30.0
 """After this a connection takes no new calls, so that clients spread over new instances; calls on it go on."""
@@ -103,6 +107,7 @@ class Server:
             )
             self._server = grpc.aio.server(
                 interceptors=[
+                    *([TracingInterceptor(instance)] if tracing.is_on() else []),
                     BorderInterceptor(instance, audit),
                     AccessInterceptor(Authenticator(self.settings, private), instance.store),
                     ValidationInterceptor(),
@@ -185,19 +190,31 @@ async def _run(service: Service, settings: Settings) -> None:
     await server.stop()
 
 
+def _end_where_a_thread_died(unraised: sys.UnraisableHookArgs) -> None:
+    """Ends the process where a new thread found no memory: who started it would wait for it for ever, the loop too."""
+    sys.__unraisablehook__(unraised)
+    if issubclass(unraised.exc_type, MemoryError) and "thread" in (unraised.err_msg or ""):
+        os._exit(EXIT_NO_MEMORY)
+
+
 def main(service: Service, settings: Settings | None = None) -> None:
     """Runs an instance of `service` until SIGTERM; its settings are the environment's where left out.
 
-    Exit codes: 0 after a drain, 1 where it could not start, 70 where a worker did not stop.
+    Exit codes: 0 after a drain, 1 where it could not start, 70 where a worker did not stop, 71 where there was no
+    memory for a thread.
     """
     try:
         settings = settings or Settings.from_environment()
         if not settings.address:
             settings = replace(settings, address=f"unix:{settings.run_folder}/{service.name}.sock")
         configure_logs(service.name, settings.instance, settings.log_level)
+        tracing.start(service.name, settings.instance)
         # For libraries that are loaded later; those that are there already got it from whoever started us.
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+        sys.unraisablehook = _end_where_a_thread_died
         asyncio.run(_run(service, settings))
     except Failure as failure:
         logger.critical("not started: %s", failure.message)
         sys.exit(EXIT_NOT_STARTED)
+    finally:
+        tracing.stop()

@@ -17,6 +17,7 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import Message
 
+from cryofleet import tracing
 from cryofleet.access import audit
 from cryofleet.access.authentication import certificate_names
 from cryofleet.channels import REASON_BUSY, REASON_KEY, REASON_NEVER_FITS
@@ -183,6 +184,7 @@ class Calls:
     def _result_event(self, method: Method, request: Any, answer: Answer) -> Message:
         manifest = answer.manifest
         assert manifest is not None
+        tracing.note(cached=answer.cached)
         if answer.cached:
             self._instance.metrics.cached.labels(method.operation.name).inc()
         provenance = common_pb2.Provenance(

@@ -13,6 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from cryofleet import tracing
 from cryofleet.artifacts import (
     InputEntry,
     Manifest,
@@ -63,6 +64,7 @@ def project_of(request: Any) -> str:
     return request.context.project or DEFAULT_PROJECT
 
 
+@tracing.spanned("identify")
 def identify(method: Method, request: Message, store: Store) -> Question:
     """The identity of a validated request's result.
 
@@ -84,6 +86,7 @@ def identify(method: Method, request: Message, store: Store) -> Question:
     return Question(method, resolved, store, project, key, parameters, inputs, seen)
 
 
+@tracing.spanned("look up")
 def look_up(question: Question) -> Manifest | None:
     """The manifest of the result, if the store has it whole. What is damaged counts as not there: it is made anew."""
     try:
@@ -151,19 +154,21 @@ def compute(
     operation = question.method.operation
     started = time.monotonic()
     try:
-        result = question.method.function(question.request, task)
+        with tracing.span("compute", operation=operation.name, device=device):
+            result = question.method.function(question.request, task)
         _check_inputs(question)
-        manifest = writer.commit(
-            operation=operation.name,
-            version=operation.version,
-            parameters=question.parameters,
-            inputs=question.inputs,
-            result=_portable(result_to_mapping(result)),
-            seconds=time.monotonic() - started,
-            device=device,
-            software=software,
-            host=_HOST,
-        )
+        with tracing.span("commit"):
+            manifest = writer.commit(
+                operation=operation.name,
+                version=operation.version,
+                parameters=question.parameters,
+                inputs=question.inputs,
+                result=_portable(result_to_mapping(result)),
+                seconds=time.monotonic() - started,
+                device=device,
+                software=software,
+                host=_HOST,
+            )
     except BaseException:
         try:
             writer.discard()

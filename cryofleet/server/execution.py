@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import os
 import sys
@@ -17,16 +18,18 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from cryofleet import tracing
 from cryofleet.artifacts import Manifest
 from cryofleet.errors import Cancelled, Failure
 from cryofleet.server.admission import Busy
-from cryofleet.server.computation import compute, identify, look_up, result_of
+from cryofleet.server.computation import compute, identify, look_up, project_of, result_of
 from cryofleet.server.failures import Draining, failure_of
 from cryofleet.server.instance import Instance
 from cryofleet.server.service import Method
 from cryofleet.server.task import Reader
 from cryofleet.server.watched_store import WatchedStore
 from cryofleet.server.work_done import GpuMemory, WorkDone
+from cryofleet.space import SMALL_BYTES
 from cryofleet.v1 import common_pb2
 
 logger = logging.getLogger(__name__)
@@ -144,13 +147,18 @@ class Executions:
         """Runs blocking work in a worker thread."""
         return self._loop.run_in_executor(self._pool, contextvars.copy_context().run, function, *arguments)
 
+    @tracing.spanned("computation")
     def _work(self, method: Method, request: Any, ticket: Ticket) -> Answer | Execution:
         def on_bytes(direction: str, count: int) -> None:
             store_bytes[name, direction].inc(count)
             ticket.go_on()
+            if direction == "written":
+                quotas.wrote(project, count)
 
         store_bytes, name = self._store_bytes, method.operation.name
-        question = identify(method, request, WatchedStore(self._instance.store, on_bytes))
+        quotas, project = self._instance.quotas, project_of(request)
+        store = WatchedStore(self._instance.store, on_bytes, functools.partial(quotas.check, project))
+        question = identify(method, request, store)
         with self._lock:
             ticket.go_on()
             execution = self._running.get(question.key)
@@ -159,6 +167,7 @@ class Executions:
                     raise Busy("a cancelled computation of the same result is just stopping; come back later")
                 execution.waiting += 1
                 ticket.execution = execution
+                tracing.note(joined=True)
                 return execution
             execution = ticket.execution = Execution(
                 method, question.key, request.context, WorkDone(self._instance.metrics, name)
@@ -170,6 +179,7 @@ class Executions:
             # Without its traceback, which would keep the method's arrays alive as long as somebody holds the answer.
             failure = failure_of(error, self._instance.name).with_traceback(None)
             failure.__cause__ = failure.__context__ = None
+            tracing.failed(failure.status, str(failure))
             if not isinstance(failure, (Busy, Draining)):
                 logger.warning("%s: %s", failure.status, failure, extra={"key": question.key})
             answer = Answer(None, None, False, failure)
@@ -186,6 +196,8 @@ class Executions:
             return Answer(result_of(question, manifest), manifest, True)
         if instance.draining:
             raise Draining(f"instance {instance.name} is stopping")
+        # Before anything is computed that could not be kept.
+        question.store.check_space(SMALL_BYTES + 1)
         device = instance.device_for(method.operation, question.request.context.device)
         most_bytes = instance.settings.max_volume_bytes
         with Reader(question.store, question.project, instance.scratch.new_folder, most_bytes) as reader:

@@ -11,10 +11,13 @@ import cryofleet
 from cryofleet.errors import FailedPrecondition
 from cryofleet.metrics import Metrics
 from cryofleet.operations import Operation
+from cryofleet.project_rules import ProjectRules
 from cryofleet.server.admission import Admission, machine_memory_bytes
+from cryofleet.server.quotas import Quotas
 from cryofleet.server.scratch import Scratch
 from cryofleet.server.service import Method, Service
 from cryofleet.settings import Settings
+from cryofleet.space import free_bytes
 from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2
 
@@ -37,6 +40,7 @@ class Instance:
         self.services = services
         self.settings = settings
         self.store = store
+        self.quotas = Quotas(store, ProjectRules(settings.project_rules))
         self.name = settings.instance
         self.service_name = services[0].name
         self.version = cryofleet.__version__
@@ -54,7 +58,14 @@ class Instance:
         self.metrics.watch(
             "cryofleet_memory_free_bytes", "Memory not granted to operations.", lambda: self.admission.memory_free_bytes
         )
-        self.scratch = Scratch(settings.scratch)
+        if store.free_bytes() is not None:
+            self.metrics.watch(
+                "cryofleet_store_free_bytes", "Free on the store's disk.", lambda: store.free_bytes() or 0
+            )
+        self.scratch = Scratch(settings.scratch, settings.reserve_bytes)
+        self.metrics.watch(
+            "cryofleet_scratch_free_bytes", "Free for temporary files.", lambda: free_bytes(self.scratch.folder)
+        )
         self.draining = False
         self._threads = threading.local()
 

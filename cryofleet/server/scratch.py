@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from cryofleet.errors import FailedPrecondition
+from cryofleet.space import SMALL_BYTES, check_free
 
 _PREFIX = "instance-"
 _LOCK = "lock"
@@ -21,11 +22,13 @@ class Scratch:
     by killed processes and are removed when the next one starts.
     """
 
-    def __init__(self, base: Path | None = None) -> None:
-        """`base` is the folder to work in; one of this user's under the system's temporary folder where left out.
+    def __init__(self, base: Path | None = None, reserve_bytes: int = 0) -> None:
+        """`base` is the folder to work in; one of this user's under the system's temporary folder where left out;
+        so much of its disk is kept free.
 
         Raises FailedPrecondition where that folder isn't this user's alone.
         """
+        self._reserve_bytes = reserve_bytes
         self._base = base or Path(tempfile.gettempdir()) / f"cryofleet-{os.getuid()}"
         self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self._base.lstat()
@@ -54,7 +57,8 @@ class Scratch:
                 os.close(lock)
 
     def new_folder(self) -> Path:
-        """An empty folder."""
+        """An empty folder. Raises ResourceExhausted where its disk is full but for the reserve."""
+        check_free(self.folder, SMALL_BYTES, self._reserve_bytes)
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from cryofleet.particles import Particles
 from cryofleet.progress import Progress
 from cryofleet.server.checkpoints import Checkpoints
 from cryofleet.server.limits import check_volume_bytes
+from cryofleet.space import claim
 from cryofleet.storage import Data, Store
 from cryofleet.volumes import (
     Shard,
@@ -122,8 +123,11 @@ class Reader:
 
     def _copy(self, uri: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
+        blob = self.open_blob(uri)
         with target.open("wb") as file:
-            for chunk in self.open_blob(uri).stream():
+            if blob.size_bytes:
+                claim(file, blob.size_bytes, target.parent)
+            for chunk in blob.stream():
                 file.write(chunk)
 
 
@@ -186,12 +190,12 @@ class Task(Reader):
 
     def write_volume(self, name: str, array: NDArray[np.floating[Any]], info: VolumeInfo) -> str:
         """Writes a volume `[z, y, x]`, or a stack of them where the info has a count; its URI."""
-        check_volume_bytes(name, info.data_bytes, self.max_volume_bytes)
+        self._check_size(name, info)
         return self._writer.put(name, encoded_volume(array, info))
 
     def volume_writer(self, name: str, info: VolumeInfo) -> VolumeWriter:
         """Writes a volume slab by slab: a context manager with `write(slab)`, and `uri` once its block has ended."""
-        check_volume_bytes(name, info.data_bytes, self.max_volume_bytes)
+        self._check_size(name, info)
         return VolumeWriter(self._writer, name, info, self.scratch)
 
     def write_subtomograms(
@@ -201,6 +205,7 @@ class Task(Reader):
 
         `boxes` is an array (n, b, b, b) or gives boxes or batches of them; `info` is of one box.
         """
+        self.store.check_space(len(particles) * info.data_bytes)
         return write_subtomograms(self._writer, self.store, name_prefix, boxes, info, particles)
 
     def write_subtomograms_index(
@@ -211,6 +216,10 @@ class Task(Reader):
         uri = self._writer.put(table, particles.to_parquet())
         about = {"uri": uri, "digest": self._writer.entry(table)["digest"]}
         return write_subtomograms_index(self._writer, f"{name_prefix}.json", self.store, info, about, shards)
+
+    def _check_size(self, name: str, info: VolumeInfo) -> None:
+        check_volume_bytes(name, info.data_bytes, self.max_volume_bytes)
+        self.store.check_space(info.data_bytes)
 
     def load_checkpoint(self) -> dict[str, bytes] | None:
         """What an earlier attempt at the same result saved last; None where there is nothing."""

@@ -16,16 +16,18 @@ class WatchedStore(Store):
     Long transfers thus count as progress, and a call that was cancelled ends in the midst of one.
     """
 
-    def __init__(self, store: Store, on_bytes: OnBytes) -> None:
+    def __init__(self, store: Store, on_bytes: OnBytes, check_space: Callable[[int], None]) -> None:
+        """`check_space` is asked beside the other store."""
         # Not the base class's own: roots and connections are those of the other store.
         self.root = store.root
         self.read_only_roots = store.read_only_roots
         self._watched = store
         self._on_bytes = on_bytes
+        self._check_space = check_space
 
     def for_project(self, project: str) -> Store:
         """The same store, closed to what other projects have."""
-        return WatchedStore(self._watched.for_project(project), self._on_bytes)
+        return WatchedStore(self._watched.for_project(project), self._on_bytes, self._check_space)
 
     def put(self, uri: str, data: Data) -> Stat:
         """Write an object; an iterable is watched piece by piece."""
@@ -37,6 +39,15 @@ class WatchedStore(Store):
     def stream(self, uri: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """The object's bytes, watched chunk by chunk."""
         return self._pieces(self._watched.stream(uri, offset, length), "read")
+
+    def free_bytes(self) -> int | None:
+        """What can still be written."""
+        return self._watched.free_bytes()
+
+    def check_space(self, size_bytes: int) -> None:
+        """Whether there is room for what will be written."""
+        self._check_space(size_bytes)
+        self._watched.check_space(size_bytes)
 
     def _pieces(self, pieces: Iterable[bytes], direction: str) -> Iterator[bytes]:
         for piece in pieces:

@@ -21,6 +21,7 @@ from cryofleet.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from cryofleet.space import SMALL_BYTES, check_free, free_bytes
 from cryofleet.storage.object_store import CHUNK_BYTES, Data, ObjectStore, Stat, checked_range, pieces_of
 from cryofleet.storage.uris import UNFINISHED, checked_uri, is_below
 
@@ -32,13 +33,14 @@ _FLUSHED_BYTES = CHUNK_BYTES
 class FileStore(ObjectStore):
     """Objects are files under one folder."""
 
-    def __init__(self, root_uri: str) -> None:
-        """`root_uri` is a `file:///folder`, made on the first put."""
+    def __init__(self, root_uri: str, reserve_bytes: int = 0) -> None:
+        """`root_uri` is a `file:///folder`, made on the first put; so much of its disk is kept free."""
         self.root = checked_uri(root_uri)
         if not self.root.startswith("file://"):
             raise InvalidArgument(f"{root_uri!r} is no file URI")
         self._folder = Path(self.root.removeprefix("file://"))
         self._real_folder = os.path.realpath(self._folder)
+        self._reserve_bytes = reserve_bytes
 
     def put(self, uri: str, data: Data) -> Stat:
         path = self._path(uri)
@@ -51,6 +53,8 @@ class FileStore(ObjectStore):
             # The iterable's own errors must not be taken for the file system's.
             for piece in pieces_of(data):
                 with _file_errors(uri):
+                    if size + len(piece) > SMALL_BYTES:
+                        check_free(self._folder, len(piece), self._reserve_bytes)
                     size += _write_all(descriptor, piece)
             with _file_errors(uri):
                 if size <= _FLUSHED_BYTES:
@@ -127,6 +131,15 @@ class FileStore(ObjectStore):
                             count += 1
                             self._remove_empty(path.parent)
         return count
+
+    def free_bytes(self) -> int:
+        with _file_errors(self.root):
+            return free_bytes(self._folder)
+
+    def check_space(self, size_bytes: int) -> None:
+        if size_bytes > SMALL_BYTES:
+            with _file_errors(self.root):
+                check_free(self._folder, size_bytes, self._reserve_bytes)
 
     def _remove_empty(self, folder: Path) -> None:
         """Folders exist only for what is in them, as in S3."""

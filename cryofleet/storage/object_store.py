@@ -62,6 +62,16 @@ class ObjectStore(ABC):
         """
         return 0
 
+    def free_bytes(self) -> int | None:
+        """What can still be written; None where the store doesn't say."""
+        return None
+
+    def check_space(self, size_bytes: int) -> None:  # noqa: B027  (most stores can't say)
+        """Raises ResourceExhausted where so many bytes find no room; nothing where the store doesn't say.
+
+        For what will be written, before it is begun.
+        """
+
     def get(self, uri: str) -> bytes:
         """A whole object. Raises NotFound."""
         return b"".join(self.stream(uri))

@@ -17,14 +17,23 @@ from cryofleet.storage.uris import checked_uri, is_below
 class Store(ObjectStore):
     """What a process may reach: one root to write under, and roots to read from."""
 
-    def __init__(self, root: str, read_only_roots: Sequence[str] = (), s3: S3Settings | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        read_only_roots: Sequence[str] = (),
+        s3: S3Settings | None = None,
+        reserve_bytes: int = 0,
+    ) -> None:
         """`root` and `read_only_roots` are URIs of folders; `s3` is needed where one is in S3.
+
+        Of the disk of a root that is a folder, `reserve_bytes` are kept free.
 
         Raises InvalidArgument where a read-only root and `root` overlap: what is read only is open to all projects.
         """
         self.root = checked_uri(root)
         self.read_only_roots = tuple(checked_uri(uri) for uri in read_only_roots)
         self._s3 = s3
+        self._reserve_bytes = reserve_bytes
         self._project: str | None = None
         self._backends: dict[str, ObjectStore] = {}
         self._lock = threading.Lock()
@@ -41,7 +50,7 @@ class Store(ObjectStore):
     @classmethod
     def open(cls, settings: Settings) -> Store:
         """The store of a process's settings."""
-        return cls(settings.store, settings.read_only_roots, settings.s3)
+        return cls(settings.store, settings.read_only_roots, settings.s3, settings.reserve_bytes)
 
     def for_project(self, project: str) -> Store:
         """The same store, closed to what other projects have under the root."""
@@ -78,6 +87,12 @@ class Store(ObjectStore):
         """What killed writers left under the root, of whatever project."""
         return self._opened(self.root).remove_abandoned(older_than_seconds)
 
+    def free_bytes(self) -> int | None:
+        return self._opened(self.root).free_bytes()
+
+    def check_space(self, size_bytes: int) -> None:
+        self._opened(self.root).check_space(size_bytes)
+
     def _backend(self, uri: str, write: bool = False) -> ObjectStore:
         uri = checked_uri(uri)
         root = self.root_of(uri)
@@ -97,7 +112,7 @@ class Store(ObjectStore):
 
                     self._backends[name] = S3Store(self._s3)
                 else:
-                    self._backends[name] = FileStore(root)
+                    self._backends[name] = FileStore(root, self._reserve_bytes)
             return self._backends[name]
 
 

@@ -104,6 +104,11 @@ class OrchestratorServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/GetUsage',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.PinArtifact = channel.unary_unary(
                 '/cryofleet.v1.OrchestratorService/PinArtifact',
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactRequest.SerializeToString,
@@ -208,6 +213,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PinArtifact(self, request, context):
         """Keeps a result, and all that it was made from, from collection; or no longer.
         """
@@ -287,6 +299,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.CollectGarbage,
                     request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageResponse.SerializeToString,
             ),
             'PinArtifact': grpc.unary_unary_rpc_method_handler(
                     servicer.PinArtifact,
@@ -672,6 +689,33 @@ class OrchestratorService:
             '/cryofleet.v1.OrchestratorService/CollectGarbage',
             cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageRequest.SerializeToString,
             cryofleet_dot_v1_dot_orchestrator__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/GetUsage',
+            cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

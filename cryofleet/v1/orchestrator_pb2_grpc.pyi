@@ -56,6 +56,8 @@ class OrchestratorServiceStub:
     ResumePool: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumePoolRequest, _orchestrator_pb2.ResumePoolResponse]
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CollectGarbageRequest, _orchestrator_pb2.CollectGarbageResponse]
     """Results that no run and no pin needs; deletes them where asked to."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetUsageRequest, _orchestrator_pb2.GetUsageResponse]
+    """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes."""
     PinArtifact: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]
     """Keeps a result, and all that it was made from, from collection; or no longer."""
 
@@ -87,6 +89,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     ResumePool: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumePoolRequest, _orchestrator_pb2.ResumePoolResponse]  # type: ignore[assignment]
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CollectGarbageRequest, _orchestrator_pb2.CollectGarbageResponse]  # type: ignore[assignment]
     """Results that no run and no pin needs; deletes them where asked to."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetUsageRequest, _orchestrator_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes."""
     PinArtifact: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]  # type: ignore[assignment]
     """Keeps a result, and all that it was made from, from collection; or no longer."""
 
@@ -199,6 +203,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.CollectGarbageResponse, _abc.Awaitable[_orchestrator_pb2.CollectGarbageResponse]]:
         """Results that no run and no pin needs; deletes them where asked to."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _orchestrator_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.GetUsageResponse, _abc.Awaitable[_orchestrator_pb2.GetUsageResponse]]:
+        """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes."""
 
     @_abc_1.abstractmethod
     def PinArtifact(

@@ -16,6 +16,7 @@ import cryofleet
 from cryofleet.artifacts import Manifest, ResultWriter, complete, find, identity, manifest_for, open_blob
 from cryofleet.errors import Cancelled, DataLoss, FailedPrecondition, Failure, InvalidArgument
 from cryofleet.formats import mrc, star
+from cryofleet.formats.particles.csv import encode_csv
 from cryofleet.formats.volume import open_volume_file
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import part
@@ -170,7 +171,7 @@ def export(request: io_pb2.ExportRequest, task: Task) -> io_pb2.ExportResult:
     particles = task.read_particles(request.particles_uri)
     task.progress(0.3, "writing", particles=float(len(particles)))
     if request.format == io_pb2.EXPORT_FORMAT_CSV:
-        csv = exporting.encode_csv(particles.table, particles.tomogram, particles.voxel_size_angstrom)
+        csv = encode_csv(particles.table, particles.tomogram, particles.voxel_size_angstrom)
         return io_pb2.ExportResult(file_uri=task.write_bytes("particles.csv", csv))
     info = _single(task, request.volume_uri).info
     name, particles = _of_one_tomogram(particles, request.tomogram_name, request.particles_uri)
@@ -402,6 +403,7 @@ async def upload(requests: AsyncIterator[io_pb2.UploadRequest], call: CallContex
     if message is None and header.size_bytes:
         return io_pb2.UploadResponse(present=False)
 
+    await call.in_thread(_check_space, call, project, header.size_bytes)
     feed = uploading.Feed(header.name, header.size_bytes)
     storing = asyncio.create_task(
         call.in_thread(_store_upload, store, project, key, parameters, feed, call.instance.name)
@@ -424,7 +426,14 @@ async def upload(requests: AsyncIterator[io_pb2.UploadRequest], call: CallContex
         failure = None
     finally:
         feed.end(failure)
-    return io_pb2.UploadResponse(uri=await asyncio.shield(storing), present=False)
+    uri = await asyncio.shield(storing)
+    call.instance.quotas.count(project, header.size_bytes)
+    return io_pb2.UploadResponse(uri=uri, present=False)
+
+
+def _check_space(call: CallContext, project: str, size_bytes: int) -> None:
+    call.instance.quotas.check(project, size_bytes)
+    call.store.check_space(size_bytes)
 
 
 def _finished(store: Store, project: str, key: str) -> Manifest | None:

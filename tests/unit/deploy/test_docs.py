@@ -1,15 +1,20 @@
-"""docs/kubernetes.md says what the manifests do, and its commands make the Secrets that they use."""
+"""docs/kubernetes.md says what the manifests do; the commands of docs/deploy.md make what they use."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cryofleet.access.certificates import AUTHORITY, CERTIFICATE, KEY, make_set
+from cryofleet.access.tokens import digest_of, read_entries
+from cryofleet.settings import Settings
 from tests.unit.deploy.manifests import (
     OVERLAYS,
     REPOSITORY,
@@ -24,6 +29,10 @@ from tests.unit.deploy.manifests import (
 )
 
 PAGE = (REPOSITORY / "docs" / "kubernetes.md").read_text()
+DEPLOY = (REPOSITORY / "docs" / "deploy.md").read_text().partition("## Kubernetes")[2]
+
+
+_PEM = (CERTIFICATE, KEY, AUTHORITY)
 
 
 def _secrets_used(resources: list[Resource]) -> dict[str, set[str]]:
@@ -46,14 +55,23 @@ def _secrets_used(resources: list[Resource]) -> dict[str, set[str]]:
     return used
 
 
+def _stand_in(command: Path, text: str) -> None:
+    command.write_text(f"#!/bin/sh\n{text}\n")
+    command.chmod(0o700)
+
+
+def _section(name: str) -> str:
+    """The commands of a section of the page that need no cluster, or of which a stand-in takes its place."""
+    return "".join(
+        re.findall(r"```sh\n(.*?)```", DEPLOY.partition(f"### {name}\n")[2].partition("\n###")[0], re.DOTALL)
+    )
+
+
 def _run_commands(block: str, folder: Path) -> dict[str, dict[str, str]]:
     """The Secrets that a block of commands makes; kubectl prints them instead of sending them anywhere."""
     (folder / "tokens.jsonl").touch()
     (folder / "database-ca.crt").touch()
-    (folder / "kubectl").write_text(
-        f'#!/bin/sh\n[ "$1" = apply ] && exit\nexec {tool("kubectl")} "$@" --dry-run=client -o yaml\n'
-    )
-    (folder / "kubectl").chmod(0o700)
+    _stand_in(folder / "kubectl", f'[ "$1" = apply ] && exit\nexec {tool("kubectl")} "$@" --dry-run=client -o yaml')
     given = {f"DATABASE_{name}": "given" for name in ("USER", "PASSWORD", "HOST", "NAME")}
     variables = {"PATH": f"{folder}:{os.environ['PATH']}", "S3_ACCESS_KEY": "a", "S3_SECRET_KEY": "b", **given}
     command = ["bash", "-euc", block]
@@ -68,17 +86,92 @@ def _run_commands(block: str, folder: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize(("number", "overlays"), [(0, ["single-node"]), (1, ["facility", "gpu"])])
 def test_commands_make_the_secrets_that_are_used(number: int, overlays: list[str], tmp_path: Path) -> None:
-    blocks = [block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "create secret" in block]
+    blocks = re.findall(r"```sh\n(.*?)```", DEPLOY.partition("### Secrets")[2].partition("\n###")[0], re.DOTALL)
     made = _run_commands(blocks[number], tmp_path)
     for overlay in overlays:
         assert _secrets_used(load(overlay)) == {name: set(keys) for name, keys in made.items()}
+
+
+def test_every_overlay_is_put_up_from_the_sites_registry(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "deploy", tmp_path / "deploy")
+    _stand_in(tmp_path / "kubectl", f'[ "$1 $2" = "apply -k" ] && exec {tool("kubectl")} kustomize "$3"; exit 1')
+    script = "REGISTRY=images.example.net\n" + _section("Images") + _section("Up").replace("\n", " && echo ---\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    images = {
+        container["image"].rpartition("/")[0]
+        for each in yaml.safe_load_all(done.stdout)
+        if each is not None and each["kind"] in ("Deployment", "StatefulSet")
+        for container in each["spec"]["template"]["spec"]["containers"]
+        if "/cryofleet-" in container["image"]
+    }
+    assert images == {"localhost", "images.example.net"}
+    assert set(re.findall(r"overlays/([a-z-]+)\n", _section("Up"))) == set(OVERLAYS)
+
+
+def test_commands_make_a_user_who_can_then_call(tmp_path: Path) -> None:
+    make_set(tmp_path / "certificates")
+    certificates = tmp_path / "certificates" / "client"
+    _stand_in(
+        tmp_path / "kubectl",
+        'case "$*" in *port-forward*) exec sleep 5;; esac\n'
+        '[ "$1 $2 $3 $4 $5 $6" = "-n cryofleet get secret client-tls -o" ] || exit 1\n'
+        r'name=$(echo "$7" | sed "s/jsonpath={.data.\([a-z]*\)\\\\\([.a-z]*\)}/\1\2/")' + "\n"
+        f'base64 < "{certificates}/$name"',
+    )
+    for name in ("python3.11", "pip"):
+        _stand_in(tmp_path / name, "exit 0")
+    cryofleet = Path(sys.executable).parent / "cryofleet"
+    _stand_in(tmp_path / "cryofleet", f'[ "$1" = tokens ] && exec {cryofleet} "$@"; env >> called')
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    done = subprocess.run(
+        ["bash", "-euc", _section("Users") + _section("A first run") + "kill $(jobs -p)\n"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    entries, problems = read_entries((tmp_path / "tokens.jsonl").read_text().splitlines())
+    assert (len(entries), problems) == (1, [])
+    token = (tmp_path / "ana.token").read_text().strip()
+    assert (entries[0].user, entries[0].digest) == ("ana", digest_of(token))
+    called = dict(line.split("=", 1) for line in (tmp_path / "called").read_text().splitlines() if "=" in line)
+    settings = Settings.from_environment(called)
+    assert settings.tls is not None
+    for path, name in zip((settings.tls.certificate, settings.tls.key, settings.tls.authority), _PEM, strict=True):
+        assert path.read_text() == (certificates / name).read_text()
+    assert settings.token_file == tmp_path / "ana.token"
+    assert (settings.orchestrator, settings.pools["io"]) == ("localhost:50051", "localhost:50052")
+    for name in ("ana.token", "tls.key"):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+
+
+def test_images_are_made_by_targets_that_there_are() -> None:
+    block = re.search(r"```\n(REGISTRY=.*?)```", DEPLOY, re.DOTALL)
+    assert block is not None
+    commands = [line for line in block[1].splitlines() if line.startswith("make ")]
+    assert len(commands) == 2
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-euc", f"REGISTRY=r\n{command.replace('make', 'make -n', 1)}"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "images/build.sh" in done.stdout, done.stderr
 
 
 def test_file_in_the_url_of_the_database_is_mounted() -> None:
     for overlay in OVERLAYS:
         container = one(load(overlay), "StatefulSet/orchestrator")["spec"]["template"]["spec"]["containers"][0]
         mounted = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
-        files = re.findall(r"sslrootcert=(/[^\s\"]+)", PAGE)
+        files = re.findall(r"sslrootcert=(/[^\s\"]+)", DEPLOY)
         assert len(files) == 2
         path = Path(files[0] if overlay == "single-node" else files[1])
         assert path.parent in mounted, overlay

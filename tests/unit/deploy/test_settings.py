@@ -69,6 +69,7 @@ def test_processes_read_all_settings_of_their_pods(overlay: str) -> None:
                 assert (settings.tokens is not None) == called_by_clients
                 mounted = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
                 files = [settings.tls.certificate, settings.tls.key, settings.tls.authority, settings.tokens]
+                files.append(settings.project_rules)
                 folders = [settings.home, settings.scratch, *(Path(values[name]) for name in _FOLDERS)]
                 for path in filter(None, [*files, *folders]):
                     assert any(path.is_relative_to(folder) for folder in mounted), f"{pod.name}: {path} is not mounted"
@@ -214,8 +215,12 @@ async def test_process_serves_in_the_environment_of_its_pod(tmp_path: Path) -> N
     ports = {name: _free_port() for name in ("grpc", "health", "metrics")}
     # What differs from the pod: where its volumes lie, its name, its Secrets, and ports that are free here.
     moved = {"/etc/cryofleet/tls": tmp_path / "certificates" / "io", "/etc/cryofleet/tokens/tokens": tokens}
-    moved["/scratch"] = tmp_path / "scratch"
-    (tmp_path / "scratch").mkdir()
+    for folder in ("scratch", "projects"):
+        (tmp_path / folder).mkdir()
+    moved |= {"/scratch": tmp_path / "scratch", "/etc/cryofleet/projects": tmp_path / "projects"}
+    (tmp_path / "projects" / "projects.yaml").write_text(
+        one(resources, "ConfigMap/project-rules")["data"]["projects.yaml"]
+    )
     for name, value in values.items():
         for there, here in moved.items():
             if value.startswith(there):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,6 +22,7 @@ from cryofleet.particles import Particles
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
 from orchestrator import tasks
+from orchestrator.engine import make_database
 from orchestrator.runs import Pause
 from tests.unit.orchestrator.fake import Platform, running_platform
 
@@ -469,6 +472,18 @@ async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch:
     assert run.state == pb.RUN_STATE_SUCCEEDED
 
 
+async def test_a_workflow_that_breaks_off_goes_on(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an error ends it that DBOS can't record, for the database is away."""
+    monkeypatch.setattr("orchestrator.engine._LOST_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.1)
+    await platform.submit(MAPPED, numbers=[1, 2, 3, 4], seconds=0.3)
+    await platform.until(lambda: len(platform.service.done) >= 1)
+    for task in list(platform.engine._running):
+        task.cancel()
+    run = await platform.ended(seconds=20)
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 1)
+
+
 async def test_a_defect_of_the_orchestrator_ends_the_run(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.2)
 
@@ -482,16 +497,54 @@ async def test_a_defect_of_the_orchestrator_ends_the_run(platform: Platform, mon
     assert "the outcome of another stands in the place of run:1/" in run.error
 
 
-async def test_runs_of_a_version_that_is_gone_can_be_resumed(
+async def test_what_an_orchestrator_had_that_now_has_other_steps_goes_on_elsewhere(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await platform.submit(MAPPED, numbers=[1, 2], seconds=0.5)
-    await platform.until(lambda: platform.service.running == 2)
+    """In an upgrade the successor keeps the name, and beats; an orchestrator with the old steps takes the work over."""
+    monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.2)
+    await platform.submit(MAPPED, numbers=list(range(8)), seconds=0.2)
+    await platform.until(lambda: len(platform.service.done) == 4)
     await platform.engine.stop()
-    monkeypatch.setattr("orchestrator.engine.APPLICATION_VERSION", "2")
+    database = make_database(platform.settings.database)
+    with database.begin() as connection:
+        connection.execute(
+            sa.text(
+                "UPDATE cryofleet_orchestrators SET heartbeat = :later, application_version = '2' WHERE name = 'one'"
+            ),
+            {"later": time.time() + 3600.0},
+        )
+    database.dispose()
+    platform.settings = replace(platform.settings, instance="two")
     await platform.restart_stopped()
+    run = await platform.ended(seconds=15)
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 1), run.error
+
+
+async def test_runs_of_a_version_that_is_gone_begin_anew(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.2)
+    await platform.submit(MAPPED, numbers=list(range(12)), seconds=0.3)
+    await platform.until(lambda: len(platform.service.done) >= 4)
+    await platform.engine.stop()
+    done = set(platform.service.done)
+    assert len(done) < 12
+    platform.service.calls.clear()
+    monkeypatch.setattr("orchestrator.engine.APPLICATION_VERSION", "2")
+    # Where another orchestrator has the old steps, the run is left to it.
+    database = make_database(platform.settings.database)
+    with database.begin() as connection:
+        connection.execute(
+            sa.text("INSERT INTO cryofleet_orchestrators VALUES ('old', :later, '1')"), {"later": time.time() + 3600.0}
+        )
+    await platform.restart_stopped()
+    await asyncio.sleep(1.0)
+    assert (platform.engine.runs.attempt("run").attempt, platform.service.calls) == (1, [])
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE cryofleet_orchestrators SET heartbeat = 0 WHERE name = 'old'"))
+    database.dispose()
     run = await platform.ended()
-    assert run.state == pb.RUN_STATE_FAILED
-    assert "begun by version 1 of the orchestrator, which is gone; resume it" in run.error
-    await platform.next_attempt()
-    assert (await platform.ended()).state == pb.RUN_STATE_SUCCEEDED
+    assert (run.state, run.attempt) == (pb.RUN_STATE_SUCCEEDED, 2), run.error
+    assert outputs(run)["indices"] == list(range(12))
+    assert run.steps[0].tasks_cached == len(done), "what was done is found in the store"
+    assert len(platform.service.calls) == 12 - len(done)
+    whole = await DBOS.list_workflows_async(workflow_ids=["run:1"])
+    assert [workflow.status for workflow in whole] == ["CANCELLED"]

@@ -54,6 +54,7 @@ def test_a_database_from_before_runs_had_owners(database: sa.Engine) -> None:
             if index["column_names"] == ["owner"]:
                 connection.execute(sa.text(f"DROP INDEX {index['name']}"))
         connection.execute(sa.text("ALTER TABLE cryofleet_runs DROP COLUMN owner"))
+        connection.execute(sa.text("DROP TABLE cryofleet_schema"))
     store = RunStore(database)
     assert store.run("r") == replace(RUN, owner="")
     assert store.create(replace(RUN, run_id="s"))

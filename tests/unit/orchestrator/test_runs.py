@@ -121,6 +121,21 @@ def test_an_attempt_that_was_ended_does_not_start(record: RunStore) -> None:
     assert record.attempt("r").state == "cancelled"
 
 
+def test_an_attempt_is_superseded_once(record: RunStore) -> None:
+    ended: list[str] = []
+    record.on_ended = lambda run_id, attempt, state: ended.append(f"{run_id}:{attempt} {state}")
+    kept_run(record, "r", "")
+    assert record.supersede("r", 1, "other steps")
+    attempt = record.attempt("r")
+    assert (attempt.attempt, attempt.state) == (2, "queued")
+    assert [(each.attempt, each.error) for each in record.in_state(["failed"])] == [(1, "other steps")]
+    assert not record.supersede("r", 1, "other steps"), "another orchestrator has just done so"
+    record.set_finished("r", 2, "cancelled")
+    assert not record.supersede("r", 2, "other steps"), "it has ended"
+    assert record.attempt("r").attempt == 2
+    assert ended == ["r:2 cancelled"], "the run has not ended when an attempt was superseded"
+
+
 def test_what_runs_hold(record: RunStore) -> None:
     kept_run(record, "good", "failed", "succeeded")
     kept_run(record, "partial", "partial", "partial")

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,25 @@ def test_a_file_store_does_not_load_the_s3_client(files: FileStore) -> None:
     )
     subprocess.run([sys.executable, "-c", script, files.root], check=True, timeout=60)
     assert files.get(f"{files.root}/a") == b"x"
+
+
+def test_a_reserve_of_the_disk_is_left_to_small_objects(tmp_path: Path) -> None:
+    store = FileStore(f"file://{tmp_path}/store", reserve_bytes=2**62)
+    store.put(f"{store.root}/small", bytes(2**20))
+    store.check_space(2**20)
+    with pytest.raises(ResourceExhausted, match=r"store has \d+ bytes free: 1048577 more .*CRYOFLEET_RESERVE_BYTES"):
+        store.check_space(2**20 + 1)
+    with pytest.raises(ResourceExhausted):
+        store.put(f"{store.root}/large", bytes(2**20 + 1))
+    taken = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(8):
+            taken.append(number)
+            yield bytes(2**18)
+
+    with pytest.raises(ResourceExhausted):
+        store.put(f"{store.root}/large", pieces())
+    assert taken == [0, 1, 2, 3, 4], "it ends at the first piece that is too much"
+    assert [path.name for path in (tmp_path / "store").rglob("*")] == ["small"], "nothing half-written remains"
+    assert FileStore(store.root).free_bytes() > 0

@@ -1,0 +1,55 @@
+"""Connections to PostgreSQL: when they are tried before they are used, and what counts as lost.
+
+Those that were used a moment ago are taken for alive; others are tried first.
+
+To try each at each use, as SQLAlchemy does by itself, doubles the transactions that a task takes. Where the server went
+away in that moment, the statement fails as it would have a moment later, and whoever makes it tries again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+
+_TRUSTED_SECONDS = 2.0
+_USED_AT = "used_at"
+
+
+def _note_use(_connection: Any, record: Any) -> None:
+    record.info[_USED_AT] = time.monotonic()
+
+
+def _try_first(connection: Any, record: Any, _proxy: Any) -> None:
+    if time.monotonic() - record.info.get(_USED_AT, 0.0) < _TRUSTED_SECONDS:
+        return
+    try:
+        # Without a transaction around it.
+        connection.autocommit = True
+        connection.execute("SELECT 1")
+        connection.autocommit = False
+    except psycopg.Error as error:
+        # The pool then opens another one.
+        raise sa.exc.DisconnectionError from error
+
+
+@sa.event.listens_for(sa.Engine, "handle_error")
+def _mark_lost(context: sa.engine.ExceptionContext) -> None:
+    """What fails with no answer of the server's counts as a lost connection, whatever psycopg calls it.
+
+    By its words alone DBOS knows some of these errors and not others ("connection is bad", of a socket that is gone),
+    and gives a workflow up for what it doesn't know, instead of trying again.
+    """
+    error = context.original_exception
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        context.is_disconnect = True
+
+
+POOL: dict[str, Any] = {
+    "pool_pre_ping": False,
+    "pool_use_lifo": True,
+    "pool_events": [(_note_use, "connect"), (_note_use, "checkin"), (_try_first, "checkout")],
+}
+"""Options of `sqlalchemy.create_engine`."""
