@@ -1,4 +1,4 @@
-# make demo · make test · make soak · make lint · make protos · make bench · make images · make manifests
+# make demo · make test · make faults · make soak · make lint · make protos · make bench · make images · make manifests
 # Everything works from a bare clone: Python 3.11 and make are all that is needed.
 
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
-.PHONY: setup demo test soak manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
+.PHONY: setup demo test faults soak manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
 
 setup: $(READY)
 
@@ -54,6 +54,10 @@ test: $(READY) $(MANIFEST_TOOLS)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Faults at random for at most 15 minutes (docs/faults.md): SEED repeats one, FAULTS and MINUTES change how many and how long.
+# The faults whose tests wait long, which `make test` leaves out.
+faults: $(READY)
+	$(BIN)/python -m pytest -m long tests/faults
+
 soak: $(READY)
 	SEED="$(SEED)" FAULTS="$(FAULTS)" MINUTES="$(MINUTES)" $(BIN)/python -m tests.faults.soak
 

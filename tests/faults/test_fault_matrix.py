@@ -162,6 +162,7 @@ def test_a_service_hangs(site: Site, undisturbed: dict[str, str]) -> None:
     assert not site.working("simulation"), "it has dropped what nobody waits for"
 
 
+@pytest.mark.long
 def test_services_are_slow(site: Site, undisturbed: dict[str, str]) -> None:
     run = begin(site, "slow")
     over = threading.Event()
@@ -261,7 +262,11 @@ def test_the_database_is_restarted(site: Site, postgres: Database, undisturbed: 
 
 
 @pytest.mark.parametrize(
-    ("victim", "heir"), [("orchestrator-0", "orchestrator-1"), ("orchestrator-1", "orchestrator-0")]
+    ("victim", "heir"),
+    [
+        ("orchestrator-0", "orchestrator-1"),
+        pytest.param("orchestrator-1", "orchestrator-0", marks=pytest.mark.long),
+    ],
 )
 def test_one_of_two_orchestrators_is_killed(
     site: Site, undisturbed: dict[str, str], victim: str, heir: str, record_property: Any
@@ -279,6 +284,7 @@ def test_one_of_two_orchestrators_is_killed(
     assert_right(site, run, undisturbed)
 
 
+@pytest.mark.long
 def test_the_disk_is_full(site: Site, undisturbed: dict[str, str]) -> None:
     """Of the store, on a file system of its own. First for longer than a task waits, then not."""
     if not site.can_mount:
@@ -314,6 +320,7 @@ def test_files_may_not_grow(site: Site, undisturbed: dict[str, str]) -> None:
     assert_right(site, run.wait(), undisturbed)
 
 
+@pytest.mark.long
 def test_a_certificate_has_expired(site: Site, places: Places, undisturbed: dict[str, str]) -> None:
     tls = {"ADDRESS": places.tls, **tls_variables(places.certificates, "simulation")}
     for name in BOTH:
@@ -332,6 +339,7 @@ def test_a_certificate_has_expired(site: Site, places: Places, undisturbed: dict
     site.kill("simulation-9")
 
 
+@pytest.mark.long
 def test_clocks_are_wrong(site: Site, undisturbed: dict[str, str]) -> None:
     """By hours, each in another direction: those of a service and of an orchestrator."""
     for name in (*BOTH, "orchestrator-1"):

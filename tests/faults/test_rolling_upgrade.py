@@ -152,7 +152,10 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("other_steps", [False, True], ids=["same-steps", "other-steps"])
+@pytest.mark.parametrize(
+    "other_steps",
+    [pytest.param(False, id="same-steps"), pytest.param(True, id="other-steps", marks=pytest.mark.long)],
+)
 async def test_a_run_goes_on_over_an_upgrade(postgres: str, home: Path, other_steps: bool) -> None:
     url = await asyncio.to_thread(new_database, postgres, "other_steps" if other_steps else "same_steps")
     (home / "pipelines").mkdir()

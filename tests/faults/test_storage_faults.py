@@ -53,6 +53,7 @@ def assert_right(site: Site, run: RunHandle, undisturbed: dict[str, str], attemp
     assert recorded == [f"{run.id}:{attempt}/{task}" for task in TASKS]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "cause"),
     [("refused", r"step \w+ failed: UNAVAILABLE: .*"), ("full", r"step \w+ failed: RESOURCE_EXHAUSTED: .*StorageFull")],
@@ -70,7 +71,9 @@ def test_the_store_takes_nothing(
     assert_right(site, run.resume().wait(), undisturbed, attempt=2)
 
 
-@pytest.mark.parametrize("mode", ["refused", "full", "slow"])
+@pytest.mark.parametrize(
+    "mode", ["refused", pytest.param("full", marks=pytest.mark.long), pytest.param("slow", marks=pytest.mark.long)]
+)
 def test_the_store_is_away_for_a_while(site: Site, proxy: StorageProxy, undisturbed: dict[str, str], mode: str) -> None:
     run = begin(site, f"{mode}-for-a-while")
     site.wait_until_working("simulation")
