@@ -33,6 +33,12 @@ class Endings:
             future = self._waiting[workflow_id] = asyncio.get_running_loop().create_future()
         await asyncio.shield(future)
 
+    def stop(self) -> None:
+        """Ends the wait of all, as a cancellation."""
+        for future in self._waiting.values():
+            future.cancel()
+        self._waiting.clear()
+
     async def keep_asking(self) -> None:
         """Until it is cancelled. Runs outside of all workflows, in which DBOS would keep what it is asked."""
         while True:

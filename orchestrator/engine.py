@@ -221,7 +221,9 @@ class Engine:
         self._stopping = True
         for task in (*self._background, *self._running):
             task.cancel()
+        self.endings.stop()
         await asyncio.gather(*self._background, *self._running, return_exceptions=True)
+        await asyncio.sleep(0.05)  # those who waited for endings come to their own end
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, DBOS.destroy)
         # DBOS had made its own executor the loop's, and has just closed it.
