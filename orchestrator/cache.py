@@ -46,12 +46,11 @@ class ResultCache:
         }
         return identity(operation.name, operation.version, parameters_of(request), digests)
 
-    def find(self, operation: Operation, request: Message, project: str) -> Manifest | None:
-        """The manifest of the request's result, if the store has it. Blocks; raises the store's failures."""
-        return self.look_up(operation, request, project)[1]
-
     def look_up(self, operation: Operation, request: Message, project: str) -> tuple[str, Manifest | None]:
-        """The same, with the identity of the result."""
+        """The identity of the request's result, and its manifest if the store has it.
+
+        Blocks; raises the store's failures.
+        """
         key = self.key(operation, request, project)
         return key, self.kept(project, key)
 

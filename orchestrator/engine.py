@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 
-from cryofleet.artifacts import open_blob
-from cryofleet.errors import FailedPrecondition, Failure, Unavailable
+from cryofleet.errors import Failure, Unavailable
 from cryofleet.operations import Operation
-from cryofleet.particles import row_count
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
-from cryofleet.volumes import open_subtomograms
-from orchestrator import connections, run_trace, workflows
+from orchestrator import database, run_trace, workflows
 from orchestrator.cache import ResultCache
 from orchestrator.endings import Endings
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
+from orchestrator.recovery import Recovery
+from orchestrator.row_count import count_rows
 from orchestrator.runs import (
     ACTIVE,
     CANCELLED,
-    FAILED,
-    QUEUED,
     RUNNING,
     Pause,
     RunRow,
@@ -52,8 +47,6 @@ APPLICATION_VERSION = "1"
 """Of the order of steps in `workflows`; runs go on with an orchestrator of the version that began them, while there is
 one, and otherwise begin anew with another's."""
 HEARTBEAT_SECONDS = 3.0
-EXPIRY_SECONDS = 20.0
-"""An orchestrator whose heartbeat is older is taken for dead, and its runs are adopted."""
 PROGRESS_SECONDS = 1.0
 QUEUE_WORKERS = 16
 """Chunks that an orchestrator works on at a time, for each pool and user."""
@@ -65,9 +58,6 @@ ANSWER_SECONDS = 10.0
 """How long a caller waits for a database that is away; runs wait longer."""
 _PATIENCE_SECONDS = 600.0
 _RETRY_SECONDS = 0.5
-_CONNECT_SECONDS = 5
-_DATABASE_THREADS = 12
-_LOST_SECONDS = 15.0
 _GOING = ["PENDING", "ENQUEUED", "DELAYED"]
 """States of workflows that have not ended."""
 _ENDING_SECONDS = 0.5
@@ -105,35 +95,6 @@ class Plan:
         return TaskRequest(key, self.run_id, self.project, operation.name, dict(fields), self.user)
 
 
-def make_database(url: str) -> sa.Engine:
-    """The database that URL names: sqlite:///path or postgresql://…"""
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(
-            parsed.set(drivername="postgresql+psycopg"),
-            pool_size=4,
-            max_overflow=4,
-            **connections.POOL,
-            connect_args={"connect_timeout": _CONNECT_SECONDS},
-        )
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = sa.create_engine(parsed, pool_size=_DATABASE_THREADS, max_overflow=8)
-
-    @sa.event.listens_for(engine, "connect")
-    def prepare(connection: Any, _record: Any) -> None:
-        # As DBOS itself sets it: writers queue up, instead of failing when a read becomes a write.
-        connection.isolation_level = "IMMEDIATE"
-        connection.execute("PRAGMA busy_timeout=30000")
-        connection.execute("PRAGMA foreign_keys=ON")
-        # A killed process loses nothing so. A machine that loses its power may lose the last steps, which are then
-        # done again and found in the store.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    return engine
-
-
 class _Quiet(logging.Filter):
     """Drops what DBOS says of workflows that were cancelled or taken over, which is as it should be."""
 
@@ -167,16 +128,14 @@ class Engine:
         self._left: dict[tuple[str, str], int] = {}
         self.runs_by_state: Counter[str] = Counter()
         """Runs of all orchestrators that go on, as last counted."""
-        self._unstarted: dict[str, float] = {}
-        self._missing: dict[str, float] = {}
-        """Own workflows that should run and don't, with when that was first seen."""
+        self.recovery = Recovery(self, APPLICATION_VERSION)
         self._stopping = False
 
     # Life
 
     async def start(self) -> None:
         """Opens the database, takes up the runs that this orchestrator had, and begins to look after all."""
-        self._database = make_database(self.settings.database)
+        self._database = database.make_database(self.settings.database)
         self.runs: RunStore = await self.in_thread(RunStore, self._database)
         self.tracker = Tracker(self.runs)
         await self.placement.start()
@@ -190,15 +149,15 @@ class Engine:
             "serializer": DBOSPortableJSONSerializer(),
             "enable_otlp": False,
             "log_level": "WARNING",
-            "max_executor_threads": _DATABASE_THREADS,
-            "sys_db_pool_size": _DATABASE_THREADS + 4,
+            "max_executor_threads": database.THREADS,
+            "sys_db_pool_size": database.THREADS + 4,
         }
         if self._database.dialect.name == "sqlite":
             config["system_database_engine"] = self._database
         else:
-            config["db_engine_kwargs"] = connections.POOL
+            config["db_engine_kwargs"] = database.POOL
         await self.in_thread(self.runs.beat, self.settings.instance, APPLICATION_VERSION)
-        self._dbos = DBOS(config=config)
+        self.dbos = DBOS(config=config)
         _use_own_logs()
         # Launched on the loop, so that workflows run here, beside the channels they use.
         DBOS.launch()
@@ -337,7 +296,7 @@ class Engine:
             logger.info("attempt %d was ended before it began", attempt, extra={"run_id": run_id})
             return {"ended": True}
         logger.info("attempt %d begins", attempt, extra={"run_id": run_id})
-        self._announce(run_id)
+        self.announce(run_id)
         return {}
 
     @run_trace.of_run
@@ -350,7 +309,7 @@ class Engine:
         self.tracker.forget(run_id)
         ended = f": {error}" if error else ""
         logger.info("attempt %d ended as %s%s", attempt, state, ended, extra={"run_id": run_id})
-        self._announce(run_id)
+        self.announce(run_id)
         return {}
 
     def stoppable(self, body: Callable[[], Coroutine[Any, Any, ResultT]]) -> Callable[[], Coroutine[Any, Any, ResultT]]:
@@ -369,7 +328,8 @@ class Engine:
 
     # Changes
 
-    def _announce(self, run_id: str) -> None:
+    def announce(self, run_id: str) -> None:
+        """Tells those who watch the run that it has changed."""
         self.views.drop(run_id)
         event = self._changed.pop(run_id, None)
         if event is not None:
@@ -392,14 +352,15 @@ class Engine:
     async def cancel_attempt(self, run_id: str, attempt: int) -> bool:
         """Ends an attempt: its workflows and the calls they make. False where it had ended."""
         changed = await self.answer(self.runs.set_finished, run_id, attempt, CANCELLED, "the run was cancelled")
-        await self._cancel_workflows(run_id, attempt)
+        await self.cancel_workflows(run_id, attempt)
         if changed:
             await self.settle(run_id)
             self.tracker.forget(run_id)
-            self._announce(run_id)
+            self.announce(run_id)
         return changed
 
-    async def _cancel_workflows(self, run_id: str, attempt: int) -> None:
+    async def cancel_workflows(self, run_id: str, attempt: int) -> None:
+        """Ends an attempt's workflows and the calls they make; its record stays as it is."""
         # A part that was being started escapes the first look.
         for _ in range(5):
             active = await self._workflow_ids(run_id, attempt, _GOING)
@@ -433,7 +394,7 @@ class Engine:
             await asyncio.sleep(_ENDING_SECONDS)
         for attempt in attempts:
             if await self._workflow_ids(run_id, attempt, _GOING):
-                await self._cancel_workflows(run_id, attempt)
+                await self.cancel_workflows(run_id, attempt)
                 await asyncio.sleep(_CANCELLING_SECONDS)
         if last.state == CANCELLED and last.finished_at is not None:
             await asyncio.sleep(min(_CANCELLING_SECONDS, last.finished_at + _CANCELLING_SECONDS - time.time()))
@@ -446,7 +407,7 @@ class Engine:
         self.tracker.forget(run_id)
         self._plans.pop(run_id, None)
         logger.info("the run was forgotten", extra={"run_id": run_id})
-        self._announce(run_id)
+        self.announce(run_id)
 
     # Looking after runs
 
@@ -462,8 +423,7 @@ class Engine:
         while True:
             try:
                 await self.in_thread(self.runs.beat, self.settings.instance, APPLICATION_VERSION)
-                await self._adopt()
-                await self._put_right()
+                await self.recovery.look()
                 await self.read_pauses()
                 await self.count_tasks()
             except sa.exc.DBAPIError as error:
@@ -516,81 +476,6 @@ class Engine:
         """The same in two parts: of operations that can use a GPU, and of all others."""
         return {kind: max(0, self._left.get((pool, kind), 0)) for kind in ("cpu", "gpu")}
 
-    async def _adopt(self) -> None:
-        """Takes over the workflows of orchestrators that are gone, and goes on with own ones that broke off."""
-        pending = await DBOS.list_workflows_async(
-            status="PENDING", app_version=APPLICATION_VERSION, load_input=False, load_output=False
-        )
-        owners = {workflow.executor_id for workflow in pending if workflow.executor_id}
-        own = self.settings.instance
-        await self._go_on({workflow.workflow_id for workflow in pending if workflow.executor_id == own})
-        if not owners - {own}:
-            return
-        gone = await self.in_thread(self.runs.claim_expired, own, owners, EXPIRY_SECONDS, APPLICATION_VERSION)
-        for owner in gone:
-            logger.warning("orchestrator %s is gone; its runs go on here", owner)
-            # DBOS's own recovery takes only what still belongs to that owner, so that two who do this at once do no
-            # harm; `resume_workflow` does not check that.
-            await asyncio.to_thread(DBOS._recover_pending_workflows, [owner])
-
-    async def _go_on(self, own: set[str]) -> None:
-        """Own workflows that should run and don't: an error that DBOS could not record has ended them here."""
-        lost = own - set(self._dbos._active_workflows_set.activeList())
-        now = asyncio.get_running_loop().time()
-        self._missing = {name: self._missing.get(name, now) for name in lost}
-        for name in [name for name, since in self._missing.items() if now - since > _LOST_SECONDS]:
-            logger.warning("workflow %s had broken off; it goes on", name)
-            del self._missing[name]
-            await DBOS.resume_workflow_async(name)
-
-    async def _put_right(self) -> None:
-        """Attempts whose workflow never started, or ended without saying so."""
-        active = await self.in_thread(self.runs.in_state, ACTIVE)
-        by_id = {workflows.workflow_id(each.run_id, each.attempt): each for each in active}
-        self.tracker.keep({each.run_id for each in active})
-        if not by_id:
-            return
-        found = await DBOS.list_workflows_async(workflow_ids=list(by_id), load_input=False, load_output=True)
-        status = {workflow.workflow_id: workflow for workflow in found}
-        now = asyncio.get_running_loop().time()
-        alive = await self.in_thread(self.runs.alive, EXPIRY_SECONDS)
-        versions = {version for name, version in alive.items() if name != self.settings.instance}
-        for name, attempt in by_id.items():
-            workflow = status.get(name)
-            if workflow is None:
-                # Its orchestrator died between the record and the start.
-                first_seen = self._unstarted.setdefault(name, now)
-                if attempt.state == QUEUED and now - first_seen > _LOST_SECONDS:
-                    await self.start_attempt(attempt.run_id, attempt.attempt)
-                continue
-            self._unstarted.pop(name, None)
-            if workflow.status in ("ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"):
-                error = f"the orchestrator failed: {workflow.error or workflow.status}"
-                logger.error("run %s: %s", attempt.run_id, error)
-                await self.in_thread(self.runs.set_finished, attempt.run_id, attempt.attempt, FAILED, error)
-                self._announce(attempt.run_id)
-            elif workflow.app_version != APPLICATION_VERSION and workflow.app_version not in versions:
-                await self._begin_anew(attempt.run_id, attempt.attempt, str(workflow.app_version))
-            elif workflow.status == "CANCELLED":
-                await self.in_thread(
-                    self.runs.set_finished, attempt.run_id, attempt.attempt, CANCELLED, "the run was cancelled"
-                )
-                self._announce(attempt.run_id)
-
-    async def _begin_anew(self, run_id: str, attempt: int, version: str) -> None:
-        """Goes on with a run whose steps had another order when it was begun: the next attempt finds what is done.
-
-        Its old workflows end first. Where this is cut off in the middle, the next look finds the attempt as it was.
-        """
-        await self._cancel_workflows(run_id, attempt)
-        why = f"no orchestrator with the steps of version {version} is left; the run goes on as attempt {attempt + 1}"
-        if await self.in_thread(self.runs.supersede, run_id, attempt, why):
-            await self.in_thread(run_trace.run_ended, self.runs, run_id, attempt, FAILED)
-            logger.warning("attempt %d: %s", attempt, why, extra={"run_id": run_id})
-            self.tracker.forget(run_id)
-            await self.start_attempt(run_id, attempt + 1)
-            self._announce(run_id)
-
 
 class _Registered:
     """Holds the current task in a set while it runs."""
@@ -617,21 +502,3 @@ def _use_own_logs() -> None:
     dbos_logger.propagate = True
     if not any(isinstance(known, _Quiet) for known in dbos_logger.filters):
         dbos_logger.addFilter(_Quiet())
-
-
-def count_rows(store: Store, kind: str, uri: str) -> int:
-    """Rows of a particle table, boxes of a set of subtomograms, or the `rows` that a JSON table says it has.
-
-    Of the first two no more is read than their headers.
-    """
-    if kind == "subtomograms":
-        return open_subtomograms(store, uri).count
-    if kind == "table":
-        try:
-            rows = json.loads(open_blob(store, uri).read())["rows"]
-        except (ValueError, KeyError, TypeError):
-            rows = None
-        if not isinstance(rows, int) or rows < 0:
-            raise FailedPrecondition(f"{uri} does not say how many rows it has, so it can't be split")
-        return rows
-    return row_count(open_blob(store, uri), uri)

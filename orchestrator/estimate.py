@@ -14,9 +14,10 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.operations import Operation
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
-from orchestrator.engine import Engine, count_rows
+from orchestrator.engine import Engine
 from orchestrator.expressions import Expression, evaluate, look_up_in, references
 from orchestrator.pipeline import ROUND, ROUNDS, Pipeline, Repeat, Shards, Step, check_rounds
+from orchestrator.row_count import count_rows
 from orchestrator.tasks import TaskRequest, build_request
 
 _LONGEST_LOOK = 4096
@@ -188,8 +189,9 @@ class _Estimator:
         """Adds one task; its outputs where the store has them. `ask`: also ask an instance what it would need."""
         request = build_request(operation, TaskRequest("", "", self._project, operation.name, dict(fields)))
         figures.tasks += 1
-        look = functools.partial(self._engine.cache.find, operation, request, self._project)
-        manifest: Manifest | None = await self._engine.tasks.in_thread(look)
+        look = functools.partial(self._engine.cache.look_up, operation, request, self._project)
+        manifest: Manifest | None
+        _, manifest = await self._engine.tasks.in_thread(look)
         if ask:
             await self._ask(operation, request, figures)
         if manifest is None:

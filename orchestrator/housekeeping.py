@@ -13,7 +13,8 @@ from cryofleet.project_rules import EVERY_OTHER, ProjectRules, Rules
 from cryofleet.server.quotas import Usage, usage_by_project
 from cryofleet.storage import Store
 from orchestrator import garbage
-from orchestrator.engine import EXPIRY_SECONDS, Engine
+from orchestrator.engine import Engine
+from orchestrator.recovery import EXPIRY_SECONDS
 
 logger = logging.getLogger(__name__)
 

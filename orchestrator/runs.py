@@ -314,11 +314,7 @@ class RunStore:
 
     def newest(self, project: str, limit: int, among: Iterable[str] | None = None) -> list[tuple[RunRow, AttemptRow]]:
         """The newest runs of a project, or of all `among` these, each with its last attempt."""
-        latest = (
-            sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt"))
-            .group_by(_attempts.c.run_id)
-            .subquery()
-        )
+        latest = _latest_attempts()
         query = sa.select(_runs).order_by(_runs.c.created_at.desc()).limit(limit)
         if project:
             query = query.where(_runs.c.project == project)
@@ -343,11 +339,7 @@ class RunStore:
 
     def ended_before(self, project: str, before: float) -> list[str]:
         """A project's runs whose last attempt ended before that time, the oldest first."""
-        latest = (
-            sa.select(_attempts.c.run_id, sa.func.max(_attempts.c.attempt).label("attempt"))
-            .group_by(_attempts.c.run_id)
-            .subquery()
-        )
+        latest = _latest_attempts()
         query = (
             sa.select(_attempts.c.run_id)
             .join(latest, (latest.c.run_id == _attempts.c.run_id) & (latest.c.attempt == _attempts.c.attempt))
@@ -532,6 +524,12 @@ def _holds_nothing(end: sa.Row[Any], attempt: int, ended_before: float) -> bool:
     """Of a run's attempt, `end` being the run's last one."""
     ended = end.state not in ACTIVE and end.finished_at < ended_before
     return ended and (end.state in (FAILED, CANCELLED) or attempt < end.attempt)
+
+
+def _latest_attempts() -> sa.Subquery:
+    """Each run's number of its last attempt."""
+    last = sa.func.max(_attempts.c.attempt).label("attempt")
+    return sa.select(_attempts.c.run_id, last).group_by(_attempts.c.run_id).subquery()
 
 
 def _run_row(row: Mapping[Any, Any]) -> RunRow:

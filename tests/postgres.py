@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from tests.unit.orchestrator.fake import short_folder
 
 

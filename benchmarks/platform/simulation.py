@@ -175,7 +175,8 @@ async def _simulate(
     use(loop, "orchestrator")
     placement: Any = placement_module
     placement.open_channel = lambda address, *_: FakeChannel(cluster, address)
-    engine_module.count_rows = lambda store, kind, uri: rows_of(uri)
+    engine_code: Any = engine_module
+    engine_code.count_rows = lambda store, kind, uri: rows_of(uri)
     dbos_module: Any = importlib.import_module("dbos._dbos")
     original = dbos_module.queue_thread
     # The thread that starts what is queued waits in the loop's time.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -26,7 +26,8 @@ from cryofleet.particles import Particles
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from cryofleet.v1 import runtime_pb2
-from orchestrator.engine import Engine, make_database
+from orchestrator.database import make_database
+from orchestrator.engine import Engine
 from orchestrator.runs import RunRow, RunStore
 from tests.postgres import new_database, postgres_programs, running_postgres
 from tests.unit.orchestrator.fake import FakeService, settings_in, short_folder
@@ -105,7 +106,7 @@ async def test_a_run_goes_on_from_its_backup(
     kind: str, home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.5)
-    monkeypatch.setattr("orchestrator.engine.EXPIRY_SECONDS", 2.0)
+    monkeypatch.setattr("orchestrator.recovery.EXPIRY_SECONDS", 2.0)
     if kind == "sqlite":
         urls = [f"sqlite:///{home}/{name}.sqlite" for name in ("old", "new")]
     else:

@@ -23,7 +23,7 @@ from cryofleet.channels import open_channel
 from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.runs import RunRow, RunStore
 from orchestrator.views import AGE_SECONDS
 from tests.faults.test_shards_after_crash import Orchestrators, ended, kill

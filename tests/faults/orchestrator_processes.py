@@ -11,15 +11,15 @@ import signal
 import sys
 
 from cryofleet.server import main
-from orchestrator import engine
+from orchestrator import engine, recovery
 from orchestrator.service import service
 
 
 def serve_forks() -> None:
     """Until standard input ends."""
     # So that a test need not wait as long as an operator would.
-    engine.EXPIRY_SECONDS = float(os.environ.get("TEST_EXPIRY_SECONDS", engine.EXPIRY_SECONDS))
-    engine.HEARTBEAT_SECONDS = min(engine.HEARTBEAT_SECONDS, engine.EXPIRY_SECONDS / 4)
+    recovery.EXPIRY_SECONDS = float(os.environ.get("TEST_EXPIRY_SECONDS", recovery.EXPIRY_SECONDS))
+    engine.HEARTBEAT_SECONDS = min(engine.HEARTBEAT_SECONDS, recovery.EXPIRY_SECONDS / 4)
     engine.ANSWER_SECONDS = float(os.environ.get("TEST_ANSWER_SECONDS", engine.ANSWER_SECONDS))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)

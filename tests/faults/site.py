@@ -27,7 +27,7 @@ from cryofleet.client import Client, RunHandle
 from cryofleet.settings import SERVICES, Settings
 from cryofleet.storage import Store
 from cryofleet.v1 import runtime_pb2, runtime_pb2_grpc
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from tests.unit.orchestrator.fake import short_folder
 
 START_SECONDS = 60.0

@@ -23,7 +23,7 @@ from cryofleet.channels import open_channel
 from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.schema import MIGRATIONS, version
 from tests.faults.test_shards_after_crash import Orchestrators
 from tests.faults.two_versions import NEXT, NEXT_TABLES, make_next_version

@@ -44,9 +44,9 @@ def test_a_result_without_its_objects_counts_as_not_there(store: Store) -> None:
     cache = ResultCache(store)
     request = runtime_pb2.SelfTestRequest(index=7)
     uri = _result(store, cache.key(OPERATION, request, "default"))
-    assert cache.find(OPERATION, request, "default") is not None
+    assert cache.look_up(OPERATION, request, "default")[1] is not None
     Path(uri.removeprefix("file://")).unlink()
-    assert cache.find(OPERATION, request, "default") is None
+    assert cache.look_up(OPERATION, request, "default")[1] is None
 
 
 def test_a_broken_manifest_counts_as_not_there(store: Store) -> None:
@@ -55,7 +55,7 @@ def test_a_broken_manifest_counts_as_not_there(store: Store) -> None:
     uri = _result(store, cache.key(OPERATION, request, "default"))
     manifest = Path(uri.removeprefix("file://")).parent / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
-    assert cache.find(OPERATION, request, "default") is None
+    assert cache.look_up(OPERATION, request, "default")[1] is None
 
 
 def test_a_damaged_input_is_taken_back_and_an_intact_one_stays(store: Store) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cryofleet.errors import FailedPrecondition
 from cryofleet.particles import Particles
 from cryofleet.testing import file_store
-from orchestrator.engine import count_rows
+from orchestrator.row_count import count_rows
 
 
 def test_particles_and_tables_say_their_rows(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cryofleet.particles import Particles
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
 from orchestrator import tasks
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.runs import Pause
 from tests.unit.orchestrator.fake import Platform, running_platform
 
@@ -458,7 +458,7 @@ async def test_a_small_run_does_not_wait_behind_a_large_one_of_another_user(
 
 
 async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.engine._LOST_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.recovery._LOST_SECONDS", 0.1)
     monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.1)
 
     async def nothing(run_id: str, attempt: int) -> None:
@@ -474,7 +474,7 @@ async def test_an_unfinished_start_is_made_good(platform: Platform, monkeypatch:
 
 async def test_a_workflow_that_breaks_off_goes_on(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where an error ends it that DBOS can't record, for the database is away."""
-    monkeypatch.setattr("orchestrator.engine._LOST_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrator.recovery._LOST_SECONDS", 0.5)
     monkeypatch.setattr("orchestrator.engine.HEARTBEAT_SECONDS", 0.1)
     await platform.submit(MAPPED, numbers=[1, 2, 3, 4], seconds=0.3)
     await platform.until(lambda: len(platform.service.done) >= 1)

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from cryofleet.errors import ResourceExhausted
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.runs import RunRow, RunStore
 
 RUN = RunRow("r", "apo", "p", "p.yaml", "name: p", {}, 1.0, owner="ana")

@@ -13,7 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.v1 import orchestrator_pb2 as pb
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.pipeline_reading import load
 from orchestrator.run_message import run_message
 from orchestrator.runs import AttemptRow, RunRow, RunStore, Unit

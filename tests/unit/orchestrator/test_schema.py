@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from cryofleet import __version__
 from cryofleet.errors import FailedPrecondition
 from orchestrator import runs, schema
-from orchestrator.engine import make_database
+from orchestrator.database import make_database
 from orchestrator.runs import RunRow, RunStore
 from orchestrator.schema import MIGRATIONS, Column, Migration, migrate, version
 

@@ -1,6 +1,6 @@
-"""Connections to PostgreSQL: when they are tried before they are used, and what counts as lost.
+"""The database: how it is opened, when its connections are tried before they are used, and what counts as lost.
 
-Those that were used a moment ago are taken for alive; others are tried first.
+Connections to PostgreSQL that were used a moment ago are taken for alive; others are tried first.
 
 To try each at each use, as SQLAlchemy does by itself, doubles the transactions that a task takes. Where the server went
 away in that moment, the statement fails as it would have a moment later, and whoever makes it tries again.
@@ -9,11 +9,15 @@ away in that moment, the statement fails as it would have a moment later, and wh
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
 
+THREADS = 12
+"""That use it at a time."""
+_CONNECT_SECONDS = 5
 _TRUSTED_SECONDS = 2.0
 _USED_AT = "used_at"
 
@@ -53,3 +57,32 @@ POOL: dict[str, Any] = {
     "pool_events": [(_note_use, "connect"), (_note_use, "checkin"), (_try_first, "checkout")],
 }
 """Options of `sqlalchemy.create_engine`."""
+
+
+def make_database(url: str) -> sa.Engine:
+    """The database that URL names: sqlite:///path or postgresql://…"""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_size=4,
+            max_overflow=4,
+            **POOL,
+            connect_args={"connect_timeout": _CONNECT_SECONDS},
+        )
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine = sa.create_engine(parsed, pool_size=THREADS, max_overflow=8)
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        # As DBOS itself sets it: writers queue up, instead of failing when a read becomes a write.
+        connection.isolation_level = "IMMEDIATE"
+        connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute("PRAGMA foreign_keys=ON")
+        # A killed process loses nothing so. A machine that loses its power may lose the last steps, which are then
+        # done again and found in the store.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    return engine
