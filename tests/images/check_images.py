@@ -67,6 +67,7 @@ class Inputs:
     """Files that the container finds in /inputs."""
 
     volume: str = "file:///inputs/volume.mrc"
+    box: str = "file:///inputs/box.mrc"
     particles: str = "file:///inputs/particles.parquet"
 
 
@@ -74,6 +75,8 @@ def write_inputs(folder: Path) -> None:
     rng = np.random.default_rng(1)
     volume = rng.normal(0, 1, (24, 32, 32)).astype(np.float32)
     (folder / "volume.mrc").write_bytes(encode_volume(volume, VolumeInfo((24, 32, 32), 10.0, "dark", -60, 60)))
+    box = VolumeInfo((24, 24, 24), 10.0, "dark", -60, 60)
+    (folder / "box.mrc").write_bytes(encode_volume(volume[:, :24, :24], box))
     rows = {name: rng.uniform(8, 16, 6) for name in "xyz"}
     table = pd.DataFrame({"id": np.arange(6), **rows, "class_id": np.array([0, 1, 2, 0, 1, 2], dtype=np.int32)})
     (folder / "particles.parquet").write_bytes(Particles(table, 10.0, "t", (24, 32, 32)).to_parquet())
@@ -93,7 +96,7 @@ def call_picking(client: Client) -> None:
 
 def call_alignment(client: Client) -> None:
     result = client.call(
-        "alignment.MakeMask", volume_uri=Inputs.volume, shape="ellipsoid", radii_angstrom=[80.0, 80.0, 60.0]
+        "alignment.MakeMask", volume_uri=Inputs.box, shape="ellipsoid", radii_angstrom=[80.0, 80.0, 60.0]
     )
     assert 0 < result["share"] < 1
 
