@@ -133,6 +133,7 @@ def fit(
             learning_rate=1e-3,
             seed=seed,
             weight_decay=1e-4,
+            decay_from=classifiers.DECAY_FROM,
             mixed_precision=True,
         ),
         batch_size=batch or size.batch,

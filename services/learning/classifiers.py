@@ -25,6 +25,10 @@ POOLING = 4
 UNLABELLED = -1
 """The label of boxes whose class is not known."""
 
+DECAY_FROM = 0.5
+"""From this share of the epochs on, the learning rate falls to nothing: steps of full length end where the last few
+batches happened to lead."""
+
 USE = "Sorts subtomograms of one box size into the classes it was trained on, each with a calibrated probability."
 LIMITS = (
     "Each subtomogram is given one of the known classes, whatever it holds; other imaging conditions than those of its "

@@ -120,9 +120,10 @@ class Alone:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. `betas` and `weight_decay` (added to the gradient) are those of Adam; `mixed_precision` computes in
-    bfloat16 on a GPU, with weights in float32, and changes nothing on a CPU; with `keep_last` the last epoch's weights
-    count, whatever its validation loss; a collapsed model is started again at most `max_restarts` times.
+    """How to train. `betas` and `weight_decay` (added to the gradient) are those of Adam; the learning rate falls
+    linearly to nothing from the share `decay_from` of `max_epochs` on; `mixed_precision` computes in bfloat16 on a GPU,
+    with weights in float32, and changes nothing on a CPU; with `keep_last` the last epoch's weights count, whatever its
+    validation loss; a collapsed model is started again at most `max_restarts` times.
     """
 
     max_epochs: int
@@ -131,6 +132,7 @@ class TrainingOptions:
     seed: int
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    decay_from: float = 1.0
     mixed_precision: bool = False
     keep_last: bool = False
     max_restarts: int = 3
@@ -341,6 +343,7 @@ class _Run:
             means = {name: value.detach().to(torch.float32) for name, value in values.items()}
             gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
             self.peers.average([*gradients, *means.values()], boxes)
+            self.set_learning_rate()
             self.optimiser.step()
             _add(sums, means, boxes_of(batch))
             state.boxes += boxes_of(batch)
@@ -358,6 +361,16 @@ class _Run:
         # Running statistics, which each peer gathers of its own parts.
         self.peers.average([value for value in self.statistics().values() if value.is_floating_point()], 1.0)
         return {name: float(value) / state.boxes for name, value in sums.items()}
+
+    def set_learning_rate(self) -> None:
+        """A function of how much of the run is done, so that a resumed one has that of an undisturbed one."""
+        options, state = self.options, self.state
+        if options.decay_from >= 1:
+            return
+        done = (state.epoch - 1 + state.position / self.batches.training_batches) / options.max_epochs
+        share = min(1.0, (1 - done) / (1 - options.decay_from))
+        for group in self.optimiser.param_groups:
+            group["lr"] = options.learning_rate * share
 
     def settle_statistics(self) -> None:
         """What batch normalisation goes by in use, by the weights as they are now.

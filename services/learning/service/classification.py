@@ -185,7 +185,10 @@ def train_classifier(request: learning_pb2.TrainClassifierRequest, task: Task) -
         network=config,
         objective=_objective(request, labels),
         options=inputs.training_options(
-            request, patience_epochs=request.patience_epochs, weight_decay=request.weight_decay
+            request,
+            patience_epochs=request.patience_epochs,
+            weight_decay=request.weight_decay,
+            decay_from=classifiers.DECAY_FROM,
         ),
         batch_size=request.batch_size,
         validation_fraction=request.validation_fraction,

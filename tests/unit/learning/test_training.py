@@ -77,9 +77,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("batches_before_the_kill", [1, 4, 6, 11])
-def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int) -> None:
-    undisturbed = train_autoencoder()
+@pytest.mark.parametrize(("batches_before_the_kill", "decay_from"), [(1, 1.0), (4, 1.0), (6, 1.0), (11, 1.0), (6, 0.3)])
+def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int, decay_from: float) -> None:
+    how = {"decay_from": decay_from}
+    undisturbed = train_autoencoder(options=options(**how))
     saved: list[dict[str, bytes]] = []
     calls = itertools.count(1)
 
@@ -89,10 +90,10 @@ def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int) -> None:
 
     # Saved after each batch here, so that most checkpoints lie within an epoch (3 batches).
     with pytest.raises(Killed):
-        train_autoencoder(options=options(checkpoint_seconds=0.0), progress=die, save_checkpoint=saved.append)
+        train_autoencoder(options=options(checkpoint_seconds=0.0, **how), progress=die, save_checkpoint=saved.append)
     assert len(saved) >= batches_before_the_kill
     assert {name.rsplit(".")[-1] for name in saved[-1]} == {"safetensors", "json"}
-    resumed = train_autoencoder(checkpoint=saved[-1])
+    resumed = train_autoencoder(checkpoint=saved[-1], options=options(**how))
     assert same_weights(resumed.model, undisturbed.model)
     assert resumed.history == undisturbed.history
     # Tables are written in the order of the figures, too.
@@ -264,6 +265,14 @@ def test_mixed_precision_changes_nothing_on_a_cpu() -> None:
     assert same_weights(plain.model, mixed.model)
     assert plain.history == mixed.history
     assert all(value.dtype == torch.float32 for value in mixed.model.state_dict().values())
+
+
+def test_the_learning_rate_falls_to_nothing() -> None:
+    """Adam's steps are the learning rate where the gradient is always the same: of eight, five are whole."""
+    kept = run_script(Scripted([1.0] * 8), max_epochs=8, keep_last=True)
+    falling = run_script(Scripted([1.0] * 8), max_epochs=8, keep_last=True, decay_from=0.5)
+    assert weight(kept) == pytest.approx(8.0, rel=1e-5)
+    assert weight(falling) == pytest.approx(5 + 3 / 4 + 2 / 4 + 1 / 4, rel=1e-5)
 
 
 def test_weight_decay_is_adams() -> None:
