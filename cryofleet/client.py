@@ -14,7 +14,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -377,6 +377,54 @@ class Client:
     def pin(self, uri: str, unpin: bool = False) -> None:
         """Keep a result and what it was made from; or let it go again."""
         self.orchestrate("PinArtifact", orchestrator_pb2.PinArtifactRequest(uri=uri, unpin=unpin))
+
+    def add_inbox(
+        self, name: str, uri: str, pipeline: str | Path, arguments: Mapping[str, Any] | None = None, **options: Any
+    ) -> orchestrator_pb2.Inbox:
+        """Watch a folder or bucket prefix: each new, complete file there starts the pipeline once.
+
+        `arguments` are the pipeline's, but for the input that gets the file; `options` are further fields of
+        AddInboxRequest: settle_seconds, patterns, at_once and so on.
+        """
+        fields: dict[str, Any] = {**_pipeline_fields(pipeline), **options}
+        request = orchestrator_pb2.AddInboxRequest(
+            project=self.project, name=name, uri=uri, arguments=self._arguments(pipeline, arguments or {}), **fields
+        )
+        return cast(orchestrator_pb2.Inbox, self.orchestrate("AddInbox", request).inbox)
+
+    def inboxes(self) -> list[orchestrator_pb2.Inbox]:
+        """The project's inboxes."""
+        request = orchestrator_pb2.ListInboxesRequest(project=self.project)
+        return list(self.orchestrate("ListInboxes", request).inboxes)
+
+    def inbox(
+        self,
+        name: str,
+        limit: int = 50,
+        state: orchestrator_pb2.InboxItemState.ValueType = orchestrator_pb2.INBOX_ITEM_STATE_UNSPECIFIED,
+    ) -> orchestrator_pb2.GetInboxResponse:
+        """An inbox and its newest items, in one state or in any."""
+        request = orchestrator_pb2.GetInboxRequest(project=self.project, name=name, limit=limit, state=state)
+        return cast(orchestrator_pb2.GetInboxResponse, self.orchestrate("GetInbox", request))
+
+    def pause_inbox(self, name: str) -> orchestrator_pb2.Inbox:
+        """Start nothing more from an inbox until it is resumed."""
+        request = orchestrator_pb2.PauseInboxRequest(project=self.project, name=name)
+        return cast(orchestrator_pb2.Inbox, self.orchestrate("PauseInbox", request).inbox)
+
+    def resume_inbox(self, name: str) -> orchestrator_pb2.Inbox:
+        """Start again what comes into an inbox that was paused."""
+        request = orchestrator_pb2.ResumeInboxRequest(project=self.project, name=name)
+        return cast(orchestrator_pb2.Inbox, self.orchestrate("ResumeInbox", request).inbox)
+
+    def remove_inbox(self, name: str) -> None:
+        """Watch no more, and forget what came in; its runs stay."""
+        self.orchestrate("RemoveInbox", orchestrator_pb2.RemoveInboxRequest(project=self.project, name=name))
+
+    def retry_inbox(self, name: str, numbers: Sequence[int] = ()) -> orchestrator_pb2.RetryInboxResponse:
+        """Try items that were set aside once more: those of these numbers, or all."""
+        request = orchestrator_pb2.RetryInboxRequest(project=self.project, name=name, numbers=numbers)
+        return cast(orchestrator_pb2.RetryInboxResponse, self.orchestrate("RetryInbox", request))
 
     def orchestrate(self, method: str, request: Message) -> Any:
         """Call one of the orchestrator's methods; raises the Failure that it answers with."""

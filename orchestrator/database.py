@@ -86,3 +86,10 @@ def make_database(url: str) -> sa.Engine:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     return engine
+
+
+def clock(connection: sa.Connection) -> float:
+    """Unix time by the database's clock, which all orchestrators share; SQLite's is this machine's."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())

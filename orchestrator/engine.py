@@ -21,6 +21,7 @@ from cryofleet.storage import Store
 from orchestrator import database, run_trace, workflows
 from orchestrator.cache import ResultCache
 from orchestrator.endings import Endings
+from orchestrator.inboxes.record import InboxRecord
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
@@ -137,6 +138,7 @@ class Engine:
         """Opens the database, takes up the runs that this orchestrator had, and begins to look after all."""
         self._database = database.make_database(self.settings.database)
         self.runs: RunStore = await self.in_thread(RunStore, self._database)
+        self.inboxes = InboxRecord(self._database)
         self.tracker = Tracker(self.runs)
         await self.placement.start()
         await self.read_pauses()

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cryofleet.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
+from orchestrator.database import clock
 from orchestrator.garbage import Held
 from orchestrator.schema import migrate
 
@@ -179,12 +180,6 @@ class RunStore:
         """Told an attempt and the state that it has ended in, when this store has recorded it."""
         self._insert = sqlite.insert if engine.dialect.name == "sqlite" else postgresql.insert
         migrate(engine)
-
-    def _clock(self, connection: sa.Connection) -> float:
-        """Unix time by the database's clock, which all orchestrators share; SQLite's is this machine's."""
-        if connection.dialect.name == "sqlite":
-            return time.time()
-        return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
     # Runs and attempts
 
@@ -471,7 +466,7 @@ class RunStore:
     def beat(self, name: str, version: str = "1") -> None:
         """This orchestrator is alive, and goes on with runs whose steps have this version's order."""
         with self._engine.begin() as connection:
-            values = {"heartbeat": self._clock(connection), "application_version": version}
+            values = {"heartbeat": clock(connection), "application_version": version}
             statement = self._insert(_orchestrators).values(name=name, **values)
             connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=values))
 
@@ -483,7 +478,7 @@ class RunStore:
     def alive(self, expiry_seconds: float) -> dict[str, str]:
         """The orchestrators whose heartbeat has not expired: their versions by their names."""
         with self._engine.begin() as connection:
-            limit = self._clock(connection) - expiry_seconds
+            limit = clock(connection) - expiry_seconds
             columns = (_orchestrators.c.name, _orchestrators.c.application_version)
             query = sa.select(*columns).where(_orchestrators.c.heartbeat >= limit)
             return {row.name: row.application_version for row in connection.execute(query)}
@@ -497,7 +492,7 @@ class RunStore:
         """
         claimed = []
         with self._engine.begin() as connection:
-            now = self._clock(connection)
+            now = clock(connection)
             for owner in sorted(set(owners) - {own}):
                 connection.execute(
                     self._insert(_orchestrators)

@@ -9,7 +9,8 @@ Migrations only add. While orchestrators are replaced one by one, those of the v
 so whatever they read and write must stay: a new table, a column that may be left out, an index that forbids nothing.
 What is no longer needed is taken away by a later version, once no orchestrator that used it is left.
 
-To add a migration, append it to `MIGRATIONS` with the next number, and describe the new tables or columns in `runs`.
+To add a migration, append it to `MIGRATIONS` with the next number, and describe the new tables or columns in `runs`
+or `inboxes.record`.
 One that has been released is never changed.
 """
 
@@ -115,6 +116,50 @@ MIGRATIONS = (
         4,
         "what version of the order of steps an orchestrator has; all from before had version 1",
         (Column("cryofleet_orchestrators", "application_version", "TEXT NOT NULL DEFAULT '1'"),),
+    ),
+    Migration(
+        5,
+        "inboxes and what has come into them",
+        (
+            """CREATE TABLE IF NOT EXISTS cryofleet_inboxes (
+                project TEXT NOT NULL,
+                name TEXT NOT NULL,
+                inbox_id TEXT NOT NULL,
+                owner TEXT NOT NULL,
+                uri TEXT NOT NULL,
+                pipeline TEXT NOT NULL,
+                source TEXT NOT NULL,
+                definition TEXT NOT NULL,
+                arguments TEXT NOT NULL,
+                input TEXT NOT NULL,
+                patterns TEXT NOT NULL,
+                settle_seconds FLOAT(53) NOT NULL,
+                give_up_seconds FLOAT(53) NOT NULL,
+                ready_suffix TEXT NOT NULL,
+                at_once INTEGER NOT NULL,
+                created_at FLOAT(53) NOT NULL,
+                state TEXT NOT NULL,
+                problem TEXT NOT NULL,
+                worker TEXT NOT NULL,
+                PRIMARY KEY (project, name)
+            )""",
+            """CREATE TABLE IF NOT EXISTS cryofleet_inbox_items (
+                inbox_id TEXT NOT NULL,
+                number INTEGER NOT NULL,
+                uri TEXT NOT NULL,
+                size_bytes BIGINT NOT NULL,
+                mark TEXT NOT NULL,
+                state TEXT NOT NULL,
+                first_seen FLOAT(53) NOT NULL,
+                unchanged_since FLOAT(53) NOT NULL,
+                complete_at FLOAT(53),
+                run_id TEXT NOT NULL,
+                attempt INTEGER NOT NULL,
+                cause TEXT NOT NULL,
+                PRIMARY KEY (inbox_id, number)
+            )""",
+            "CREATE INDEX IF NOT EXISTS ix_cryofleet_inbox_items_state ON cryofleet_inbox_items (inbox_id, state)",
+        ),
     ),
 )
 """In order, numbered from 1. Databases from before there was this record have some of the first three already."""

@@ -17,23 +17,26 @@ from prometheus_client import Counter, Gauge
 from cryofleet import tracing
 from cryofleet.access import audit
 from cryofleet.access.caller import current_caller
-from cryofleet.errors import FailedPrecondition, Failure, NotFound
+from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.server import CallContext, Instance, Service
 from cryofleet.server.failures import Draining
 from cryofleet.settings import DEFAULT_PROJECT
-from cryofleet.space import SMALL_BYTES
-from cryofleet.storage import Store
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
-from orchestrator import garbage, housekeeping, run_trace
+from orchestrator import garbage, housekeeping, run_trace, submission
 from orchestrator.arguments import Argument
 from orchestrator.engine import Engine
 from orchestrator.estimate import estimate_run
+from orchestrator.inboxes import requests as inbox_requests
+from orchestrator.inboxes.inbox import ACTIVE as INBOX_ACTIVE
+from orchestrator.inboxes.inbox import ITEM_STATES, PAUSED, Inbox
+from orchestrator.inboxes.message import inbox_message, item_message, states_of
+from orchestrator.inboxes.work import Inboxes
 from orchestrator.library import Library
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.pipeline_reading import load
 from orchestrator.run_message import ENDED, run_message, timestamp
-from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, SUCCEEDED, AttemptRow, Pause, RunRow
+from orchestrator.runs import ACTIVE, CANCELLED, FAILED, PARTIAL, SUCCEEDED, AttemptRow, Pause
 from orchestrator.views import AGE_SECONDS
 
 service = Service(pb.DESCRIPTOR.services_by_name["OrchestratorService"])
@@ -76,12 +79,21 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
 
     engine.runs.on_ended = on_ended
     instance.metrics.pages["/slots"] = functools.partial(_slots, engine)
+    inboxes = Inboxes(engine, instance.quotas)
+    items = Gauge(
+        "cryofleet_inbox_items", "Items of all inboxes, by state.", ("state",), registry=instance.metrics.registry
+    )
+    for state in ITEM_STATES:
+        items.labels(state).set_function(functools.partial(inboxes.items_in, state))
     keeping = asyncio.create_task(housekeeping.keep_rules(engine, instance.quotas.rules))
+    working = asyncio.create_task(inboxes.keep_working())
     try:
         yield
     finally:
         keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        working.cancel()
+        await asyncio.gather(keeping, working, return_exceptions=True)
+        await inboxes.stop()
         del _engines[id(instance)]
         await engine.stop()
 
@@ -109,51 +121,25 @@ async def submit_run(request: pb.SubmitRunRequest, context: CallContext) -> pb.S
     project = request.project or DEFAULT_PROJECT
     pipeline, text = await _pipeline(request, context)
     values = pipeline.bind(json_format.MessageToDict(request.arguments))
-    await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
-    await context.in_thread(_check_space, context, project)
-    run = RunRow(
-        run_id=request.run_id or f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
-        project=project,
-        pipeline=pipeline.name,
-        source=pipeline.source,
-        definition=text,
-        arguments={name: value for name, value in values.items() if value is not None},
-        created_at=time.time(),
-        owner=current_caller().user,
-    )
+    await context.in_thread(submission.check_inputs, engine.store.for_project(project), pipeline, values)
+    await context.in_thread(submission.check_space, context.store, context.instance.quotas, project)
+    run_id = request.run_id or f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    run = submission.run_row(pipeline, text, values, run_id=run_id, project=project, owner=current_caller().user)
     audit.note(run_id=run.run_id)
     tracing.note(run_id=run.run_id)
-    if await engine.answer(engine.runs.create, run, context.settings.max_runs_per_user):
-        await engine.start_attempt(run.run_id, 1)
+    await submission.start(engine, run)
     return pb.SubmitRunResponse(run=await _run(engine, run.run_id))
 
 
-async def _pipeline(request: pb.SubmitRunRequest | pb.EstimateRunRequest, context: CallContext) -> tuple[Pipeline, str]:
+async def _pipeline(
+    request: pb.SubmitRunRequest | pb.EstimateRunRequest | pb.AddInboxRequest, context: CallContext
+) -> tuple[Pipeline, str]:
     """The pipeline with its text."""
     text = request.pipeline_yaml
     if text:
         return await context.in_thread(load, text, request.pipeline_file or "pipeline.yaml"), text
     pipeline = await context.in_thread(Library(context.settings).get, request.pipeline)
     return pipeline, pipeline.document.text
-
-
-def _check_inputs(store: Store, pipeline: Pipeline, values: dict[str, Any]) -> None:
-    for argument in pipeline.arguments:
-        if not argument.is_input or values[argument.name] is None:
-            continue
-        for uri in values[argument.name] if argument.repeated else [values[argument.name]]:
-            try:
-                found = any(True for _ in store.list(uri))
-            except Failure as failure:
-                raise type(failure)(f"input {argument.name}: {failure}") from None
-            if not found:
-                raise NotFound(f"input {argument.name}: {uri} does not exist")
-
-
-def _check_space(context: CallContext, project: str) -> None:
-    """Raises ResourceExhausted where nothing more can be stored: no task would come to its end."""
-    context.instance.quotas.check(project)
-    context.store.check_space(SMALL_BYTES + 1)
 
 
 @service.rpc("EstimateRun")
@@ -163,7 +149,7 @@ async def estimate(request: pb.EstimateRunRequest, context: CallContext) -> pb.E
     project = request.project or DEFAULT_PROJECT
     pipeline, _ = await _pipeline(request, context)
     values = pipeline.bind(json_format.MessageToDict(request.arguments))
-    await context.in_thread(_check_inputs, engine.store.for_project(project), pipeline, values)
+    await context.in_thread(submission.check_inputs, engine.store.for_project(project), pipeline, values)
     return await estimate_run(engine, pipeline, values, project)
 
 
@@ -438,3 +424,82 @@ async def pin_artifact(request: pb.PinArtifactRequest, context: CallContext) -> 
     """Of a result that is pinned, all that it was made from is kept too."""
     await context.in_thread(garbage.pin, _engine(context).store, request.uri, request.unpin)
     return pb.PinArtifactResponse()
+
+
+# Inboxes
+
+
+@service.rpc("AddInbox")
+async def add_inbox(request: pb.AddInboxRequest, context: CallContext) -> pb.AddInboxResponse:
+    """Checks all that can be known before the first file comes."""
+    engine = _engine(context)
+    pipeline, text = await _pipeline(request, context)
+    inbox = await context.in_thread(inbox_requests.opened, engine.store, request, pipeline, text, current_caller().user)
+    present = await context.in_thread(inbox_requests.present, engine.store, inbox) if request.new_only else []
+    await engine.answer(engine.inboxes.add, inbox, present)
+    return pb.AddInboxResponse(inbox=await _inbox(engine, inbox.project, inbox.name))
+
+
+async def _inbox(engine: Engine, project: str, name: str) -> pb.Inbox:
+    """Raises NotFound."""
+    inbox = await engine.answer(engine.inboxes.get, project or DEFAULT_PROJECT, name)
+    counts = await engine.answer(engine.inboxes.counts)
+    return inbox_message(inbox, counts.get(inbox.inbox_id))
+
+
+@service.rpc("ListInboxes")
+async def list_inboxes(request: pb.ListInboxesRequest, context: CallContext) -> pb.ListInboxesResponse:
+    """By project and name."""
+    engine = _engine(context)
+    found = await engine.answer(engine.inboxes.all, request.project, current_caller().projects)
+    counts = await engine.answer(engine.inboxes.counts)
+    return pb.ListInboxesResponse(inboxes=[inbox_message(inbox, counts.get(inbox.inbox_id)) for inbox in found])
+
+
+@service.rpc("GetInbox")
+async def get_inbox(request: pb.GetInboxRequest, context: CallContext) -> pb.GetInboxResponse:
+    """As it stands in the record."""
+    engine = _engine(context)
+    inbox = await engine.answer(engine.inboxes.get, request.project or DEFAULT_PROJECT, request.name)
+    states = states_of(request.state)
+    items = await engine.answer(engine.inboxes.items, inbox, states, request.limit or _DEFAULT_LIMIT)
+    return pb.GetInboxResponse(
+        inbox=await _inbox(engine, inbox.project, inbox.name),
+        items=[item_message(item) for item in items],
+    )
+
+
+@service.rpc("PauseInbox")
+async def pause_inbox(request: pb.PauseInboxRequest, context: CallContext) -> pb.PauseInboxResponse:
+    """Nothing changes where it is paused already."""
+    return pb.PauseInboxResponse(inbox=await _set_inbox(_engine(context), request.project, request.name, PAUSED))
+
+
+@service.rpc("ResumeInbox")
+async def resume_inbox(request: pb.ResumeInboxRequest, context: CallContext) -> pb.ResumeInboxResponse:
+    """Nothing changes where it is not paused."""
+    return pb.ResumeInboxResponse(inbox=await _set_inbox(_engine(context), request.project, request.name, INBOX_ACTIVE))
+
+
+async def _set_inbox(engine: Engine, project: str, name: str, state: str) -> pb.Inbox:
+    inbox: Inbox = await engine.answer(engine.inboxes.get, project or DEFAULT_PROJECT, name)
+    await engine.answer(engine.inboxes.set_state, inbox, state)
+    return await _inbox(engine, inbox.project, inbox.name)
+
+
+@service.rpc("RemoveInbox")
+async def remove_inbox(request: pb.RemoveInboxRequest, context: CallContext) -> pb.RemoveInboxResponse:
+    """Its runs stay."""
+    engine = _engine(context)
+    inbox = await engine.answer(engine.inboxes.get, request.project or DEFAULT_PROJECT, request.name)
+    await engine.answer(engine.inboxes.remove, inbox)
+    return pb.RemoveInboxResponse()
+
+
+@service.rpc("RetryInbox")
+async def retry_inbox(request: pb.RetryInboxRequest, context: CallContext) -> pb.RetryInboxResponse:
+    """Each waits for its turn; a run that failed goes on where it did."""
+    engine = _engine(context)
+    inbox = await engine.answer(engine.inboxes.get, request.project or DEFAULT_PROJECT, request.name)
+    retried = await engine.answer(inbox_requests.retry, engine.inboxes, engine.runs, inbox, request.numbers)
+    return pb.RetryInboxResponse(inbox=await _inbox(engine, inbox.project, inbox.name), retried=retried)

@@ -76,6 +76,14 @@ RULES: Mapping[str, Rule] = {
     "cryofleet.v1.OrchestratorService/ForgetRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/PinArtifact": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/GetUsage": Rule(Role.VIEWER, every_project=True),
+    # Inboxes.
+    "cryofleet.v1.OrchestratorService/AddInbox": Rule(Role.OPERATOR),
+    "cryofleet.v1.OrchestratorService/ListInboxes": Rule(Role.VIEWER, every_project=True),
+    "cryofleet.v1.OrchestratorService/GetInbox": Rule(Role.VIEWER),
+    "cryofleet.v1.OrchestratorService/PauseInbox": Rule(Role.OPERATOR),
+    "cryofleet.v1.OrchestratorService/ResumeInbox": Rule(Role.OPERATOR),
+    "cryofleet.v1.OrchestratorService/RemoveInbox": Rule(Role.OPERATOR),
+    "cryofleet.v1.OrchestratorService/RetryInbox": Rule(Role.OPERATOR),
     # The platform.
     "cryofleet.v1.OrchestratorService/ListPipelines": Rule(Role.VIEWER),
     "cryofleet.v1.OrchestratorService/GetPools": Rule(Role.VIEWER, platform=True, audited=False),

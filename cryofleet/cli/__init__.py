@@ -7,7 +7,7 @@ import sys
 import click
 
 from cryofleet import __version__
-from cryofleet.cli import access, backup, formats, models, operations, platform, runs, storage, support, top
+from cryofleet.cli import access, backup, formats, inbox, models, operations, platform, runs, storage, support, top
 from cryofleet.errors import Failure
 
 # What a script can tell a failure by; other failures exit with 1.
@@ -32,7 +32,7 @@ def cli() -> None:
     """
 
 
-for group in (platform, runs, operations, storage, models, access, support, top, backup, formats):
+for group in (platform, runs, operations, storage, models, access, support, top, backup, formats, inbox):
     for command in group.COMMANDS:
         cli.add_command(command)
 

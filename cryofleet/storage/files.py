@@ -199,11 +199,22 @@ class FileStore(ObjectStore):
         for entry in entries:
             child = f"{uri.rstrip('/')}/{entry.name}"
             if _is_folder(entry):
-                yield from self._walk(child, folder / entry.name)
+                # A folder below that may not be entered, as lost+found, does not hide all others.
+                with contextlib.suppress(PermissionError):
+                    yield from self._walk(child, folder / entry.name)
             else:
                 # Removed meanwhile, a link to elsewhere, or a name that no URI can have: not an object of this store.
                 with contextlib.suppress(NotFound, PermissionDenied):
-                    yield self.stat(child)
+                    yield self._listed(child, entry)
+
+    def _listed(self, uri: str, entry: os.DirEntry[str]) -> Stat:
+        """A file that may not be opened is listed all the same, so that whoever reads it is told why it can't be."""
+        try:
+            return self.stat(uri)
+        except PermissionDenied as refusal:
+            if isinstance(refusal.__cause__, PermissionError) and entry.is_file(follow_symlinks=False):
+                return _file_stat(uri, entry.stat(follow_symlinks=False))
+            raise
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

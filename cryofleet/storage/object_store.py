@@ -55,6 +55,14 @@ class ObjectStore(ABC):
     def delete(self, uri: str) -> None:
         """Remove an object; no error where there is none."""
 
+    def listen(self, prefix_uri: str) -> Iterator[tuple[str, ...]] | None:
+        """URIs of objects below a folder as they are made, and now and then none; None where nobody tells.
+
+        What was made before is not told, and nothing more comes once the iterator has ended or raised Unavailable: who
+        must not miss anything lists as well.
+        """
+        return None
+
     def remove_abandoned(self, older_than_seconds: float) -> int:
         """Delete what killed writers left unfinished that long ago; how many there were.
 

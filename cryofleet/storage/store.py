@@ -80,6 +80,9 @@ class Store(ObjectStore):
     def list(self, prefix_uri: str) -> Iterator[Stat]:
         return self._backend(prefix_uri).list(checked_uri(prefix_uri))
 
+    def listen(self, prefix_uri: str) -> Iterator[tuple[str, ...]] | None:
+        return self._backend(prefix_uri).listen(checked_uri(prefix_uri))
+
     def delete(self, uri: str) -> None:
         self._backend(uri, write=True).delete(checked_uri(uri))
 

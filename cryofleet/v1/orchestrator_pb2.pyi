@@ -78,6 +78,58 @@ STEP_STATE_SKIPPED: StepState.ValueType  # 7
 """Left out because its condition did not hold."""
 Global___StepState: _TypeAlias = StepState  # noqa: Y015
 
+class _InboxState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InboxStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InboxState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INBOX_STATE_UNSPECIFIED: _InboxState.ValueType  # 0
+    INBOX_STATE_ACTIVE: _InboxState.ValueType  # 1
+    INBOX_STATE_PAUSED: _InboxState.ValueType  # 2
+
+class InboxState(_InboxState, metaclass=_InboxStateEnumTypeWrapper): ...
+
+INBOX_STATE_UNSPECIFIED: InboxState.ValueType  # 0
+INBOX_STATE_ACTIVE: InboxState.ValueType  # 1
+INBOX_STATE_PAUSED: InboxState.ValueType  # 2
+Global___InboxState: _TypeAlias = InboxState  # noqa: Y015
+
+class _InboxItemState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InboxItemStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InboxItemState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INBOX_ITEM_STATE_UNSPECIFIED: _InboxItemState.ValueType  # 0
+    INBOX_ITEM_STATE_ARRIVING: _InboxItemState.ValueType  # 1
+    """Seen; it may still be being written."""
+    INBOX_ITEM_STATE_WAITING: _InboxItemState.ValueType  # 2
+    """Complete; its turn comes."""
+    INBOX_ITEM_STATE_STARTED: _InboxItemState.ValueType  # 3
+    """Its run is being started, or goes on."""
+    INBOX_ITEM_STATE_DONE: _InboxItemState.ValueType  # 4
+    INBOX_ITEM_STATE_SET_ASIDE: _InboxItemState.ValueType  # 5
+    """It can't be read, or its run failed or was cancelled."""
+    INBOX_ITEM_STATE_SKIPPED: _InboxItemState.ValueType  # 6
+    """It was there before an inbox that is for new files only."""
+
+class InboxItemState(_InboxItemState, metaclass=_InboxItemStateEnumTypeWrapper): ...
+
+INBOX_ITEM_STATE_UNSPECIFIED: InboxItemState.ValueType  # 0
+INBOX_ITEM_STATE_ARRIVING: InboxItemState.ValueType  # 1
+"""Seen; it may still be being written."""
+INBOX_ITEM_STATE_WAITING: InboxItemState.ValueType  # 2
+"""Complete; its turn comes."""
+INBOX_ITEM_STATE_STARTED: InboxItemState.ValueType  # 3
+"""Its run is being started, or goes on."""
+INBOX_ITEM_STATE_DONE: InboxItemState.ValueType  # 4
+INBOX_ITEM_STATE_SET_ASIDE: InboxItemState.ValueType  # 5
+"""It can't be read, or its run failed or was cancelled."""
+INBOX_ITEM_STATE_SKIPPED: InboxItemState.ValueType  # 6
+"""It was there before an inbox that is for new files only."""
+Global___InboxItemState: _TypeAlias = InboxItemState  # noqa: Y015
+
 @_typing.final
 class SetAside(_message.Message):
     """An item of work that was given up, and why."""
@@ -1227,3 +1279,525 @@ class PinArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PinArtifactResponse: _TypeAlias = PinArtifactResponse  # noqa: Y015
+
+@_typing.final
+class InboxCounts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRIVING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    SET_ASIDE_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    arriving: _builtins.int
+    waiting: _builtins.int
+    started: _builtins.int
+    done: _builtins.int
+    set_aside: _builtins.int
+    skipped: _builtins.int
+    def __init__(
+        self,
+        *,
+        arriving: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        started: _builtins.int = ...,
+        done: _builtins.int = ...,
+        set_aside: _builtins.int = ...,
+        skipped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "done", b"done", "set_aside", b"set_aside", "skipped", b"skipped", "started", b"started", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InboxCounts: _TypeAlias = InboxCounts  # noqa: Y015
+
+@_typing.final
+class Inbox(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    PIPELINE_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    PATTERNS_FIELD_NUMBER: _builtins.int
+    SETTLE_SECONDS_FIELD_NUMBER: _builtins.int
+    GIVE_UP_SECONDS_FIELD_NUMBER: _builtins.int
+    READY_SUFFIX_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    ORCHESTRATOR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    project: _builtins.str
+    owner: _builtins.str
+    """The user who added it, and whose its runs are."""
+    uri: _builtins.str
+    pipeline: _builtins.str
+    input: _builtins.str
+    """The pipeline's input that gets the file."""
+    settle_seconds: _builtins.float
+    give_up_seconds: _builtins.float
+    ready_suffix: _builtins.str
+    at_once: _builtins.int
+    state: Global___InboxState.ValueType
+    problem: _builtins.str
+    """What keeps it from going on just now: the storage is away, its owner has no runs left."""
+    orchestrator: _builtins.str
+    """The orchestrator that works it."""
+    @_builtins.property
+    def arguments(self) -> _struct_pb2.Struct:
+        """The other inputs, and parameters."""
+
+    @_builtins.property
+    def patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def items(self) -> Global___InboxCounts: ...
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        project: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        pipeline: _builtins.str = ...,
+        input: _builtins.str = ...,
+        arguments: _struct_pb2.Struct | None = ...,
+        patterns: _abc.Iterable[_builtins.str] | None = ...,
+        settle_seconds: _builtins.float = ...,
+        give_up_seconds: _builtins.float = ...,
+        ready_suffix: _builtins.str = ...,
+        at_once: _builtins.int = ...,
+        state: Global___InboxState.ValueType = ...,
+        items: Global___InboxCounts | None = ...,
+        problem: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        orchestrator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "created_at", b"created_at", "items", b"items"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "at_once", b"at_once", "created_at", b"created_at", "give_up_seconds", b"give_up_seconds", "input", b"input", "items", b"items", "name", b"name", "orchestrator", b"orchestrator", "owner", b"owner", "patterns", b"patterns", "pipeline", b"pipeline", "problem", b"problem", "project", b"project", "ready_suffix", b"ready_suffix", "settle_seconds", b"settle_seconds", "state", b"state", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Inbox: _TypeAlias = Inbox  # noqa: Y015
+
+@_typing.final
+class InboxItem(_message.Message):
+    """A file with one content; one that is replaced later is another item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    FIRST_SEEN_AT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    uri: _builtins.str
+    size_bytes: _builtins.int
+    state: Global___InboxItemState.ValueType
+    cause: _builtins.str
+    """Why it was set aside, or is not yet taken for complete."""
+    run_id: _builtins.str
+    @_builtins.property
+    def first_seen_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        uri: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        state: Global___InboxItemState.ValueType = ...,
+        cause: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        first_seen_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_seen_at", b"first_seen_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "first_seen_at", b"first_seen_at", "number", b"number", "run_id", b"run_id", "size_bytes", b"size_bytes", "state", b"state", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InboxItem: _TypeAlias = InboxItem  # noqa: Y015
+
+@_typing.final
+class AddInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    PIPELINE_FIELD_NUMBER: _builtins.int
+    PIPELINE_YAML_FIELD_NUMBER: _builtins.int
+    PIPELINE_FILE_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    PATTERNS_FIELD_NUMBER: _builtins.int
+    SETTLE_SECONDS_FIELD_NUMBER: _builtins.int
+    GIVE_UP_SECONDS_FIELD_NUMBER: _builtins.int
+    READY_SUFFIX_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
+    NEW_ONLY_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    uri: _builtins.str
+    """A folder, or a prefix of a bucket that ends where a name does."""
+    pipeline: _builtins.str
+    """Name of a pipeline, or the text of one; it is kept with the inbox as it is now."""
+    pipeline_yaml: _builtins.str
+    pipeline_file: _builtins.str
+    input: _builtins.str
+    """Where left out: tomogram, or the only one that must be given."""
+    settle_seconds: _builtins.float
+    """A file is complete when nothing has changed for so long; 10 where left out, 0 in a bucket, whose objects appear whole."""
+    give_up_seconds: _builtins.float
+    """One that is shorter than its header says is set aside when nothing has changed for so long; 600 where left out."""
+    ready_suffix: _builtins.str
+    """Where given, a file is complete when a file of its name with this behind it, or in place of its ending, is there."""
+    at_once: _builtins.int
+    """Runs that go on at a time; 2 where left out."""
+    new_only: _builtins.bool
+    """Passes over what is there already."""
+    @_builtins.property
+    def arguments(self) -> _struct_pb2.Struct: ...
+    @_builtins.property
+    def patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of file names, or of paths in the folder where they hold a slash; in any case. Where left out, endings of volumes."""
+
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        pipeline: _builtins.str = ...,
+        pipeline_yaml: _builtins.str = ...,
+        pipeline_file: _builtins.str = ...,
+        arguments: _struct_pb2.Struct | None = ...,
+        input: _builtins.str = ...,
+        patterns: _abc.Iterable[_builtins.str] | None = ...,
+        settle_seconds: _builtins.float | None = ...,
+        give_up_seconds: _builtins.float | None = ...,
+        ready_suffix: _builtins.str = ...,
+        at_once: _builtins.int | None = ...,
+        new_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at_once", b"_at_once", "_give_up_seconds", b"_give_up_seconds", "_settle_seconds", b"_settle_seconds", "arguments", b"arguments", "at_once", b"at_once", "give_up_seconds", b"give_up_seconds", "settle_seconds", b"settle_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_once", b"_at_once", "_give_up_seconds", b"_give_up_seconds", "_settle_seconds", b"_settle_seconds", "arguments", b"arguments", "at_once", b"at_once", "give_up_seconds", b"give_up_seconds", "input", b"input", "name", b"name", "new_only", b"new_only", "patterns", b"patterns", "pipeline", b"pipeline", "pipeline_file", b"pipeline_file", "pipeline_yaml", b"pipeline_yaml", "project", b"project", "ready_suffix", b"ready_suffix", "settle_seconds", b"settle_seconds", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at_once: _TypeAlias = _typing.Literal["at_once"]  # noqa: Y015
+    _WhichOneofArgType__at_once: _TypeAlias = _typing.Literal["_at_once", b"_at_once"]  # noqa: Y015
+    _WhichOneofReturnType__give_up_seconds: _TypeAlias = _typing.Literal["give_up_seconds"]  # noqa: Y015
+    _WhichOneofArgType__give_up_seconds: _TypeAlias = _typing.Literal["_give_up_seconds", b"_give_up_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__settle_seconds: _TypeAlias = _typing.Literal["settle_seconds"]  # noqa: Y015
+    _WhichOneofArgType__settle_seconds: _TypeAlias = _typing.Literal["_settle_seconds", b"_settle_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_once) -> _WhichOneofReturnType__at_once | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__give_up_seconds) -> _WhichOneofReturnType__give_up_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__settle_seconds) -> _WhichOneofReturnType__settle_seconds | None: ...
+
+Global___AddInboxRequest: _TypeAlias = AddInboxRequest  # noqa: Y015
+
+@_typing.final
+class AddInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOX_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inbox(self) -> Global___Inbox: ...
+    def __init__(
+        self,
+        *,
+        inbox: Global___Inbox | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddInboxResponse: _TypeAlias = AddInboxResponse  # noqa: Y015
+
+@_typing.final
+class ListInboxesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """Left out: all that the caller may see."""
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInboxesRequest: _TypeAlias = ListInboxesRequest  # noqa: Y015
+
+@_typing.final
+class ListInboxesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inboxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Inbox]: ...
+    def __init__(
+        self,
+        *,
+        inboxes: _abc.Iterable[Global___Inbox] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inboxes", b"inboxes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListInboxesResponse: _TypeAlias = ListInboxesResponse  # noqa: Y015
+
+@_typing.final
+class GetInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    limit: _builtins.int
+    """The newest so many items; 50 where zero."""
+    state: Global___InboxItemState.ValueType
+    """Only items in this state."""
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        state: Global___InboxItemState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "name", b"name", "project", b"project", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInboxRequest: _TypeAlias = GetInboxRequest  # noqa: Y015
+
+@_typing.final
+class GetInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOX_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inbox(self) -> Global___Inbox: ...
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___InboxItem]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Global___Inbox | None = ...,
+        items: _abc.Iterable[Global___InboxItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox", "items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInboxResponse: _TypeAlias = GetInboxResponse  # noqa: Y015
+
+@_typing.final
+class PauseInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseInboxRequest: _TypeAlias = PauseInboxRequest  # noqa: Y015
+
+@_typing.final
+class PauseInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOX_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inbox(self) -> Global___Inbox: ...
+    def __init__(
+        self,
+        *,
+        inbox: Global___Inbox | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseInboxResponse: _TypeAlias = PauseInboxResponse  # noqa: Y015
+
+@_typing.final
+class ResumeInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeInboxRequest: _TypeAlias = ResumeInboxRequest  # noqa: Y015
+
+@_typing.final
+class ResumeInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOX_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def inbox(self) -> Global___Inbox: ...
+    def __init__(
+        self,
+        *,
+        inbox: Global___Inbox | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeInboxResponse: _TypeAlias = ResumeInboxResponse  # noqa: Y015
+
+@_typing.final
+class RemoveInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveInboxRequest: _TypeAlias = RemoveInboxRequest  # noqa: Y015
+
+@_typing.final
+class RemoveInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveInboxResponse: _TypeAlias = RemoveInboxResponse  # noqa: Y015
+
+@_typing.final
+class RetryInboxRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Left out: all that were set aside."""
+
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        name: _builtins.str = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "numbers", b"numbers", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryInboxRequest: _TypeAlias = RetryInboxRequest  # noqa: Y015
+
+@_typing.final
+class RetryInboxResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INBOX_FIELD_NUMBER: _builtins.int
+    RETRIED_FIELD_NUMBER: _builtins.int
+    retried: _builtins.int
+    """How many are tried once more."""
+    @_builtins.property
+    def inbox(self) -> Global___Inbox: ...
+    def __init__(
+        self,
+        *,
+        inbox: Global___Inbox | None = ...,
+        retried: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inbox", b"inbox", "retried", b"retried"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryInboxResponse: _TypeAlias = RetryInboxResponse  # noqa: Y015

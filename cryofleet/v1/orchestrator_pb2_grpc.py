@@ -114,6 +114,41 @@ class OrchestratorServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactResponse.FromString,
                 _registered_method=True)
+        self.AddInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/AddInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxResponse.FromString,
+                _registered_method=True)
+        self.ListInboxes = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/ListInboxes',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesResponse.FromString,
+                _registered_method=True)
+        self.GetInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/GetInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxResponse.FromString,
+                _registered_method=True)
+        self.PauseInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/PauseInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxResponse.FromString,
+                _registered_method=True)
+        self.ResumeInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/ResumeInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxResponse.FromString,
+                _registered_method=True)
+        self.RemoveInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/RemoveInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxResponse.FromString,
+                _registered_method=True)
+        self.RetryInbox = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/RetryInbox',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxResponse.FromString,
+                _registered_method=True)
 
 
 class OrchestratorServiceServicer:
@@ -227,6 +262,53 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddInbox(self, request, context):
+        """Watches a folder or bucket prefix from now on: each new, complete file there starts a pipeline once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInboxes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInbox(self, request, context):
+        """One inbox with its newest items.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseInbox(self, request, context):
+        """Starts nothing more until it is resumed; what arrives is noted, runs that go on end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeInbox(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveInbox(self, request, context):
+        """Forgets the inbox and its items. Its runs stay, and those that go on end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryInbox(self, request, context):
+        """Tries items once more that were set aside.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrchestratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -309,6 +391,41 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.PinArtifact,
                     request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactResponse.SerializeToString,
+            ),
+            'AddInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxResponse.SerializeToString,
+            ),
+            'ListInboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInboxes,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesResponse.SerializeToString,
+            ),
+            'GetInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxResponse.SerializeToString,
+            ),
+            'PauseInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxResponse.SerializeToString,
+            ),
+            'ResumeInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxResponse.SerializeToString,
+            ),
+            'RemoveInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxResponse.SerializeToString,
+            ),
+            'RetryInbox': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryInbox,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -743,6 +860,195 @@ class OrchestratorService:
             '/cryofleet.v1.OrchestratorService/PinArtifact',
             cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactRequest.SerializeToString,
             cryofleet_dot_v1_dot_orchestrator__pb2.PinArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/AddInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.AddInboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/ListInboxes',
+            cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.ListInboxesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/GetInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.GetInboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/PauseInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.PauseInboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/ResumeInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.ResumeInboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/RemoveInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.RemoveInboxResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryInbox(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/RetryInbox',
+            cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.RetryInboxResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,18 @@ class OrchestratorServiceStub:
     """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes."""
     PinArtifact: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]
     """Keeps a result, and all that it was made from, from collection; or no longer."""
+    AddInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.AddInboxRequest, _orchestrator_pb2.AddInboxResponse]
+    """Watches a folder or bucket prefix from now on: each new, complete file there starts a pipeline once."""
+    ListInboxes: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListInboxesRequest, _orchestrator_pb2.ListInboxesResponse]
+    GetInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetInboxRequest, _orchestrator_pb2.GetInboxResponse]
+    """One inbox with its newest items."""
+    PauseInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseInboxRequest, _orchestrator_pb2.PauseInboxResponse]
+    """Starts nothing more until it is resumed; what arrives is noted, runs that go on end."""
+    ResumeInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeInboxRequest, _orchestrator_pb2.ResumeInboxResponse]
+    RemoveInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveInboxRequest, _orchestrator_pb2.RemoveInboxResponse]
+    """Forgets the inbox and its items. Its runs stay, and those that go on end."""
+    RetryInbox: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RetryInboxRequest, _orchestrator_pb2.RetryInboxResponse]
+    """Tries items once more that were set aside."""
 
 @_typing.type_check_only
 class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
@@ -93,6 +105,18 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """What projects have in the store, and what they may have. Lists all of it: seconds for many objects, or minutes."""
     PinArtifact: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PinArtifactRequest, _orchestrator_pb2.PinArtifactResponse]  # type: ignore[assignment]
     """Keeps a result, and all that it was made from, from collection; or no longer."""
+    AddInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.AddInboxRequest, _orchestrator_pb2.AddInboxResponse]  # type: ignore[assignment]
+    """Watches a folder or bucket prefix from now on: each new, complete file there starts a pipeline once."""
+    ListInboxes: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListInboxesRequest, _orchestrator_pb2.ListInboxesResponse]  # type: ignore[assignment]
+    GetInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetInboxRequest, _orchestrator_pb2.GetInboxResponse]  # type: ignore[assignment]
+    """One inbox with its newest items."""
+    PauseInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseInboxRequest, _orchestrator_pb2.PauseInboxResponse]  # type: ignore[assignment]
+    """Starts nothing more until it is resumed; what arrives is noted, runs that go on end."""
+    ResumeInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeInboxRequest, _orchestrator_pb2.ResumeInboxResponse]  # type: ignore[assignment]
+    RemoveInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveInboxRequest, _orchestrator_pb2.RemoveInboxResponse]  # type: ignore[assignment]
+    """Forgets the inbox and its items. Its runs stay, and those that go on end."""
+    RetryInbox: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RetryInboxRequest, _orchestrator_pb2.RetryInboxResponse]  # type: ignore[assignment]
+    """Tries items once more that were set aside."""
 
 class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -219,5 +243,59 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.PinArtifactResponse, _abc.Awaitable[_orchestrator_pb2.PinArtifactResponse]]:
         """Keeps a result, and all that it was made from, from collection; or no longer."""
+
+    @_abc_1.abstractmethod
+    def AddInbox(
+        self,
+        request: _orchestrator_pb2.AddInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.AddInboxResponse, _abc.Awaitable[_orchestrator_pb2.AddInboxResponse]]:
+        """Watches a folder or bucket prefix from now on: each new, complete file there starts a pipeline once."""
+
+    @_abc_1.abstractmethod
+    def ListInboxes(
+        self,
+        request: _orchestrator_pb2.ListInboxesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ListInboxesResponse, _abc.Awaitable[_orchestrator_pb2.ListInboxesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetInbox(
+        self,
+        request: _orchestrator_pb2.GetInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.GetInboxResponse, _abc.Awaitable[_orchestrator_pb2.GetInboxResponse]]:
+        """One inbox with its newest items."""
+
+    @_abc_1.abstractmethod
+    def PauseInbox(
+        self,
+        request: _orchestrator_pb2.PauseInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.PauseInboxResponse, _abc.Awaitable[_orchestrator_pb2.PauseInboxResponse]]:
+        """Starts nothing more until it is resumed; what arrives is noted, runs that go on end."""
+
+    @_abc_1.abstractmethod
+    def ResumeInbox(
+        self,
+        request: _orchestrator_pb2.ResumeInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ResumeInboxResponse, _abc.Awaitable[_orchestrator_pb2.ResumeInboxResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RemoveInbox(
+        self,
+        request: _orchestrator_pb2.RemoveInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.RemoveInboxResponse, _abc.Awaitable[_orchestrator_pb2.RemoveInboxResponse]]:
+        """Forgets the inbox and its items. Its runs stay, and those that go on end."""
+
+    @_abc_1.abstractmethod
+    def RetryInbox(
+        self,
+        request: _orchestrator_pb2.RetryInboxRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.RetryInboxResponse, _abc.Awaitable[_orchestrator_pb2.RetryInboxResponse]]:
+        """Tries items once more that were set aside."""
 
 def add_OrchestratorServiceServicer_to_server(servicer: OrchestratorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,11 +24,14 @@ from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2
 from orchestrator.database import make_database
+from orchestrator.inboxes.record import InboxRecord
 from orchestrator.runs import RunRow, RunStore
+from orchestrator.schema import migrate
 from orchestrator.views import AGE_SECONDS
 from tests.faults.test_shards_after_crash import Orchestrators, ended, kill
 from tests.postgres import new_database, running_postgres
 from tests.unit.orchestrator.fake import FakeService, short_folder
+from tests.unit.orchestrator.test_inbox import check_order, check_several_take
 from tests.unit.orchestrator.test_owners import check_counted_one_by_one
 from tests.unit.orchestrator.test_schema import (
     check_goes_on,
@@ -140,6 +143,17 @@ def test_versions_of_the_tables(postgres: str) -> None:
     try:
         check_tables(engine)
         check_nothing_changes(engine)
+    finally:
+        engine.dispose()
+
+
+def test_the_record_of_inboxes(postgres: str) -> None:
+    engine = make_database(new_database(postgres, "inboxes"))
+    try:
+        migrate(engine)
+        record = InboxRecord(engine)
+        check_order(record)
+        check_several_take(record)
     finally:
         engine.dispose()
 

@@ -12,6 +12,7 @@ import sys
 
 from cryofleet.server import main
 from orchestrator import engine, recovery
+from orchestrator.inboxes import work
 from orchestrator.service import service
 
 
@@ -21,6 +22,7 @@ def serve_forks() -> None:
     recovery.EXPIRY_SECONDS = float(os.environ.get("TEST_EXPIRY_SECONDS", recovery.EXPIRY_SECONDS))
     engine.HEARTBEAT_SECONDS = min(engine.HEARTBEAT_SECONDS, recovery.EXPIRY_SECONDS / 4)
     engine.ANSWER_SECONDS = float(os.environ.get("TEST_ANSWER_SECONDS", engine.ANSWER_SECONDS))
+    work.ROUND_SECONDS = float(os.environ.get("TEST_ROUND_SECONDS", work.ROUND_SECONDS))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -15,9 +15,11 @@ from cryofleet import __version__
 from cryofleet.errors import FailedPrecondition
 from orchestrator import runs, schema
 from orchestrator.database import make_database
+from orchestrator.inboxes import record
 from orchestrator.runs import RunRow, RunStore
 from orchestrator.schema import MIGRATIONS, Column, Migration, migrate, version
 
+TABLES = {**runs._metadata.tables, **record.metadata.tables}
 NEXT = Migration(len(MIGRATIONS) + 1, "notes", (Column("cryofleet_runs", "note", "TEXT NOT NULL DEFAULT ''"),))
 
 
@@ -43,17 +45,17 @@ def test_they_only_add() -> None:
                 assert re.match("CREATE (TABLE|INDEX) IF NOT EXISTS ", change), f"this does not only add: {change}"
 
 
-def test_the_tables_are_as_the_record_of_runs_describes_them(database: sa.Engine) -> None:
+def test_the_tables_are_as_the_records_describe_them(database: sa.Engine) -> None:
     check_tables(database)
 
 
 def check_tables(database: sa.Engine) -> None:
-    """What the migrations make is what `runs` describes."""
+    """What the migrations make is what `runs` and `inboxes.record` describe."""
     assert migrate(database) in (0, len(MIGRATIONS))
     inspector = sa.inspect(database)
     own = {name for name in inspector.get_table_names() if name.startswith("cryofleet_")}
-    assert own == {*runs._metadata.tables, schema.TABLE}
-    for name, table in runs._metadata.tables.items():
+    assert own == {*TABLES, schema.TABLE}
+    for name, table in TABLES.items():
         found = {column["name"]: column for column in inspector.get_columns(name)}
         assert list(found) == [column.name for column in table.columns]
         for column in table.columns:
@@ -67,7 +69,7 @@ def check_tables(database: sa.Engine) -> None:
 def rows(connection: sa.Connection, run: str) -> dict[str, list[str]]:
     """Adds a row to each table, giving the columns that there are and have no default; these columns by table."""
     given: dict[str, list[str]] = {}
-    for name in sorted(runs._metadata.tables):
+    for name in sorted(TABLES):
         if not sa.inspect(connection).has_table(name):
             continue
         columns = [each for each in sa.inspect(connection).get_columns(name) if each["default"] is None]
