@@ -60,6 +60,11 @@ class ScratchVolume:
             block[section] = self._read(block.shape[1:], (section * self.shape[1] + first) * self.shape[2])
         return block
 
+    def box(self, sections: slice, rows: slice, columns: slice) -> NDArray[np.float32]:
+        """A copy of a box. The file is mapped for it alone, so that no more pages count than the box touches."""
+        mapped = np.memmap(self._file, np.float32, "r", shape=self.shape)
+        return np.array(mapped[sections, rows, columns])
+
     def close(self) -> None:
         """Removes the file."""
         self._file.close()

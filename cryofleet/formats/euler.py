@@ -53,17 +53,30 @@ def from_euler(angles: ArrayLike, convention: EulerConvention) -> Rotation:
         raise InvalidArgument("Euler angles must be finite numbers of degrees")
     match convention:
         case "relion":
-            return Rotation.from_euler("ZYZ", triple, degrees=True).inv()
+            return Rotation.from_quat(_quaternions(triple, "y")).inv()
         case "dynamo":
-            return Rotation.from_euler("ZXZ", triple[..., ::-1], degrees=True).inv()
+            return Rotation.from_quat(_quaternions(triple[..., ::-1], "x")).inv()
         case "eman":
-            return Rotation.from_euler("ZXZ", triple, degrees=True).inv()
+            return Rotation.from_quat(_quaternions(triple, "x")).inv()
         case "faml":
-            return Rotation.from_euler("ZYZ", triple, degrees=True)
+            return Rotation.from_quat(_quaternions(triple, "y"))
         case "av3":
-            return Rotation.from_euler("ZXZ", triple[..., ::-1], degrees=True)
+            return Rotation.from_quat(_quaternions(triple[..., ::-1], "x"))
         case _:
             raise InvalidArgument(f"unknown Euler convention {convention!r}; known are {', '.join(CONVENTIONS)}")
+
+
+def _quaternions(angles: NDArray[np.float64], middle: Literal["x", "y"]) -> NDArray[np.float64]:
+    """(x, y, z, w) of Rz(a) Rx(b) Rz(c) or Rz(a) Ry(b) Rz(c), of angles (a, b, c) in degrees.
+
+    Written out, for `Rotation.from_euler` takes five times as long.
+    """
+    a, b, c = np.moveaxis(np.deg2rad(angles) / 2, -1, 0)
+    cos_b, sin_b = np.cos(b), np.sin(b)
+    x, y = sin_b * np.cos(a - c), sin_b * np.sin(a - c)
+    if middle == "y":
+        x, y = -y, x
+    return np.stack([x, y, cos_b * np.sin(a + c), cos_b * np.cos(a + c)], axis=-1)
 
 
 def to_euler(rotation: Rotation, convention: EulerConvention) -> NDArray[np.float64]:

@@ -1,19 +1,28 @@
-"""What a file is: a table of particles, a volume, a stack of images, a tilt series, or another STAR file."""
+"""What a file is: particles, a volume, a stack of images, a tilt series or its alignment, or another STAR file."""
 
 from __future__ import annotations
 
 import gzip
+import math
+import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cryofleet.errors import FailedPrecondition, Failure, InvalidArgument
+from cryofleet.errors import Failure, InvalidArgument
 from cryofleet.formats import mrc
 from cryofleet.formats.statistics import RunningStatistics
+from cryofleet.formats.tilt_files import ALIGNMENT_ENDING, METADATA_ENDINGS, companions
+from cryofleet.formats.tilt_series import FORMAT as TILT_SERIES_FORMAT
 from cryofleet.formats.tilt_series import read_tilt_series
+from cryofleet.formats.volumes import catalogue as volumes
+from cryofleet.formats.volumes.frame import VolumeData, VolumeFrame, slab_thickness
+from cryofleet.formats.xf import read_xf
 
 if TYPE_CHECKING:
     from cryofleet.formats.frames import Frame
@@ -22,52 +31,66 @@ if TYPE_CHECKING:
 
 _TOMOGRAMS_SHOWN = 20
 _SAMPLED_SECTIONS = 16
-_SLAB_BYTES = 16 << 20
-_TILT_SERIES_ENDINGS = (".tlt", ".rawtlt", ".mdoc")
-_MAP_AT, _MAP = 208, b"MAP"
+_SAMPLED_BYTES = 256 << 20
+Kind = Literal["volume", "particles", "tilt series", "alignment", "other"]
 
 
-def inspect(path: Path, source: str, format_name: str | None = None, full: bool = False) -> dict[str, Any]:
+def kind_of(path: Path, source: str) -> Kind:
+    """What a file or folder is; "other" is a text that is none of these.
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidArgument: it can't be read.
+    """
+    if volumes.detect(path) is not None:
+        return "volume"
+    ending = path.suffix.lower()
+    if path.is_file() and ending in (*METADATA_ENDINGS, ALIGNMENT_ENDING):
+        return "alignment" if ending == ALIGNMENT_ENDING else "tilt series"
+    # a second to load, which who looks at a volume need not wait for
+    from cryofleet.formats.particles import catalogue
+
+    if catalogue.is_particles(path, source):
+        return "particles"
+    with path.open("rb") as file:
+        head = file.read(mrc.HEADER_BYTES)
+    if b"\0" in head or not head:
+        return "volume"
+    return "tilt series" if head.lstrip().startswith(b"{") and TILT_SERIES_FORMAT.encode() in head else "other"
+
+
+def inspect(
+    path: Path, source: str, format_name: str | None = None, full: bool = False, byte_order: str | None = None
+) -> dict[str, Any]:
     """What a file is, how much it holds and in what frame, as JSON has it.
 
     Args:
-        path: the file, or a copick project's folder.
+        path: the file, or the folder of an OME-Zarr or a copick project.
         source: what errors call it.
-        format_name: of a table of particles, found by its content where left out.
+        format_name: of a table of particles or a volume, found by its content where left out.
         full: statistics of all voxels of a volume, not of sections spread over it.
+        byte_order: "little" or "big", of an MRC file's voxels, where its header is wrong.
 
     Raises:
         NotFound: there is no such file.
         InvalidArgument: it is damaged, or of no known format.
     """
-    if format_name is None and path.is_file() and _is_volume(path):
-        return _volume(path, source, full)
-    # a second to load, which who looks at a volume need not wait for
-    from cryofleet.formats.particles import catalogue
+    if format_name is not None and format_name not in volumes.FORMATS:
+        from cryofleet.formats.particles import catalogue
 
-    if format_name is not None:
         return particle_table(*catalogue.read(path, source, format_name))
-    if path.suffix.lower() in _TILT_SERIES_ENDINGS:
-        return _tilt_series(path, source)
-    if catalogue.is_particles(path, source):
+    kind = "volume" if format_name is not None else kind_of(path, source)
+    if kind == "volume":
+        return _volume(path, source, full, format_name, byte_order)
+    if byte_order is not None:
+        raise InvalidArgument(f"{source}: a byte order is given for MRC alone")
+    if kind == "particles":
+        from cryofleet.formats.particles import catalogue
+
         return particle_table(*catalogue.read(path, source))
-    with path.open("rb") as file:
-        head = file.read(mrc.HEADER_BYTES)
-    if b"\0" not in head and not mrc.is_gzip(head):
-        return _text(head, path, source)
-    return _volume(path, source, full)
-
-
-def _is_volume(path: Path) -> bool:
-    """Whether a file is one by its first bytes; older MRC files do not say it there."""
-    from cryofleet.formats import tiff
-
-    try:
-        with path.open("rb") as file:
-            head = file.read(mrc.HEADER_BYTES)
-    except OSError:
-        return False
-    return mrc.is_gzip(head) or tiff.is_tiff(head) or head[_MAP_AT : _MAP_AT + len(_MAP)] == _MAP
+    if kind == "tilt series":
+        return _tilt_series(path, source)
+    return _alignment(path, source) if kind == "alignment" else _text(path, source)
 
 
 def particle_table(which: Format, table: ParticleTable) -> dict[str, Any]:
@@ -102,9 +125,7 @@ def frame_mapping(frame: Frame) -> dict[str, Any]:
 
 
 def _tilt_series(path: Path, source: str) -> dict[str, Any]:
-    from cryofleet.formats.particles.files import MAX_TEXT_BYTES, read_file
-
-    series = read_tilt_series(read_file(path, source, MAX_TEXT_BYTES), source)
+    series = read_tilt_series(_bytes(path, source), source)
     said = series.to_mapping()
     return {
         "file": source,
@@ -121,12 +142,28 @@ def _tilt_series(path: Path, source: str) -> dict[str, Any]:
     }
 
 
-def _text(head: bytes, path: Path, source: str) -> dict[str, Any]:
-    from cryofleet.formats.particles.files import MAX_TEXT_BYTES, read_file
+def _alignment(path: Path, source: str) -> dict[str, Any]:
+    transforms = read_xf(_bytes(path, source), source)
+    turned = np.unwrap(np.deg2rad(transforms.rotations_degrees()))
+    return {
+        "file": source,
+        "kind": "alignment",
+        "format": "xf",
+        "title": "IMOD transforms",
+        "count": len(transforms),
+        "mean_rotation_degrees": float(np.rad2deg(turned.mean())),
+        "largest_shift_pixels": float(np.linalg.norm(transforms.shifts_pixels, axis=1).max()),
+        "warnings": [],
+    }
+
+
+def _text(path: Path, source: str) -> dict[str, Any]:
     from cryofleet.formats.star_tables import parse_star
 
+    with path.open("rb") as file:
+        head = file.read(mrc.HEADER_BYTES)
     if any(line.startswith(b"data_") for line in head.splitlines()):
-        tables = parse_star(read_file(path, source, MAX_TEXT_BYTES), source)
+        tables = parse_star(_bytes(path, source), source)
         return {
             "file": source,
             "kind": "star",
@@ -144,79 +181,126 @@ def _text(head: bytes, path: Path, source: str) -> dict[str, Any]:
         raise InvalidArgument(f"{source}: of no known format: {mrc.describe(head)}") from None
 
 
-def _volume(path: Path, source: str, full: bool) -> dict[str, Any]:
-    from cryofleet.formats import tiff
+def _bytes(path: Path, source: str) -> bytes:
+    from cryofleet.formats.particles.files import MAX_TEXT_BYTES, read_file
 
-    with path.open("rb") as file:
-        head = file.read(mrc.HEADER_BYTES)
-    warnings: list[str] = []
-    statistics: dict[str, Any] | None = None
-    labels: list[str] = []
-    sizes: tuple[float, float, float] | None
-    kind = "volume"
-    if tiff.is_tiff(head):
-        with tiff.TiffVolume(path, source) as volume:
-            shape, sizes, stored, name = volume.shape, volume.voxel_size_angstrom, None, "tiff"
-            statistics = _statistics(volume, full)
-    else:
-        packed = mrc.is_gzip(head)
-        header = mrc.parse_header(_unpacked_head(path, source) if packed else head, source)
-        shape, sizes, stored = header.volume_shape, header.voxel_size_angstrom, header.dtype.name
-        labels, name = list(header.labels), "mrc.gz" if packed else "mrc"
-        if not packed:
-            mrc.check_size(header, path.stat().st_size, source)
-        try:
-            mrc.check_is_volume(header, source)
-        except FailedPrecondition as failure:
-            # readable all the same: a stack of images or volumes, a single image
-            kind = "stack"
-            warnings.append(failure.message.removeprefix(f"{source}: "))
-        if packed:
-            warnings.append("gzipped: no statistics")
-        else:
-            with mrc.MrcSections(path, source) as sections:
-                statistics = _statistics(sections, full)
+    return read_file(path, source, MAX_TEXT_BYTES)
+
+
+def _volume(path: Path, source: str, full: bool, format_name: str | None, byte_order: str | None) -> dict[str, Any]:
+    which = volumes.by_name(format_name) if format_name is not None else volumes.detect(path)
+    if which is not None and which.name == "mrc.gz" and not full:
+        return _described(*_packed_mrc(path, source), None, None)
+    levels = None
+    with tempfile.TemporaryDirectory() as scratch:
+        which, reader = volumes.open_volume(
+            path, source, Path(scratch), format_name=format_name, byte_order=byte_order, images=True, any_cell=True
+        )
+        with reader:
+            data = reader.data()
+            in_order = reader.stored if isinstance(reader, mrc.MrcSections) else data.read
+            depth = reader.header.shape[0] if isinstance(reader, mrc.MrcSections) else data.shape[0]
+            statistics = _statistics(in_order, depth, math.prod(data.shape) // depth, data.layer, full)
+            if which.name == "ome-zarr":
+                levels = [asdict(level) for level in reader.levels]  # type: ignore[attr-defined]
+    return _described(which, data, statistics, levels)
+
+
+def _packed_mrc(path: Path, source: str) -> tuple[volumes.VolumeFormat, VolumeData]:
+    """What the header of a gzipped MRC file says; its voxels are not unpacked."""
+    try:
+        with gzip.open(path) as stream:
+            head = stream.read(mrc.HEADER_BYTES)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InvalidArgument(f"{source}: damaged gzip: {error}") from None
+    header = mrc.parse_header(head, source)
+    is_stack = mrc.is_image_stack(header, source)
+    pixel = header.pixel_size_angstrom if is_stack else None
+    sizes = header.voxel_size_angstrom if pixel is None else (pixel[0], pixel[1], pixel[0])
+
+    def unread(start: int, stop: int) -> NDArray[np.float32]:
+        raise AssertionError("the voxels of a header")
+
+    data = VolumeData(
+        source,
+        header.volume_shape,
+        unread,
+        VolumeFrame(sizes, header.origin_angstrom).with_note(header.labels),
+        kind="stack" if is_stack else "volume",
+        labels=header.labels,
+        stored_as=header.stored_as,
+        warnings=("gzipped: statistics with --full alone",),
+    )
+    return volumes.FORMATS["mrc.gz"], data
+
+
+def _described(
+    which: volumes.VolumeFormat, data: VolumeData, statistics: dict[str, Any] | None, levels: Any
+) -> dict[str, Any]:
+    warnings = list(data.warnings)
+    sizes = data.frame.voxel_size_angstrom
+    if data.kind == "stack":
+        count, y, x = data.shape
+        what = "one image" if count == 1 else f"a stack of {count} images"
+        warnings.insert(0, f"{what} of {x} x {y} pixels, not a volume")
     if sizes is None:
         warnings.append("the file does not say its voxel size")
     elif max(sizes) / min(sizes) > 1.01:
         warnings.append("the voxel's sides differ")
+    if which.name == "em-volume" and sizes is not None:
+        warnings.append("the voxel size is taken to be Å, as TOM writes it; some programs write nm")
     if statistics is not None and statistics["not_finite"]:
         warnings.append("holds values that are not finite numbers")
+    beside, missing = _companions(Path(data.name), data.shape[0]) if data.kind == "stack" else ({}, [])
     return {
-        "file": source,
-        "kind": kind,
-        "format": name,
-        "title": {"tiff": "TIFF stack"}.get(name, "MRC file"),
-        "count": shape[0],
-        "shape_zyx": list(shape),
+        "file": data.name,
+        "kind": data.kind,
+        "format": which.name,
+        "title": which.title,
+        "count": data.shape[0],
+        "shape_zyx": list(data.shape),
         "voxel_size_angstrom_xyz": None if sizes is None else list(sizes),
-        "stored_as": stored,
-        "labels": labels,
+        "frame": asdict(data.frame),
+        "stored_as": data.stored_as,
+        "levels": levels,
+        "beside": beside,
+        "labels": list(data.labels),
         "statistics": statistics,
-        "warnings": warnings,
+        "warnings": [*warnings, *missing],
     }
 
 
-def _unpacked_head(path: Path, source: str) -> bytes:
-    try:
-        with gzip.open(path) as stream:
-            return stream.read(mrc.HEADER_BYTES)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InvalidArgument(f"{source}: damaged gzip: {error}") from None
+def _companions(stack: Path, images: int) -> tuple[dict[str, str], list[str]]:
+    said, warnings = {}, []
+    for path in companions(stack):
+        try:
+            found = (_alignment if path.suffix.lower() == ALIGNMENT_ENDING else _tilt_series)(path, path.name)
+        except Failure as failure:
+            warnings.append(failure.message)
+            continue
+        said[path.name] = f"{found['title']}, {found['count']} images"
+        if found["count"] != images:
+            warnings.append(f"{path.name} is of {found['count']} images, the stack has {images}")
+    return said, warnings
 
 
-def _statistics(volume: Any, full: bool) -> dict[str, Any]:
+def _statistics(
+    read: Callable[[int, int], NDArray[Any]], depth: int, section: int, layer: int, full: bool
+) -> dict[str, Any]:
     """Of sections spread evenly over a volume, or of all."""
-    depth, height, width = volume.shape
     if full:
-        thickness = max(1, _SLAB_BYTES // max(1, 4 * height * width))
+        thickness = slab_thickness((depth, 1, section), layer)
         slabs = [(start, min(start + thickness, depth)) for start in range(0, depth, thickness)]
     else:
-        chosen = np.unique(np.linspace(0, depth - 1, min(depth, _SAMPLED_SECTIONS)).astype(int)).tolist()
-        slabs = [(section, section + 1) for section in chosen]
+        # whole layers, for they are decoded whole
+        layers = -(-depth // layer)
+        count = max(1, min(layers, _SAMPLED_SECTIONS, _SAMPLED_BYTES // (4 * section * layer)))
+        chosen = np.unique(np.linspace(0, layers - 1, count + 2)[1:-1].round() if count < layers else np.arange(layers))
+        most = min(layer, max(1, _SAMPLED_BYTES // (4 * section)))
+        slabs = [(int(each) * layer, min(int(each) * layer + most, depth)) for each in chosen]
     running, missing = RunningStatistics(), 0
     for start, stop in slabs:
-        values = volume.slab(start, stop)
+        values = read(start, stop)
         finite = np.isfinite(values)
         if not finite.all():
             missing += int(values.size - finite.sum())
@@ -225,7 +309,7 @@ def _statistics(volume: Any, full: bool) -> dict[str, Any]:
             running.update(values)
     found = running.result() if running.count else None
     return {
-        "of": "all voxels" if full else f"{len(slabs)} of {depth} sections",
+        "of": "all voxels" if full else f"{sum(stop - start for start, stop in slabs)} of {depth} sections",
         "not_finite": missing,
         **(asdict(found) if found is not None else {}),
     }

@@ -17,29 +17,31 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from cryofleet.formats.statistics import Statistics
-from cryofleet.progress import Progress, no_progress
+from cryofleet.formats.statistics import RunningStatistics, Statistics
+from cryofleet.formats.volumes.frame import Sizes, VolumeData, VolumeFrame
+from cryofleet.progress import Progress, no_progress, part
 
 HEADER_BYTES = 1024
 DEFLATE_LIMIT = 1032
 """Bytes that a byte of gzip can hold: deflate codes a run of at most 258 bytes in two bits."""
+_PACKED = 101
+"""The mode of 4-bit numbers: two a byte, the lower half first, rows in whole bytes."""
 # Types by mode, without byte order; mode 0 is unsigned in IMOD's older files.
-_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
-_UNREAD_MODES = {
-    3: "complex int16",
-    4: "complex float32",
-    16: "RGB",
-    101: "4-bit packed",
-}
-_IMAGE_STACK_ENDINGS = (".mrcs", ".st", ".rawst", ".ali", ".preali")
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2", _PACKED: "u1"}
+_UNREAD_MODES = {3: "complex int16", 4: "complex float32", 16: "RGB"}
+_WRITTEN: dict[int, np.dtype[Any]] = {mode: np.dtype("<" + _MODES[mode]) for mode in (0, 1, 2, 12)}
+_BYTE_ORDERS: dict[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
+IMAGE_STACK_ENDINGS = (".mrcs", ".st", ".rawst", ".ali", ".preali")
 _IMOD_STAMP = 1146047817
 _IMOD_SIGNED_BYTES = 1
+_IMOD_ORIGIN_AS_MRC = 4
+_PROBED_BYTES = 1 << 18
 _FIRST_VOLUME_STACK_GROUP = 401
 _COPY_BYTES = 1 << 20
 # Read as an MRC header, each of these would be a width of over half a million voxels, or a negative one.
@@ -79,10 +81,24 @@ class MrcHeader:
     cell_angles_degrees: tuple[float, float, float]
     space_group: int
     labels: tuple[str, ...]
+    extremes: tuple[float, float]
+    """The least and the greatest voxel, as the header has it; the least is above where it does not know."""
+    origin: tuple[float, float, float]
+    """ORIGIN: (x, y, z) in Å."""
+    starts: tuple[int, int, int]
+    """NXSTART, NYSTART, NZSTART: the number of the first section, row and column."""
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.shape[2] + 1) // 2 if self.mode == _PACKED else self.shape[2] * self.dtype.itemsize
 
     @property
     def section_bytes(self) -> int:
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+        return self.shape[1] * self.row_bytes
+
+    @property
+    def stored_as(self) -> str:
+        return "uint4" if self.mode == _PACKED else self.dtype.name
 
     @property
     def file_bytes(self) -> int:
@@ -116,6 +132,15 @@ class MrcHeader:
         if all(size == 1.0 for size in sizes):
             return None
         return sizes[0], sizes[1], sizes[2]
+
+    @property
+    def origin_angstrom(self) -> tuple[float, float, float]:
+        """(x, y, z) of the first voxel's centre: ORIGIN or, where that is 0, the starts in voxels of the cell."""
+        if any(self.origin) or self.voxel_size_angstrom is None:
+            return self.origin
+        z, y, x = (self.starts[axis] for axis in self.order)
+        sizes = self.voxel_size_angstrom
+        return x * sizes[0], y * sizes[1], z * sizes[2]
 
     @property
     def pixel_size_angstrom(self) -> tuple[float, float] | None:
@@ -183,7 +208,20 @@ def parse_header(head: bytes, name: str) -> MrcHeader:
             head[start : start + _LABEL_BYTES].decode("latin-1").rstrip("\0 ")
             for start in range(_LABELS_AT, _LABELS_AT + _LABEL_BYTES * min(max(label_count, 0), _LABELS), _LABEL_BYTES)
         ),
+        extremes=(minimum, maximum),
+        origin=_origin(head, order),
+        starts=struct.unpack_from(f"{order}3i", head, 16)[::-1],
     )
+
+
+def _origin(head: bytes, order: str) -> tuple[float, float, float]:
+    """ORIGIN in Å; (0, 0, 0) where it is no number. IMOD's own sign is the opposite, unless a flag says otherwise."""
+    origin = struct.unpack_from(f"{order}3f", head, 196)
+    stamp, flags = struct.unpack_from(f"{order}2i", head, 152)
+    sign = -1.0 if stamp == _IMOD_STAMP and not flags & _IMOD_ORIGIN_AS_MRC else 1.0
+    if not all(math.isfinite(each) for each in origin):
+        return 0.0, 0.0, 0.0
+    return sign * origin[0] + 0.0, sign * origin[1] + 0.0, sign * origin[2] + 0.0
 
 
 def _byte_order(head: bytes) -> str | None:
@@ -249,11 +287,19 @@ def check_size(header: MrcHeader, size_bytes: int, name: str) -> None:
 class MrcSections:
     """The sections of an uncompressed MRC file, read slab by slab along z.
 
+    `byte_order` is that of the voxels, "little" or "big", where the user knows it better than the header. Left out, it
+    is the header's, or the other one where only that gives numbers between the header's extremes.
+
     Raises InvalidArgument on opening: no MRC file, or its size is not what its header says.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    layer = 1
+
+    def __init__(self, path: Path, name: str | None = None, byte_order: str | None = None) -> None:
         self.name = name or path.name
+        self.warnings: tuple[str, ...] = ()
+        if byte_order is not None and byte_order not in _BYTE_ORDERS:
+            raise InvalidArgument(f"unknown byte order {byte_order!r}; known are {', '.join(_BYTE_ORDERS)}")
         self._file = path.open("rb")
         try:
             self.header = parse_header(self._file.read(HEADER_BYTES), self.name)
@@ -264,6 +310,32 @@ class MrcSections:
             raise
         self.shape = self.header.volume_shape
         self._path = path
+        self._dtype = self.header.dtype
+        if byte_order is not None:
+            self._dtype = self._dtype.newbyteorder(_BYTE_ORDERS[byte_order])
+        elif self._other_byte_order():
+            self._dtype = self._dtype.newbyteorder()
+            self.warnings += (
+                "its voxels have the other byte order than its header: only so they lie between the header's extremes",
+            )
+
+    def _other_byte_order(self) -> bool:
+        """Whether voxels of the middle make sense in the other byte order alone."""
+        header, (least, greatest) = self.header, self.header.extremes
+        if self._dtype.itemsize == 1 or not (math.isfinite(least) and math.isfinite(greatest) and least < greatest):
+            return False
+        count = min(_PROBED_BYTES // self._dtype.itemsize, math.prod(header.shape))
+        start = (math.prod(header.shape) - count) // 2
+        self._file.seek(header.data_offset + start * self._dtype.itemsize)
+        stored = np.fromfile(self._file, self._dtype, count)
+        margin = 1e-3 * (greatest - least)
+        shares = []
+        for values in (stored, stored.view(self._dtype.newbyteorder())):
+            with np.errstate(invalid="ignore", over="ignore"):
+                wide = values.astype(np.float64)
+                shares.append(float(np.mean((wide >= least - margin) & (wide <= greatest + margin))))
+        # half of all numbers in the wrong order are tiny, and so lie between the extremes too
+        return shares[0] < 0.9 and shares[1] > 0.999
 
     def _check(self) -> None:
         """Raises FailedPrecondition where the file holds something else than is wanted."""
@@ -276,14 +348,34 @@ class MrcSections:
         """
         header = self.header
         if header.order[0] == 0:
-            self._file.seek(header.data_offset + start * header.section_bytes)
-            count = (stop - start) * header.shape[1] * header.shape[2]
-            stored = np.fromfile(self._file, dtype=header.dtype, count=count)
-            stored = stored.reshape(stop - start, *header.shape[1:]).transpose(header.order)
-        else:
-            mapped = np.memmap(self._path, header.dtype, "r", header.data_offset, header.shape)
-            stored = mapped.transpose(header.order)[start:stop]
-        return np.ascontiguousarray(stored, dtype=np.float32)
+            return _float32(self.stored(start, stop).transpose(header.order))
+        if header.mode == _PACKED:
+            # rows of half bytes can't be mapped: the file's sections one by one
+            slab = np.empty((stop - start, *self.shape[1:]), np.float32)
+            along = header.order.index(0)
+            for section in range(header.shape[0]):
+                # the volume's axis that the file's sections run along
+                place = [slice(None)] * 3
+                place[along] = slice(section, section + 1)
+                slab[tuple(place)] = self.stored(section, section + 1).transpose(header.order)[start:stop]
+            return slab
+        mapped = np.memmap(self._path, self._dtype, "r", header.data_offset, header.shape)
+        return _float32(mapped.transpose(header.order)[start:stop])
+
+    def stored(self, start: int, stop: int) -> NDArray[Any]:
+        """The file's own sections start to stop, [section, row, column], in their stored type."""
+        header = self.header
+        self._file.seek(header.data_offset + start * header.section_bytes)
+        rows = (stop - start) * header.shape[1]
+        if header.mode != _PACKED:
+            values = np.fromfile(self._file, self._dtype, rows * header.shape[2])
+            return values.reshape(stop - start, *header.shape[1:])
+        packed = np.fromfile(self._file, np.uint8, rows * header.row_bytes).reshape(rows, header.row_bytes)
+        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1)[:, : header.shape[2]]
+        return halves.reshape(stop - start, *header.shape[1:])
+
+    def _frame(self, sizes: Sizes | None) -> VolumeFrame:
+        return VolumeFrame(sizes, self.header.origin_angstrom).with_note(self.header.labels)
 
     def close(self) -> None:
         self._file.close()
@@ -298,12 +390,34 @@ class MrcSections:
 class MrcVolume(MrcSections):
     """One volume. Raises FailedPrecondition too, where a readable file does not hold one on orthogonal axes."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        super().__init__(path, name)
-        self.voxel_size_angstrom = self.header.voxel_size_angstrom
+    def __init__(self, path: Path, name: str | None = None, byte_order: str | None = None) -> None:
+        super().__init__(path, name, byte_order)
+        self.voxel_size_angstrom = self._frame(self.header.voxel_size_angstrom).voxel_size_angstrom
+
+    def data(self) -> VolumeData:
+        header = self.header
+        return VolumeData(
+            self.name,
+            self.shape,
+            self.slab,
+            self._frame(header.voxel_size_angstrom),
+            labels=header.labels,
+            stored_as=header.stored_as,
+            warnings=self.warnings,
+        )
 
     def _check(self) -> None:
         check_is_volume(self.header, self.name)
+
+
+class MrcAnything(MrcVolume):
+    """What an MRC file holds, were it several volumes or on axes that are not orthogonal: a warning says so."""
+
+    def _check(self) -> None:
+        try:
+            super()._check()
+        except FailedPrecondition as failure:
+            self.warnings = (failure.message.removeprefix(f"{self.name}: "),)
 
 
 class MrcImages(MrcSections):
@@ -312,9 +426,24 @@ class MrcImages(MrcSections):
     Raises FailedPrecondition too, where the sections of a readable file are no images.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        super().__init__(path, name)
-        self.pixel_size_angstrom = self.header.pixel_size_angstrom
+    def __init__(self, path: Path, name: str | None = None, byte_order: str | None = None) -> None:
+        super().__init__(path, name, byte_order)
+        self.pixel_size_angstrom = pixel = self.header.pixel_size_angstrom
+        # sections have no distance: that of x stands for it
+        self.voxel_size_angstrom = None if pixel is None else (pixel[0], pixel[1], pixel[0])
+
+    def data(self) -> VolumeData:
+        header = self.header
+        return VolumeData(
+            self.name,
+            self.shape,
+            self.slab,
+            self._frame(self.voxel_size_angstrom),
+            kind="stack",
+            labels=header.labels,
+            stored_as=header.stored_as,
+            warnings=self.warnings,
+        )
 
     def _check(self) -> None:
         if self.header.axes != (3, 2, 1):
@@ -334,9 +463,7 @@ def check_is_volume(header: MrcHeader, name: str) -> None:
         raise FailedPrecondition(
             f"{name}: a stack of {sections // depth if depth > 0 else 'several'} volumes, not one: split it first"
         )
-    if name.lower().removesuffix(".gz").endswith(_IMAGE_STACK_ENDINGS) or (
-        header.space_group == 0 and header.intervals[2] == 1
-    ):
+    if is_image_stack(header, name):
         raise FailedPrecondition(
             f"{name}: a stack of {sections} images of {columns} x {rows} pixels (a tilt series, say), "
             "not a volume: reconstruct it first"
@@ -344,6 +471,12 @@ def check_is_volume(header: MrcHeader, name: str) -> None:
     if any(abs(angle - 90) > 0.01 for angle in header.cell_angles_degrees if angle != 0):
         angles = ", ".join(f"{angle:g}" for angle in header.cell_angles_degrees)
         raise FailedPrecondition(f"{name}: the cell's angles are {angles} degrees: the axes must be orthogonal")
+
+
+def is_image_stack(header: MrcHeader, name: str) -> bool:
+    """Whether the sections are images of their own, by the header or by the name."""
+    named = name.lower().removesuffix(".gz").endswith(IMAGE_STACK_ENDINGS)
+    return header.shape[0] == 1 or named or (header.space_group == 0 and header.intervals[2] == 1)
 
 
 def is_gzip(head: bytes) -> bool:
@@ -387,28 +520,37 @@ def unpack_gzip(source: Path, target: Path, name: str, progress: Progress = no_p
         raise InvalidArgument(f"{name}: damaged: the gzip stream breaks after {written} unpacked bytes") from error
 
 
+def _float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(invalid="ignore"):  # a NaN of the kind that signals
+        return np.ascontiguousarray(stored, dtype=np.float32)
+
+
 def encode_header(
     shape: Sequence[int],
-    voxel_size_angstrom: float,
+    frame: VolumeFrame,
     mode: int,
     statistics: Statistics,
     labels: Sequence[str] = (),
+    is_stack: bool = False,
 ) -> bytes:
-    """The 1024 bytes before the little-endian voxels of one volume.
+    """The 1024 bytes before the little-endian voxels of one volume, or of a stack of images.
 
-    `shape` is (z, y, x) and the statistics are those of the stored voxels.
-    The same arguments give the same bytes: no label holds a time. At most ten labels of 80 characters are kept.
+    `shape` is (z, y, x) and the statistics are those of the stored voxels. A voxel size that is not known is a cell of
+    0 Å. The same arguments give the same bytes: no label holds a time. At most ten labels of 80 characters are kept.
     """
     sections, rows, columns = shape
     header = bytearray(HEADER_BYTES)
     struct.pack_into("<4i", header, 0, columns, rows, sections, mode)
-    struct.pack_into("<3i", header, 28, columns, rows, sections)
-    cell = [size * voxel_size_angstrom for size in (columns, rows, sections)]
+    intervals = (columns, rows, 1 if is_stack else sections)
+    struct.pack_into("<3i", header, 28, *intervals)
+    sizes = frame.voxel_size_angstrom or (0.0, 0.0, 0.0)
+    cell = [count * size for count, size in zip(intervals, sizes, strict=True)]
     struct.pack_into("<6f", header, 40, *cell, 90.0, 90.0, 90.0)
     struct.pack_into("<3i", header, 64, 1, 2, 3)
     struct.pack_into("<3f", header, 76, statistics.minimum, statistics.maximum, statistics.mean)
-    struct.pack_into("<2i", header, 88, 1, 0)
+    struct.pack_into("<2i", header, 88, 0 if is_stack else 1, 0)
     struct.pack_into("<i", header, 108, 20141)
+    struct.pack_into("<3f", header, 196, *(frame.origin_angstrom or (0.0, 0.0, 0.0)))
     header[208:212] = b"MAP "
     header[212:216] = b"\x44\x44\x00\x00"
     struct.pack_into("<f", header, 216, statistics.standard_deviation)
@@ -416,3 +558,85 @@ def encode_header(
     struct.pack_into("<i", header, 220, len(kept))
     header[_LABELS_AT : _LABELS_AT + _LABEL_BYTES * len(kept)] = b"".join(kept)
     return bytes(header)
+
+
+def write(path: Path, volume: VolumeData, mode: int = 2, progress: Progress = no_progress) -> tuple[str, ...]:
+    """Writes an MRC file of mode 0 (int8), 1 (int16), 2 (float32) or 12 (float16), slab by slab; gives warnings.
+
+    Integers span the volume's whole range: value = stored * scale + offset, both of which a label of the file states.
+    The header's statistics are those of the stored numbers, as MRC has it.
+
+    Raises:
+        InvalidArgument: another mode.
+        FailedPrecondition: a voxel is beyond what float16 holds, or, of an integer mode, no finite number.
+    """
+    if mode not in _WRITTEN:
+        raise InvalidArgument(f"MRC mode {mode} is not written; known are {', '.join(map(str, _WRITTEN))}")
+    dtype = _WRITTEN[mode]
+    note = volume.frame.note()
+    labels = [label for label in volume.labels if not label.startswith("cryofleet frame ")]
+    labels = [note, *labels] if note else labels
+    warnings: list[str] = []
+    scale, offset, writing = 1.0, 0.0, progress
+    if dtype.kind == "i":
+        scale, offset = _integer_scale(volume, np.iinfo(dtype), part(progress, 0.0, 0.4))
+        labels.insert(min(len(labels), _LABELS - 1), f"cryofleet scaled: value = stored * {scale:.9g} + {offset:.9g}")
+        warnings.append(f"rounded to {dtype.name}, in steps of {scale:.3g}; a label says how")
+        writing = part(progress, 0.4, 1.0)
+    elif mode == 12 and volume.stored_as != "float16":
+        warnings.append("rounded to float16: three digits")
+    if len(labels) > _LABELS:
+        warnings.append(f"{len(labels) - _LABELS} of {len(labels)} labels are left out: MRC has room for {_LABELS}")
+
+    running = RunningStatistics()
+    with path.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for slab in volume.slabs(writing, "writing"):
+            if dtype.kind == "i":
+                limits = np.iinfo(dtype)
+                scaled = np.rint((slab.astype(np.float64) - offset) / scale)
+                stored = np.clip(scaled, limits.min, limits.max).astype(dtype)
+            else:
+                if mode == 12:
+                    _check_float16(slab)
+                stored = slab.astype(dtype, copy=False)
+            if dtype.kind == "f" and not np.isfinite(stored).all():
+                running.update(stored[np.isfinite(stored)])
+            else:
+                running.update(stored)
+            file.write(np.ascontiguousarray(stored).data)
+        statistics = running.result() if running.count else Statistics(0.0, -1.0, -2.0, -1.0)
+        file.seek(0)
+        file.write(encode_header(volume.shape, volume.frame, mode, statistics, labels, volume.kind == "stack"))
+    return tuple(warnings)
+
+
+def _integer_scale(volume: VolumeData, limits: Any, progress: Progress) -> tuple[float, float]:
+    running = RunningStatistics()
+    for slab in volume.slabs(progress, "finding the range"):
+        if not np.isfinite(slab).all():
+            raise FailedPrecondition(f"{volume.name}: holds values that are not finite, which integers cannot be")
+        running.update(slab)
+    found = running.result()
+    span = found.maximum - found.minimum
+    scale = span / (limits.max - limits.min) if span > 0 else 1.0
+    return scale, found.minimum - limits.min * scale
+
+
+def _check_float16(slab: NDArray[np.float32]) -> None:
+    end = float(np.finfo(np.float16).max)
+    beyond = np.abs(slab[np.isfinite(slab)]).max(initial=0.0)
+    if beyond > end:
+        raise FailedPrecondition(
+            f"the volume holds {beyond:g}; float16 (mrc_mode 12) ends at {end:g}: take mrc_mode 1 or 2"
+        )
+
+
+def pack_gzip(source: Path, target: Path, progress: Progress = no_progress) -> None:
+    """Compresses a file, in constant memory; the same bytes give the same bytes."""
+    size = source.stat().st_size
+    # without its name and time
+    with source.open("rb") as file, target.open("wb") as out, gzip.GzipFile("", "wb", 1, out, mtime=0) as packed:
+        while chunk := file.read(_COPY_BYTES):
+            progress(file.tell() / size, "packing")
+            packed.write(chunk)

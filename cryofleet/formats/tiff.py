@@ -19,6 +19,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.formats.volumes.em import as_float32
+from cryofleet.formats.volumes.frame import VolumeData, VolumeFrame
+from cryofleet.progress import Progress, no_progress
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What a hostile or truncated file makes a TIFF decoder raise.
@@ -41,6 +44,7 @@ _BROKEN = (
 # Bytes that one stored byte can stand for, over the compressions that tifffile reads.
 _COMPRESSION_LIMIT = 4096
 _LARGEST_PLANE_BYTES = 1 << 30
+_CLASSIC_BYTES = (1 << 32) - (1 << 25)
 _ANGSTROM = {
     "a": 1.0,
     "å": 1.0,
@@ -76,6 +80,8 @@ class TiffVolume:
         FailedPrecondition: a readable TIFF that does not hold one greyscale volume, or is compressed in a way that
             this installation does not read.
     """
+
+    layer = 1
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.name = name or path.name
@@ -160,10 +166,10 @@ class TiffVolume:
             if self._offset is not None:
                 offset = self._offset + start * self.shape[1] * self.shape[2] * self._dtype.itemsize
                 stored = np.fromfile(self._path, self._dtype, math.prod(planes), offset=offset).reshape(planes)
-                return np.ascontiguousarray(stored, dtype=np.float32)
+                return as_float32(stored)
             slab = np.empty(planes, dtype=np.float32)
             for i in range(start, stop):
-                slab[i - start] = self._series.pages[i].asarray().reshape(planes[1:])
+                slab[i - start] = as_float32(self._series.pages[i].asarray().reshape(planes[1:]))
             return slab
         except _BROKEN as error:
             if "imagecodecs" in str(error):
@@ -174,6 +180,10 @@ class TiffVolume:
             raise InvalidArgument(
                 f"{self.name}: damaged TIFF: planes {start} to {stop - 1} cannot be read: {_line(error)}"
             ) from error
+
+    def data(self) -> VolumeData:
+        frame = VolumeFrame(self.voxel_size_angstrom).with_note([str(self._tiff.pages[0].description)])
+        return VolumeData(self.name, self.shape, self.slab, frame, stored_as=self._dtype.name)
 
     def close(self) -> None:
         self._tiff.close()
@@ -211,3 +221,27 @@ def _ome_voxel_size(description: str, name: str) -> tuple[float, float, float] |
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def write(path: Path, volume: VolumeData, progress: Progress = no_progress) -> tuple[str, ...]:
+    """Writes an uncompressed OME-TIFF of float32, a page a section, slab by slab; gives warnings.
+
+    OME-TIFF, for it alone says the voxel size in Å along all three axes. Above 4 GiB it is a BigTIFF.
+    """
+    sizes = volume.frame.voxel_size_angstrom
+    metadata: dict[str, Any] = {"axes": "ZYX", "Name": Path(volume.name).name}
+    for axis, size in zip("XYZ", sizes or (), strict=False):
+        metadata |= {f"PhysicalSize{axis}": size, f"PhysicalSize{axis}Unit": "Å"}
+    if note := volume.frame.note():
+        metadata["Description"] = note
+    bytes_needed = 4 * math.prod(volume.shape)
+    with tifffile.TiffWriter(path, bigtiff=bytes_needed > _CLASSIC_BYTES, ome=True) as file:
+        file.write(
+            (page for slab in volume.slabs(progress, "writing") for page in slab),
+            shape=volume.shape,
+            dtype=np.float32,
+            photometric="minisblack",
+            metadata=metadata,
+            software="cryofleet",
+        )
+    return ()

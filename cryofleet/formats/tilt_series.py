@@ -325,8 +325,14 @@ def read_mdoc(data: bytes, name: str) -> TiltSeries:
         raise InvalidArgument(f"{name}: {error}") from None
 
 
-def write_mdoc(series: TiltSeries, image_file: str, image_size: tuple[int, int], data_mode: int = 2) -> bytes:
-    """A simulated tilt series as SerialEM would describe it.
+def write_mdoc(
+    series: TiltSeries,
+    image_file: str,
+    image_size: tuple[int, int] | None,
+    data_mode: int = 2,
+    simulated: bool = True,
+) -> bytes:
+    """A tilt series as SerialEM would describe it.
 
     Angles, doses, their order, defocus, pixel, voltage and tilt axis are kept exactly; the format has no place for
     Cs, amplitude contrast and alignment errors, which our JSON keeps. Dates only tell the order.
@@ -334,8 +340,10 @@ def write_mdoc(series: TiltSeries, image_file: str, image_size: tuple[int, int],
     Args:
         series: what is not known is left out.
         image_file: name of the stack, without its folder.
-        image_size: (x, y) in pixels.
+        image_size: (x, y) in pixels; left out where it is None.
         data_mode: MRC mode of the stack: 2 is float32.
+        simulated: the defocus is the true one and is written, with a title that says so; of other series it is left
+            out, for SerialEM's Defocus is another thing.
 
     Raises InvalidArgument where the name holds a line break.
     """
@@ -346,17 +354,15 @@ def write_mdoc(series: TiltSeries, image_file: str, image_size: tuple[int, int],
         lines.append(f"PixelSpacing = {_digits(series.pixel_size_angstrom)}")
     if series.voltage_kv is not None:
         lines.append(f"Voltage = {_digits(series.voltage_kv)}")
-    lines += [
-        f"ImageFile = {image_file}",
-        f"ImageSize = {image_size[0]} {image_size[1]}",
-        f"DataMode = {data_mode}",
-        "",
-        f"[T = {_SIMULATED}]",
-        "",
-    ]
+    lines.append(f"ImageFile = {image_file}")
+    if image_size is not None:
+        lines.append(f"ImageSize = {image_size[0]} {image_size[1]}")
+    lines += [f"DataMode = {data_mode}", ""]
+    if simulated:
+        lines += [f"[T = {_SIMULATED}]", ""]
     if series.tilt_axis_degrees is not None:
         lines += [f"[T =     Tilt axis angle = {_digits(series.tilt_axis_degrees)}, binning = 1]", ""]
-    target = None if series.defocus_um is None else float(np.mean(series.defocus_um))
+    target = None if series.defocus_um is None or not simulated else float(np.mean(series.defocus_um))
     for index in range(len(series)):
         lines += [f"[ZValue = {index}]", f"TiltAngle = {_digits(series.angles_degrees[index])}"]
         if series.exposure is not None:

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cryofleet.errors import InvalidArgument
-from cryofleet.formats import mrc, tiff
+from cryofleet.formats.volumes.catalogue import open_volume
 from cryofleet.progress import Progress, no_progress
 
 
@@ -21,8 +20,13 @@ class VolumeFile(AbstractContextManager["VolumeFile"], Protocol):
     """What errors call the file."""
     shape: tuple[int, int, int]
     """(z, y, x)."""
-    voxel_size_angstrom: tuple[float, float, float] | None
-    """Along x, y and z; None where the file has none that can be meant."""
+    layer: int
+    """Sections that are decoded together."""
+
+    @property
+    def voxel_size_angstrom(self) -> tuple[float, float, float] | None:
+        """Along x, y and z; None where the file has none that can be meant."""
+        ...
 
     def slab(self, start: int, stop: int) -> NDArray[np.float32]:
         """Sections start to stop along z, [z, y, x]."""
@@ -32,10 +36,10 @@ class VolumeFile(AbstractContextManager["VolumeFile"], Protocol):
 
 
 def open_volume_file(path: Path, name: str, scratch: Path, progress: Progress = no_progress) -> VolumeFile:
-    """Opens an MRC file, plain or gzipped, or a TIFF stack.
+    """Opens a volume of any format of `cryofleet.formats.volumes.catalogue`.
 
     Args:
-        path: the file.
+        path: the file or, for OME-Zarr, the folder.
         name: the user's name for it, which errors and some of MRC's conventions go by.
         scratch: a folder for the unpacked content of a gzipped file.
         progress: of the unpacking.
@@ -44,14 +48,4 @@ def open_volume_file(path: Path, name: str, scratch: Path, progress: Progress = 
         InvalidArgument: the file is damaged, truncated, or of no known format; the message says what was found.
         FailedPrecondition: it is readable but does not hold one volume.
     """
-    with path.open("rb") as file:
-        head = file.read(mrc.HEADER_BYTES)
-    if tiff.is_tiff(head):
-        return tiff.TiffVolume(path, name)
-    if mrc.is_gzip(head):
-        unpacked = scratch / "unpacked.mrc"
-        mrc.unpack_gzip(path, unpacked, name, progress)
-        return mrc.MrcVolume(unpacked, name)
-    if not head:
-        raise InvalidArgument(f"{name}: {mrc.describe(head)}")
-    return mrc.MrcVolume(path, name)
+    return open_volume(path, name, scratch, progress)[1]

@@ -52,6 +52,14 @@ class _FilterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterKind
     """Convolution with a Gaussian of standard deviation sigma_angstrom."""
     FILTER_KIND_BAND_PASS: _FilterKind.ValueType  # 2
     """Soft-edged limits in Fourier space, at low_pass_angstrom and high_pass_angstrom."""
+    FILTER_KIND_MEDIAN: _FilterKind.ValueType  # 3
+    """The median of the cube of radius_voxels about each voxel."""
+    FILTER_KIND_ANISOTROPIC_DIFFUSION: _FilterKind.ValueType  # 4
+    """Perona and Malik's: smooths inside what is there, not across its edges."""
+    FILTER_KIND_NON_LOCAL_MEANS: _FilterKind.ValueType  # 5
+    """The mean of voxels whose surroundings look alike."""
+    FILTER_KIND_WAVELET: _FilterKind.ValueType  # 6
+    """Wavelet coefficients that noise would have are shrunk."""
 
 class FilterKind(_FilterKind, metaclass=_FilterKindEnumTypeWrapper): ...
 
@@ -60,7 +68,59 @@ FILTER_KIND_GAUSSIAN: FilterKind.ValueType  # 1
 """Convolution with a Gaussian of standard deviation sigma_angstrom."""
 FILTER_KIND_BAND_PASS: FilterKind.ValueType  # 2
 """Soft-edged limits in Fourier space, at low_pass_angstrom and high_pass_angstrom."""
+FILTER_KIND_MEDIAN: FilterKind.ValueType  # 3
+"""The median of the cube of radius_voxels about each voxel."""
+FILTER_KIND_ANISOTROPIC_DIFFUSION: FilterKind.ValueType  # 4
+"""Perona and Malik's: smooths inside what is there, not across its edges."""
+FILTER_KIND_NON_LOCAL_MEANS: FilterKind.ValueType  # 5
+"""The mean of voxels whose surroundings look alike."""
+FILTER_KIND_WAVELET: FilterKind.ValueType  # 6
+"""Wavelet coefficients that noise would have are shrunk."""
 Global___FilterKind: _TypeAlias = FilterKind  # noqa: Y015
+
+class _Conductance:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConductanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Conductance.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONDUCTANCE_UNSPECIFIED: _Conductance.ValueType  # 0
+    CONDUCTANCE_EXPONENTIAL: _Conductance.ValueType  # 1
+    """exp(-g^2): favours edges of high contrast."""
+    CONDUCTANCE_RATIONAL: _Conductance.ValueType  # 2
+    """1 / (1 + g^2): favours wide regions."""
+
+class Conductance(_Conductance, metaclass=_ConductanceEnumTypeWrapper):
+    """How much of a difference flows between neighbours in anisotropic diffusion, g the difference over kappa."""
+
+CONDUCTANCE_UNSPECIFIED: Conductance.ValueType  # 0
+CONDUCTANCE_EXPONENTIAL: Conductance.ValueType  # 1
+"""exp(-g^2): favours edges of high contrast."""
+CONDUCTANCE_RATIONAL: Conductance.ValueType  # 2
+"""1 / (1 + g^2): favours wide regions."""
+Global___Conductance: _TypeAlias = Conductance  # noqa: Y015
+
+class _SnrMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SnrMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SnrMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SNR_METHOD_UNSPECIFIED: _SnrMethod.ValueType  # 0
+    SNR_METHOD_HALVES: _SnrMethod.ValueType  # 1
+    """The correlation of two halves with independent noise."""
+    SNR_METHOD_SPECTRUM: _SnrMethod.ValueType  # 2
+    """What the spectrum of one tomogram has above the noise of a weighted back-projection, whose level is read off the finest details."""
+
+class SnrMethod(_SnrMethod, metaclass=_SnrMethodEnumTypeWrapper):
+    """What an SNR was estimated by."""
+
+SNR_METHOD_UNSPECIFIED: SnrMethod.ValueType  # 0
+SNR_METHOD_HALVES: SnrMethod.ValueType  # 1
+"""The correlation of two halves with independent noise."""
+SNR_METHOD_SPECTRUM: SnrMethod.ValueType  # 2
+"""What the spectrum of one tomogram has above the noise of a weighted back-projection, whose level is read off the finest details."""
+Global___SnrMethod: _TypeAlias = SnrMethod  # noqa: Y015
 
 class _ExportFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -73,6 +133,14 @@ class _ExportFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExportFo
     """Particles with coordinates in Å from the tomogram's centre."""
     EXPORT_FORMAT_CSV: _ExportFormat.ValueType  # 2
     EXPORT_FORMAT_MRC: _ExportFormat.ValueType  # 3
+    EXPORT_FORMAT_EM: _ExportFormat.ValueType  # 4
+    """Volumes as float32."""
+    EXPORT_FORMAT_HDF5: _ExportFormat.ValueType  # 5
+    """As EMAN2 writes it."""
+    EXPORT_FORMAT_OME_ZARR: _ExportFormat.ValueType  # 6
+    """OME-Zarr 0.4 with a pyramid, in one zip file."""
+    EXPORT_FORMAT_TIFF: _ExportFormat.ValueType  # 7
+    """OME-TIFF, a page a section."""
 
 class ExportFormat(_ExportFormat, metaclass=_ExportFormatEnumTypeWrapper): ...
 
@@ -81,7 +149,83 @@ EXPORT_FORMAT_RELION5_STAR: ExportFormat.ValueType  # 1
 """Particles with coordinates in Å from the tomogram's centre."""
 EXPORT_FORMAT_CSV: ExportFormat.ValueType  # 2
 EXPORT_FORMAT_MRC: ExportFormat.ValueType  # 3
+EXPORT_FORMAT_EM: ExportFormat.ValueType  # 4
+"""Volumes as float32."""
+EXPORT_FORMAT_HDF5: ExportFormat.ValueType  # 5
+"""As EMAN2 writes it."""
+EXPORT_FORMAT_OME_ZARR: ExportFormat.ValueType  # 6
+"""OME-Zarr 0.4 with a pyramid, in one zip file."""
+EXPORT_FORMAT_TIFF: ExportFormat.ValueType  # 7
+"""OME-TIFF, a page a section."""
 Global___ExportFormat: _TypeAlias = ExportFormat  # noqa: Y015
+
+class _Axis:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AxisEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Axis.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AXIS_UNSPECIFIED: _Axis.ValueType  # 0
+    AXIS_X: _Axis.ValueType  # 1
+    AXIS_Y: _Axis.ValueType  # 2
+    AXIS_Z: _Axis.ValueType  # 3
+
+class Axis(_Axis, metaclass=_AxisEnumTypeWrapper):
+    """An axis of a volume; the beam runs along z."""
+
+AXIS_UNSPECIFIED: Axis.ValueType  # 0
+AXIS_X: Axis.ValueType  # 1
+AXIS_Y: Axis.ValueType  # 2
+AXIS_Z: Axis.ValueType  # 3
+Global___Axis: _TypeAlias = Axis  # noqa: Y015
+
+class _ParticleView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ParticleViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ParticleView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PARTICLE_VIEW_UNSPECIFIED: _ParticleView.ValueType  # 0
+    PARTICLE_VIEW_SLICE: _ParticleView.ValueType  # 1
+    """The central slice along z."""
+    PARTICLE_VIEW_PROJECTION: _ParticleView.ValueType  # 2
+    """The mean along z."""
+    PARTICLE_VIEW_ORTHOGONAL: _ParticleView.ValueType  # 3
+    """The three central slices xy, xz and yz."""
+
+class ParticleView(_ParticleView, metaclass=_ParticleViewEnumTypeWrapper):
+    """What is shown of a particle."""
+
+PARTICLE_VIEW_UNSPECIFIED: ParticleView.ValueType  # 0
+PARTICLE_VIEW_SLICE: ParticleView.ValueType  # 1
+"""The central slice along z."""
+PARTICLE_VIEW_PROJECTION: ParticleView.ValueType  # 2
+"""The mean along z."""
+PARTICLE_VIEW_ORTHOGONAL: ParticleView.ValueType  # 3
+"""The three central slices xy, xz and yz."""
+Global___ParticleView: _TypeAlias = ParticleView  # noqa: Y015
+
+class _ParticleOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ParticleOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ParticleOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PARTICLE_ORDER_UNSPECIFIED: _ParticleOrder.ValueType  # 0
+    PARTICLE_ORDER_GIVEN: _ParticleOrder.ValueType  # 1
+    """As in the table."""
+    PARTICLE_ORDER_SCORE: _ParticleOrder.ValueType  # 2
+    """The highest score first."""
+
+class ParticleOrder(_ParticleOrder, metaclass=_ParticleOrderEnumTypeWrapper):
+    """Which particles come first."""
+
+PARTICLE_ORDER_UNSPECIFIED: ParticleOrder.ValueType  # 0
+PARTICLE_ORDER_GIVEN: ParticleOrder.ValueType  # 1
+"""As in the table."""
+PARTICLE_ORDER_SCORE: ParticleOrder.ValueType  # 2
+"""The highest score first."""
+Global___ParticleOrder: _TypeAlias = ParticleOrder  # noqa: Y015
 
 @_typing.final
 class IngestRequest(_message.Message):
@@ -250,11 +394,31 @@ class FilterRequest(_message.Message):
     SIGMA_ANGSTROM_FIELD_NUMBER: _builtins.int
     LOW_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
     HIGH_PASS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    RADIUS_VOXELS_FIELD_NUMBER: _builtins.int
+    ITERATIONS_FIELD_NUMBER: _builtins.int
+    TIME_STEP_FIELD_NUMBER: _builtins.int
+    KAPPA_FIELD_NUMBER: _builtins.int
+    CONDUCTANCE_FIELD_NUMBER: _builtins.int
+    PATCH_RADIUS_VOXELS_FIELD_NUMBER: _builtins.int
+    SEARCH_RADIUS_VOXELS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    NOISE_STANDARD_DEVIATION_FIELD_NUMBER: _builtins.int
+    WAVELET_LEVELS_FIELD_NUMBER: _builtins.int
     volume_uri: _builtins.str
     kind: Global___FilterKind.ValueType
     sigma_angstrom: _builtins.float
     low_pass_angstrom: _builtins.float
     high_pass_angstrom: _builtins.float
+    radius_voxels: _builtins.int
+    iterations: _builtins.int
+    time_step: _builtins.float
+    kappa: _builtins.float
+    conductance: Global___Conductance.ValueType
+    patch_radius_voxels: _builtins.int
+    search_radius_voxels: _builtins.int
+    strength: _builtins.float
+    noise_standard_deviation: _builtins.float
+    wavelet_levels: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -266,27 +430,77 @@ class FilterRequest(_message.Message):
         sigma_angstrom: _builtins.float | None = ...,
         low_pass_angstrom: _builtins.float | None = ...,
         high_pass_angstrom: _builtins.float | None = ...,
+        radius_voxels: _builtins.int | None = ...,
+        iterations: _builtins.int | None = ...,
+        time_step: _builtins.float | None = ...,
+        kappa: _builtins.float | None = ...,
+        conductance: Global___Conductance.ValueType | None = ...,
+        patch_radius_voxels: _builtins.int | None = ...,
+        search_radius_voxels: _builtins.int | None = ...,
+        strength: _builtins.float | None = ...,
+        noise_standard_deviation: _builtins.float | None = ...,
+        wavelet_levels: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom", "_kind", b"_kind", "_low_pass_angstrom", b"_low_pass_angstrom", "_sigma_angstrom", b"_sigma_angstrom", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "kind", b"kind", "low_pass_angstrom", b"low_pass_angstrom", "sigma_angstrom", b"sigma_angstrom"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_conductance", b"_conductance", "_high_pass_angstrom", b"_high_pass_angstrom", "_iterations", b"_iterations", "_kappa", b"_kappa", "_kind", b"_kind", "_low_pass_angstrom", b"_low_pass_angstrom", "_noise_standard_deviation", b"_noise_standard_deviation", "_patch_radius_voxels", b"_patch_radius_voxels", "_radius_voxels", b"_radius_voxels", "_search_radius_voxels", b"_search_radius_voxels", "_sigma_angstrom", b"_sigma_angstrom", "_strength", b"_strength", "_time_step", b"_time_step", "_wavelet_levels", b"_wavelet_levels", "conductance", b"conductance", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "iterations", b"iterations", "kappa", b"kappa", "kind", b"kind", "low_pass_angstrom", b"low_pass_angstrom", "noise_standard_deviation", b"noise_standard_deviation", "patch_radius_voxels", b"patch_radius_voxels", "radius_voxels", b"radius_voxels", "search_radius_voxels", b"search_radius_voxels", "sigma_angstrom", b"sigma_angstrom", "strength", b"strength", "time_step", b"time_step", "wavelet_levels", b"wavelet_levels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom", "_kind", b"_kind", "_low_pass_angstrom", b"_low_pass_angstrom", "_sigma_angstrom", b"_sigma_angstrom", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "kind", b"kind", "low_pass_angstrom", b"low_pass_angstrom", "sigma_angstrom", b"sigma_angstrom", "volume_uri", b"volume_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_conductance", b"_conductance", "_high_pass_angstrom", b"_high_pass_angstrom", "_iterations", b"_iterations", "_kappa", b"_kappa", "_kind", b"_kind", "_low_pass_angstrom", b"_low_pass_angstrom", "_noise_standard_deviation", b"_noise_standard_deviation", "_patch_radius_voxels", b"_patch_radius_voxels", "_radius_voxels", b"_radius_voxels", "_search_radius_voxels", b"_search_radius_voxels", "_sigma_angstrom", b"_sigma_angstrom", "_strength", b"_strength", "_time_step", b"_time_step", "_wavelet_levels", b"_wavelet_levels", "conductance", b"conductance", "context", b"context", "high_pass_angstrom", b"high_pass_angstrom", "iterations", b"iterations", "kappa", b"kappa", "kind", b"kind", "low_pass_angstrom", b"low_pass_angstrom", "noise_standard_deviation", b"noise_standard_deviation", "patch_radius_voxels", b"patch_radius_voxels", "radius_voxels", b"radius_voxels", "search_radius_voxels", b"search_radius_voxels", "sigma_angstrom", b"sigma_angstrom", "strength", b"strength", "time_step", b"time_step", "volume_uri", b"volume_uri", "wavelet_levels", b"wavelet_levels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__conductance: _TypeAlias = _typing.Literal["conductance"]  # noqa: Y015
+    _WhichOneofArgType__conductance: _TypeAlias = _typing.Literal["_conductance", b"_conductance"]  # noqa: Y015
     _WhichOneofReturnType__high_pass_angstrom: _TypeAlias = _typing.Literal["high_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__high_pass_angstrom: _TypeAlias = _typing.Literal["_high_pass_angstrom", b"_high_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__iterations: _TypeAlias = _typing.Literal["iterations"]  # noqa: Y015
+    _WhichOneofArgType__iterations: _TypeAlias = _typing.Literal["_iterations", b"_iterations"]  # noqa: Y015
+    _WhichOneofReturnType__kappa: _TypeAlias = _typing.Literal["kappa"]  # noqa: Y015
+    _WhichOneofArgType__kappa: _TypeAlias = _typing.Literal["_kappa", b"_kappa"]  # noqa: Y015
     _WhichOneofReturnType__kind: _TypeAlias = _typing.Literal["kind"]  # noqa: Y015
     _WhichOneofArgType__kind: _TypeAlias = _typing.Literal["_kind", b"_kind"]  # noqa: Y015
     _WhichOneofReturnType__low_pass_angstrom: _TypeAlias = _typing.Literal["low_pass_angstrom"]  # noqa: Y015
     _WhichOneofArgType__low_pass_angstrom: _TypeAlias = _typing.Literal["_low_pass_angstrom", b"_low_pass_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__noise_standard_deviation: _TypeAlias = _typing.Literal["noise_standard_deviation"]  # noqa: Y015
+    _WhichOneofArgType__noise_standard_deviation: _TypeAlias = _typing.Literal["_noise_standard_deviation", b"_noise_standard_deviation"]  # noqa: Y015
+    _WhichOneofReturnType__patch_radius_voxels: _TypeAlias = _typing.Literal["patch_radius_voxels"]  # noqa: Y015
+    _WhichOneofArgType__patch_radius_voxels: _TypeAlias = _typing.Literal["_patch_radius_voxels", b"_patch_radius_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__radius_voxels: _TypeAlias = _typing.Literal["radius_voxels"]  # noqa: Y015
+    _WhichOneofArgType__radius_voxels: _TypeAlias = _typing.Literal["_radius_voxels", b"_radius_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__search_radius_voxels: _TypeAlias = _typing.Literal["search_radius_voxels"]  # noqa: Y015
+    _WhichOneofArgType__search_radius_voxels: _TypeAlias = _typing.Literal["_search_radius_voxels", b"_search_radius_voxels"]  # noqa: Y015
     _WhichOneofReturnType__sigma_angstrom: _TypeAlias = _typing.Literal["sigma_angstrom"]  # noqa: Y015
     _WhichOneofArgType__sigma_angstrom: _TypeAlias = _typing.Literal["_sigma_angstrom", b"_sigma_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__time_step: _TypeAlias = _typing.Literal["time_step"]  # noqa: Y015
+    _WhichOneofArgType__time_step: _TypeAlias = _typing.Literal["_time_step", b"_time_step"]  # noqa: Y015
+    _WhichOneofReturnType__wavelet_levels: _TypeAlias = _typing.Literal["wavelet_levels"]  # noqa: Y015
+    _WhichOneofArgType__wavelet_levels: _TypeAlias = _typing.Literal["_wavelet_levels", b"_wavelet_levels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__conductance) -> _WhichOneofReturnType__conductance | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__high_pass_angstrom) -> _WhichOneofReturnType__high_pass_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__iterations) -> _WhichOneofReturnType__iterations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kappa) -> _WhichOneofReturnType__kappa | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kind) -> _WhichOneofReturnType__kind | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__low_pass_angstrom) -> _WhichOneofReturnType__low_pass_angstrom | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_standard_deviation) -> _WhichOneofReturnType__noise_standard_deviation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patch_radius_voxels) -> _WhichOneofReturnType__patch_radius_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__radius_voxels) -> _WhichOneofReturnType__radius_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__search_radius_voxels) -> _WhichOneofReturnType__search_radius_voxels | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sigma_angstrom) -> _WhichOneofReturnType__sigma_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_step) -> _WhichOneofReturnType__time_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wavelet_levels) -> _WhichOneofReturnType__wavelet_levels | None: ...
 
 Global___FilterRequest: _TypeAlias = FilterRequest  # noqa: Y015
 
@@ -295,17 +509,30 @@ class FilterResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VOLUME_URI_FIELD_NUMBER: _builtins.int
+    KAPPA_FIELD_NUMBER: _builtins.int
+    NOISE_STANDARD_DEVIATION_FIELD_NUMBER: _builtins.int
     volume_uri: _builtins.str
+    kappa: _builtins.float
+    noise_standard_deviation: _builtins.float
     def __init__(
         self,
         *,
         volume_uri: _builtins.str = ...,
+        kappa: _builtins.float | None = ...,
+        noise_standard_deviation: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kappa", b"_kappa", "_noise_standard_deviation", b"_noise_standard_deviation", "kappa", b"kappa", "noise_standard_deviation", b"noise_standard_deviation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["volume_uri", b"volume_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kappa", b"_kappa", "_noise_standard_deviation", b"_noise_standard_deviation", "kappa", b"kappa", "noise_standard_deviation", b"noise_standard_deviation", "volume_uri", b"volume_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__kappa: _TypeAlias = _typing.Literal["kappa"]  # noqa: Y015
+    _WhichOneofArgType__kappa: _TypeAlias = _typing.Literal["_kappa", b"_kappa"]  # noqa: Y015
+    _WhichOneofReturnType__noise_standard_deviation: _TypeAlias = _typing.Literal["noise_standard_deviation"]  # noqa: Y015
+    _WhichOneofArgType__noise_standard_deviation: _TypeAlias = _typing.Literal["_noise_standard_deviation", b"_noise_standard_deviation"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kappa) -> _WhichOneofReturnType__kappa | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_standard_deviation) -> _WhichOneofReturnType__noise_standard_deviation | None: ...
 
 Global___FilterResult: _TypeAlias = FilterResult  # noqa: Y015
 
@@ -342,6 +569,1067 @@ class FilterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___FilterResponse: _TypeAlias = FilterResponse  # noqa: Y015
+
+@_typing.final
+class RescaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    VOXEL_SIZE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    factor: _builtins.float
+    voxel_size_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        factor: _builtins.float | None = ...,
+        voxel_size_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "factor", b"factor", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "factor", b"factor", "volume_uri", b"volume_uri", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
+    _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
+    _WhichOneofReturnType__voxel_size_angstrom: _TypeAlias = _typing.Literal["voxel_size_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__voxel_size_angstrom: _TypeAlias = _typing.Literal["_voxel_size_angstrom", b"_voxel_size_angstrom"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__voxel_size_angstrom) -> _WhichOneofReturnType__voxel_size_angstrom | None: ...
+
+Global___RescaleRequest: _TypeAlias = RescaleRequest  # noqa: Y015
+
+@_typing.final
+class RescaleResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    SIZE_X_FIELD_NUMBER: _builtins.int
+    SIZE_Y_FIELD_NUMBER: _builtins.int
+    SIZE_Z_FIELD_NUMBER: _builtins.int
+    VOXEL_SIZE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    size_x: _builtins.int
+    size_y: _builtins.int
+    size_z: _builtins.int
+    voxel_size_angstrom: _builtins.float
+    factor: _builtins.float
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+        size_x: _builtins.int = ...,
+        size_y: _builtins.int = ...,
+        size_z: _builtins.int = ...,
+        voxel_size_angstrom: _builtins.float = ...,
+        factor: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factor", b"factor", "size_x", b"size_x", "size_y", b"size_y", "size_z", b"size_z", "volume_uri", b"volume_uri", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RescaleResult: _TypeAlias = RescaleResult  # noqa: Y015
+
+@_typing.final
+class RescaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___RescaleResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___RescaleResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___RescaleResponse: _TypeAlias = RescaleResponse  # noqa: Y015
+
+@_typing.final
+class CropRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    FIRST_X_FIELD_NUMBER: _builtins.int
+    FIRST_Y_FIELD_NUMBER: _builtins.int
+    FIRST_Z_FIELD_NUMBER: _builtins.int
+    SIZE_X_FIELD_NUMBER: _builtins.int
+    SIZE_Y_FIELD_NUMBER: _builtins.int
+    SIZE_Z_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    first_x: _builtins.int
+    first_y: _builtins.int
+    first_z: _builtins.int
+    size_x: _builtins.int
+    size_y: _builtins.int
+    size_z: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        first_x: _builtins.int | None = ...,
+        first_y: _builtins.int | None = ...,
+        first_z: _builtins.int | None = ...,
+        size_x: _builtins.int | None = ...,
+        size_y: _builtins.int | None = ...,
+        size_z: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_x", b"_first_x", "_first_y", b"_first_y", "_first_z", b"_first_z", "_size_x", b"_size_x", "_size_y", b"_size_y", "_size_z", b"_size_z", "context", b"context", "first_x", b"first_x", "first_y", b"first_y", "first_z", b"first_z", "size_x", b"size_x", "size_y", b"size_y", "size_z", b"size_z"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_x", b"_first_x", "_first_y", b"_first_y", "_first_z", b"_first_z", "_size_x", b"_size_x", "_size_y", b"_size_y", "_size_z", b"_size_z", "context", b"context", "first_x", b"first_x", "first_y", b"first_y", "first_z", b"first_z", "size_x", b"size_x", "size_y", b"size_y", "size_z", b"size_z", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_x: _TypeAlias = _typing.Literal["first_x"]  # noqa: Y015
+    _WhichOneofArgType__first_x: _TypeAlias = _typing.Literal["_first_x", b"_first_x"]  # noqa: Y015
+    _WhichOneofReturnType__first_y: _TypeAlias = _typing.Literal["first_y"]  # noqa: Y015
+    _WhichOneofArgType__first_y: _TypeAlias = _typing.Literal["_first_y", b"_first_y"]  # noqa: Y015
+    _WhichOneofReturnType__first_z: _TypeAlias = _typing.Literal["first_z"]  # noqa: Y015
+    _WhichOneofArgType__first_z: _TypeAlias = _typing.Literal["_first_z", b"_first_z"]  # noqa: Y015
+    _WhichOneofReturnType__size_x: _TypeAlias = _typing.Literal["size_x"]  # noqa: Y015
+    _WhichOneofArgType__size_x: _TypeAlias = _typing.Literal["_size_x", b"_size_x"]  # noqa: Y015
+    _WhichOneofReturnType__size_y: _TypeAlias = _typing.Literal["size_y"]  # noqa: Y015
+    _WhichOneofArgType__size_y: _TypeAlias = _typing.Literal["_size_y", b"_size_y"]  # noqa: Y015
+    _WhichOneofReturnType__size_z: _TypeAlias = _typing.Literal["size_z"]  # noqa: Y015
+    _WhichOneofArgType__size_z: _TypeAlias = _typing.Literal["_size_z", b"_size_z"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_x) -> _WhichOneofReturnType__first_x | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_y) -> _WhichOneofReturnType__first_y | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_z) -> _WhichOneofReturnType__first_z | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_x) -> _WhichOneofReturnType__size_x | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_y) -> _WhichOneofReturnType__size_y | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_z) -> _WhichOneofReturnType__size_z | None: ...
+
+Global___CropRequest: _TypeAlias = CropRequest  # noqa: Y015
+
+@_typing.final
+class CropResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    SIZE_X_FIELD_NUMBER: _builtins.int
+    SIZE_Y_FIELD_NUMBER: _builtins.int
+    SIZE_Z_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    size_x: _builtins.int
+    size_y: _builtins.int
+    size_z: _builtins.int
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+        size_x: _builtins.int = ...,
+        size_y: _builtins.int = ...,
+        size_z: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_x", b"size_x", "size_y", b"size_y", "size_z", b"size_z", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CropResult: _TypeAlias = CropResult  # noqa: Y015
+
+@_typing.final
+class CropResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___CropResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___CropResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CropResponse: _TypeAlias = CropResponse  # noqa: Y015
+
+@_typing.final
+class RotateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    QX_FIELD_NUMBER: _builtins.int
+    QY_FIELD_NUMBER: _builtins.int
+    QZ_FIELD_NUMBER: _builtins.int
+    QW_FIELD_NUMBER: _builtins.int
+    ANGLE_DEGREES_FIELD_NUMBER: _builtins.int
+    AXIS_X_FIELD_NUMBER: _builtins.int
+    AXIS_Y_FIELD_NUMBER: _builtins.int
+    AXIS_Z_FIELD_NUMBER: _builtins.int
+    SPLINE_ORDER_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    qx: _builtins.float
+    qy: _builtins.float
+    qz: _builtins.float
+    qw: _builtins.float
+    angle_degrees: _builtins.float
+    axis_x: _builtins.float
+    axis_y: _builtins.float
+    axis_z: _builtins.float
+    spline_order: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        qx: _builtins.float | None = ...,
+        qy: _builtins.float | None = ...,
+        qz: _builtins.float | None = ...,
+        qw: _builtins.float | None = ...,
+        angle_degrees: _builtins.float | None = ...,
+        axis_x: _builtins.float | None = ...,
+        axis_y: _builtins.float | None = ...,
+        axis_z: _builtins.float | None = ...,
+        spline_order: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees", "_axis_x", b"_axis_x", "_axis_y", b"_axis_y", "_axis_z", b"_axis_z", "_qw", b"_qw", "_qx", b"_qx", "_qy", b"_qy", "_qz", b"_qz", "_spline_order", b"_spline_order", "angle_degrees", b"angle_degrees", "axis_x", b"axis_x", "axis_y", b"axis_y", "axis_z", b"axis_z", "context", b"context", "qw", b"qw", "qx", b"qx", "qy", b"qy", "qz", b"qz", "spline_order", b"spline_order"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees", "_axis_x", b"_axis_x", "_axis_y", b"_axis_y", "_axis_z", b"_axis_z", "_qw", b"_qw", "_qx", b"_qx", "_qy", b"_qy", "_qz", b"_qz", "_spline_order", b"_spline_order", "angle_degrees", b"angle_degrees", "axis_x", b"axis_x", "axis_y", b"axis_y", "axis_z", b"axis_z", "context", b"context", "qw", b"qw", "qx", b"qx", "qy", b"qy", "qz", b"qz", "spline_order", b"spline_order", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__angle_degrees: _TypeAlias = _typing.Literal["angle_degrees"]  # noqa: Y015
+    _WhichOneofArgType__angle_degrees: _TypeAlias = _typing.Literal["_angle_degrees", b"_angle_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__axis_x: _TypeAlias = _typing.Literal["axis_x"]  # noqa: Y015
+    _WhichOneofArgType__axis_x: _TypeAlias = _typing.Literal["_axis_x", b"_axis_x"]  # noqa: Y015
+    _WhichOneofReturnType__axis_y: _TypeAlias = _typing.Literal["axis_y"]  # noqa: Y015
+    _WhichOneofArgType__axis_y: _TypeAlias = _typing.Literal["_axis_y", b"_axis_y"]  # noqa: Y015
+    _WhichOneofReturnType__axis_z: _TypeAlias = _typing.Literal["axis_z"]  # noqa: Y015
+    _WhichOneofArgType__axis_z: _TypeAlias = _typing.Literal["_axis_z", b"_axis_z"]  # noqa: Y015
+    _WhichOneofReturnType__qw: _TypeAlias = _typing.Literal["qw"]  # noqa: Y015
+    _WhichOneofArgType__qw: _TypeAlias = _typing.Literal["_qw", b"_qw"]  # noqa: Y015
+    _WhichOneofReturnType__qx: _TypeAlias = _typing.Literal["qx"]  # noqa: Y015
+    _WhichOneofArgType__qx: _TypeAlias = _typing.Literal["_qx", b"_qx"]  # noqa: Y015
+    _WhichOneofReturnType__qy: _TypeAlias = _typing.Literal["qy"]  # noqa: Y015
+    _WhichOneofArgType__qy: _TypeAlias = _typing.Literal["_qy", b"_qy"]  # noqa: Y015
+    _WhichOneofReturnType__qz: _TypeAlias = _typing.Literal["qz"]  # noqa: Y015
+    _WhichOneofArgType__qz: _TypeAlias = _typing.Literal["_qz", b"_qz"]  # noqa: Y015
+    _WhichOneofReturnType__spline_order: _TypeAlias = _typing.Literal["spline_order"]  # noqa: Y015
+    _WhichOneofArgType__spline_order: _TypeAlias = _typing.Literal["_spline_order", b"_spline_order"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__angle_degrees) -> _WhichOneofReturnType__angle_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__axis_x) -> _WhichOneofReturnType__axis_x | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__axis_y) -> _WhichOneofReturnType__axis_y | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__axis_z) -> _WhichOneofReturnType__axis_z | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qw) -> _WhichOneofReturnType__qw | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qx) -> _WhichOneofReturnType__qx | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qy) -> _WhichOneofReturnType__qy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qz) -> _WhichOneofReturnType__qz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spline_order) -> _WhichOneofReturnType__spline_order | None: ...
+
+Global___RotateRequest: _TypeAlias = RotateRequest  # noqa: Y015
+
+@_typing.final
+class RotateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    TILT_RANGE_KNOWN_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    tilt_range_known: _builtins.bool
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+        tilt_range_known: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tilt_range_known", b"tilt_range_known", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateResult: _TypeAlias = RotateResult  # noqa: Y015
+
+@_typing.final
+class RotateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___RotateResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___RotateResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___RotateResponse: _TypeAlias = RotateResponse  # noqa: Y015
+
+@_typing.final
+class AdjustContrastRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    INVERT_FIELD_NUMBER: _builtins.int
+    STANDARDISE_FIELD_NUMBER: _builtins.int
+    REFERENCE_URI_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    invert: _builtins.bool
+    standardise: _builtins.bool
+    reference_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        invert: _builtins.bool | None = ...,
+        standardise: _builtins.bool | None = ...,
+        reference_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_invert", b"_invert", "_standardise", b"_standardise", "context", b"context", "invert", b"invert", "standardise", b"standardise"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_invert", b"_invert", "_standardise", b"_standardise", "context", b"context", "invert", b"invert", "reference_uri", b"reference_uri", "standardise", b"standardise", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__invert: _TypeAlias = _typing.Literal["invert"]  # noqa: Y015
+    _WhichOneofArgType__invert: _TypeAlias = _typing.Literal["_invert", b"_invert"]  # noqa: Y015
+    _WhichOneofReturnType__standardise: _TypeAlias = _typing.Literal["standardise"]  # noqa: Y015
+    _WhichOneofArgType__standardise: _TypeAlias = _typing.Literal["_standardise", b"_standardise"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__invert) -> _WhichOneofReturnType__invert | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__standardise) -> _WhichOneofReturnType__standardise | None: ...
+
+Global___AdjustContrastRequest: _TypeAlias = AdjustContrastRequest  # noqa: Y015
+
+@_typing.final
+class AdjustContrastResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    contrast: _common_pb2.Contrast.ValueType
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+        contrast: _common_pb2.Contrast.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contrast", b"contrast", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdjustContrastResult: _TypeAlias = AdjustContrastResult  # noqa: Y015
+
+@_typing.final
+class AdjustContrastResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___AdjustContrastResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___AdjustContrastResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___AdjustContrastResponse: _TypeAlias = AdjustContrastResponse  # noqa: Y015
+
+@_typing.final
+class EstimateTomogramSnrRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    EVEN_URI_FIELD_NUMBER: _builtins.int
+    ODD_URI_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_URI_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    even_uri: _builtins.str
+    odd_uri: _builtins.str
+    left_out_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        even_uri: _builtins.str = ...,
+        odd_uri: _builtins.str = ...,
+        left_out_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "even_uri", b"even_uri", "left_out_uri", b"left_out_uri", "odd_uri", b"odd_uri", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateTomogramSnrRequest: _TypeAlias = EstimateTomogramSnrRequest  # noqa: Y015
+
+@_typing.final
+class EstimateTomogramSnrResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNR_FIELD_NUMBER: _builtins.int
+    SNR_ERROR_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    SNR_OF_HALF_FIELD_NUMBER: _builtins.int
+    CORRELATION_FIELD_NUMBER: _builtins.int
+    RELIABLE_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    snr: _builtins.float
+    snr_error: _builtins.float
+    method: Global___SnrMethod.ValueType
+    snr_of_half: _builtins.float
+    correlation: _builtins.float
+    reliable: _builtins.bool
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        snr: _builtins.float = ...,
+        snr_error: _builtins.float = ...,
+        method: Global___SnrMethod.ValueType = ...,
+        snr_of_half: _builtins.float | None = ...,
+        correlation: _builtins.float | None = ...,
+        reliable: _builtins.bool = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_correlation", b"_correlation", "_snr_of_half", b"_snr_of_half", "correlation", b"correlation", "snr_of_half", b"snr_of_half"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_correlation", b"_correlation", "_snr_of_half", b"_snr_of_half", "correlation", b"correlation", "method", b"method", "metrics_uri", b"metrics_uri", "reliable", b"reliable", "snr", b"snr", "snr_error", b"snr_error", "snr_of_half", b"snr_of_half"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__correlation: _TypeAlias = _typing.Literal["correlation"]  # noqa: Y015
+    _WhichOneofArgType__correlation: _TypeAlias = _typing.Literal["_correlation", b"_correlation"]  # noqa: Y015
+    _WhichOneofReturnType__snr_of_half: _TypeAlias = _typing.Literal["snr_of_half"]  # noqa: Y015
+    _WhichOneofArgType__snr_of_half: _TypeAlias = _typing.Literal["_snr_of_half", b"_snr_of_half"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__correlation) -> _WhichOneofReturnType__correlation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snr_of_half) -> _WhichOneofReturnType__snr_of_half | None: ...
+
+Global___EstimateTomogramSnrResult: _TypeAlias = EstimateTomogramSnrResult  # noqa: Y015
+
+@_typing.final
+class EstimateTomogramSnrResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___EstimateTomogramSnrResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___EstimateTomogramSnrResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EstimateTomogramSnrResponse: _TypeAlias = EstimateTomogramSnrResponse  # noqa: Y015
+
+@_typing.final
+class EstimateWedgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    TILT_STEP_DEGREES_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    tilt_step_degrees: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        tilt_step_degrees: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tilt_step_degrees", b"_tilt_step_degrees", "context", b"context", "tilt_step_degrees", b"tilt_step_degrees"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tilt_step_degrees", b"_tilt_step_degrees", "context", b"context", "tilt_step_degrees", b"tilt_step_degrees", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tilt_step_degrees: _TypeAlias = _typing.Literal["tilt_step_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_step_degrees: _TypeAlias = _typing.Literal["_tilt_step_degrees", b"_tilt_step_degrees"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_step_degrees) -> _WhichOneofReturnType__tilt_step_degrees | None: ...
+
+Global___EstimateWedgeRequest: _TypeAlias = EstimateWedgeRequest  # noqa: Y015
+
+@_typing.final
+class EstimateWedgeResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    TILT_MIN_DEGREES_FIELD_NUMBER: _builtins.int
+    TILT_MAX_DEGREES_FIELD_NUMBER: _builtins.int
+    TILT_MIN_ERROR_DEGREES_FIELD_NUMBER: _builtins.int
+    TILT_MAX_ERROR_DEGREES_FIELD_NUMBER: _builtins.int
+    TILT_AXIS_DEGREES_FIELD_NUMBER: _builtins.int
+    TILT_AXIS_ERROR_DEGREES_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    AS_STATED_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    found: _builtins.bool
+    tilt_min_degrees: _builtins.float
+    tilt_max_degrees: _builtins.float
+    tilt_min_error_degrees: _builtins.float
+    tilt_max_error_degrees: _builtins.float
+    tilt_axis_degrees: _builtins.float
+    tilt_axis_error_degrees: _builtins.float
+    depth: _builtins.float
+    as_stated: _builtins.bool
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        found: _builtins.bool = ...,
+        tilt_min_degrees: _builtins.float | None = ...,
+        tilt_max_degrees: _builtins.float | None = ...,
+        tilt_min_error_degrees: _builtins.float | None = ...,
+        tilt_max_error_degrees: _builtins.float | None = ...,
+        tilt_axis_degrees: _builtins.float | None = ...,
+        tilt_axis_error_degrees: _builtins.float | None = ...,
+        depth: _builtins.float = ...,
+        as_stated: _builtins.bool | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated", "_tilt_axis_degrees", b"_tilt_axis_degrees", "_tilt_axis_error_degrees", b"_tilt_axis_error_degrees", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_max_error_degrees", b"_tilt_max_error_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_tilt_min_error_degrees", b"_tilt_min_error_degrees", "as_stated", b"as_stated", "tilt_axis_degrees", b"tilt_axis_degrees", "tilt_axis_error_degrees", b"tilt_axis_error_degrees", "tilt_max_degrees", b"tilt_max_degrees", "tilt_max_error_degrees", b"tilt_max_error_degrees", "tilt_min_degrees", b"tilt_min_degrees", "tilt_min_error_degrees", b"tilt_min_error_degrees"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated", "_tilt_axis_degrees", b"_tilt_axis_degrees", "_tilt_axis_error_degrees", b"_tilt_axis_error_degrees", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_max_error_degrees", b"_tilt_max_error_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_tilt_min_error_degrees", b"_tilt_min_error_degrees", "as_stated", b"as_stated", "depth", b"depth", "found", b"found", "metrics_uri", b"metrics_uri", "tilt_axis_degrees", b"tilt_axis_degrees", "tilt_axis_error_degrees", b"tilt_axis_error_degrees", "tilt_max_degrees", b"tilt_max_degrees", "tilt_max_error_degrees", b"tilt_max_error_degrees", "tilt_min_degrees", b"tilt_min_degrees", "tilt_min_error_degrees", b"tilt_min_error_degrees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__as_stated: _TypeAlias = _typing.Literal["as_stated"]  # noqa: Y015
+    _WhichOneofArgType__as_stated: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_axis_degrees: _TypeAlias = _typing.Literal["tilt_axis_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_axis_degrees: _TypeAlias = _typing.Literal["_tilt_axis_degrees", b"_tilt_axis_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_axis_error_degrees: _TypeAlias = _typing.Literal["tilt_axis_error_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_axis_error_degrees: _TypeAlias = _typing.Literal["_tilt_axis_error_degrees", b"_tilt_axis_error_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_max_degrees: _TypeAlias = _typing.Literal["tilt_max_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_max_degrees: _TypeAlias = _typing.Literal["_tilt_max_degrees", b"_tilt_max_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_max_error_degrees: _TypeAlias = _typing.Literal["tilt_max_error_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_max_error_degrees: _TypeAlias = _typing.Literal["_tilt_max_error_degrees", b"_tilt_max_error_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_min_degrees: _TypeAlias = _typing.Literal["tilt_min_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_min_degrees: _TypeAlias = _typing.Literal["_tilt_min_degrees", b"_tilt_min_degrees"]  # noqa: Y015
+    _WhichOneofReturnType__tilt_min_error_degrees: _TypeAlias = _typing.Literal["tilt_min_error_degrees"]  # noqa: Y015
+    _WhichOneofArgType__tilt_min_error_degrees: _TypeAlias = _typing.Literal["_tilt_min_error_degrees", b"_tilt_min_error_degrees"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__as_stated) -> _WhichOneofReturnType__as_stated | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_axis_degrees) -> _WhichOneofReturnType__tilt_axis_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_axis_error_degrees) -> _WhichOneofReturnType__tilt_axis_error_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_max_degrees) -> _WhichOneofReturnType__tilt_max_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_max_error_degrees) -> _WhichOneofReturnType__tilt_max_error_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_min_degrees) -> _WhichOneofReturnType__tilt_min_degrees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_min_error_degrees) -> _WhichOneofReturnType__tilt_min_error_degrees | None: ...
+
+Global___EstimateWedgeResult: _TypeAlias = EstimateWedgeResult  # noqa: Y015
+
+@_typing.final
+class EstimateWedgeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___EstimateWedgeResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___EstimateWedgeResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EstimateWedgeResponse: _TypeAlias = EstimateWedgeResponse  # noqa: Y015
+
+@_typing.final
+class FindSlabRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    PATCH_ANGSTROM_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    patch_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        patch_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_patch_angstrom", b"_patch_angstrom", "context", b"context", "patch_angstrom", b"patch_angstrom"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_patch_angstrom", b"_patch_angstrom", "context", b"context", "patch_angstrom", b"patch_angstrom", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__patch_angstrom: _TypeAlias = _typing.Literal["patch_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__patch_angstrom: _TypeAlias = _typing.Literal["_patch_angstrom", b"_patch_angstrom"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patch_angstrom) -> _WhichOneofReturnType__patch_angstrom | None: ...
+
+Global___FindSlabRequest: _TypeAlias = FindSlabRequest  # noqa: Y015
+
+@_typing.final
+class FindSlabResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    THICKNESS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    THICKNESS_ERROR_ANGSTROM_FIELD_NUMBER: _builtins.int
+    BOTTOM_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    COLUMNS_USED_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    found: _builtins.bool
+    thickness_angstrom: _builtins.float
+    thickness_error_angstrom: _builtins.float
+    contrast: _builtins.float
+    columns_used: _builtins.float
+    metrics_uri: _builtins.str
+    mask_uri: _builtins.str
+    @_builtins.property
+    def bottom(self) -> Global___Plane: ...
+    @_builtins.property
+    def top(self) -> Global___Plane: ...
+    def __init__(
+        self,
+        *,
+        found: _builtins.bool = ...,
+        thickness_angstrom: _builtins.float | None = ...,
+        thickness_error_angstrom: _builtins.float | None = ...,
+        bottom: Global___Plane | None = ...,
+        top: Global___Plane | None = ...,
+        contrast: _builtins.float = ...,
+        columns_used: _builtins.float = ...,
+        metrics_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom", b"_bottom", "_thickness_angstrom", b"_thickness_angstrom", "_thickness_error_angstrom", b"_thickness_error_angstrom", "_top", b"_top", "bottom", b"bottom", "thickness_angstrom", b"thickness_angstrom", "thickness_error_angstrom", b"thickness_error_angstrom", "top", b"top"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom", b"_bottom", "_thickness_angstrom", b"_thickness_angstrom", "_thickness_error_angstrom", b"_thickness_error_angstrom", "_top", b"_top", "bottom", b"bottom", "columns_used", b"columns_used", "contrast", b"contrast", "found", b"found", "mask_uri", b"mask_uri", "metrics_uri", b"metrics_uri", "thickness_angstrom", b"thickness_angstrom", "thickness_error_angstrom", b"thickness_error_angstrom", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bottom: _TypeAlias = _typing.Literal["bottom"]  # noqa: Y015
+    _WhichOneofArgType__bottom: _TypeAlias = _typing.Literal["_bottom", b"_bottom"]  # noqa: Y015
+    _WhichOneofReturnType__thickness_angstrom: _TypeAlias = _typing.Literal["thickness_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__thickness_angstrom: _TypeAlias = _typing.Literal["_thickness_angstrom", b"_thickness_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__thickness_error_angstrom: _TypeAlias = _typing.Literal["thickness_error_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__thickness_error_angstrom: _TypeAlias = _typing.Literal["_thickness_error_angstrom", b"_thickness_error_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__top: _TypeAlias = _typing.Literal["top"]  # noqa: Y015
+    _WhichOneofArgType__top: _TypeAlias = _typing.Literal["_top", b"_top"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bottom) -> _WhichOneofReturnType__bottom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__thickness_angstrom) -> _WhichOneofReturnType__thickness_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__thickness_error_angstrom) -> _WhichOneofReturnType__thickness_error_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top) -> _WhichOneofReturnType__top | None: ...
+
+Global___FindSlabResult: _TypeAlias = FindSlabResult  # noqa: Y015
+
+@_typing.final
+class Plane(_message.Message):
+    """z = z_at_centre + slope_x (x - centre) + slope_y (y - centre), in voxels; the centre is voxel n / 2."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    Z_AT_CENTRE_VOXELS_FIELD_NUMBER: _builtins.int
+    SLOPE_X_FIELD_NUMBER: _builtins.int
+    SLOPE_Y_FIELD_NUMBER: _builtins.int
+    z_at_centre_voxels: _builtins.float
+    slope_x: _builtins.float
+    slope_y: _builtins.float
+    def __init__(
+        self,
+        *,
+        z_at_centre_voxels: _builtins.float = ...,
+        slope_x: _builtins.float = ...,
+        slope_y: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slope_x", b"slope_x", "slope_y", b"slope_y", "z_at_centre_voxels", b"z_at_centre_voxels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plane: _TypeAlias = Plane  # noqa: Y015
+
+@_typing.final
+class FindSlabResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FindSlabResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FindSlabResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindSlabResponse: _TypeAlias = FindSlabResponse  # noqa: Y015
+
+@_typing.final
+class FindGoldRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    MARGIN_ANGSTROM_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    diameter_angstrom: _builtins.float
+    threshold: _builtins.float
+    margin_angstrom: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        diameter_angstrom: _builtins.float | None = ...,
+        threshold: _builtins.float | None = ...,
+        margin_angstrom: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diameter_angstrom", b"_diameter_angstrom", "_margin_angstrom", b"_margin_angstrom", "_threshold", b"_threshold", "context", b"context", "diameter_angstrom", b"diameter_angstrom", "margin_angstrom", b"margin_angstrom", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diameter_angstrom", b"_diameter_angstrom", "_margin_angstrom", b"_margin_angstrom", "_threshold", b"_threshold", "context", b"context", "diameter_angstrom", b"diameter_angstrom", "margin_angstrom", b"margin_angstrom", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__diameter_angstrom: _TypeAlias = _typing.Literal["diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__diameter_angstrom: _TypeAlias = _typing.Literal["_diameter_angstrom", b"_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__margin_angstrom: _TypeAlias = _typing.Literal["margin_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__margin_angstrom: _TypeAlias = _typing.Literal["_margin_angstrom", b"_margin_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__diameter_angstrom) -> _WhichOneofReturnType__diameter_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__margin_angstrom) -> _WhichOneofReturnType__margin_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___FindGoldRequest: _TypeAlias = FindGoldRequest  # noqa: Y015
+
+@_typing.final
+class FindGoldResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    MASK_URI_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    mask_uri: _builtins.str
+    count: _builtins.int
+    margin: _builtins.float
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        mask_uri: _builtins.str = ...,
+        count: _builtins.int = ...,
+        margin: _builtins.float = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "margin", b"margin", "mask_uri", b"mask_uri", "metrics_uri", b"metrics_uri", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindGoldResult: _TypeAlias = FindGoldResult  # noqa: Y015
+
+@_typing.final
+class FindGoldResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___FindGoldResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___FindGoldResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindGoldResponse: _TypeAlias = FindGoldResponse  # noqa: Y015
+
+@_typing.final
+class EstimateContrastRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    tomogram_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateContrastRequest: _TypeAlias = EstimateContrastRequest  # noqa: Y015
+
+@_typing.final
+class EstimateContrastResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    SKEWNESS_FIELD_NUMBER: _builtins.int
+    SKEWNESS_ERROR_FIELD_NUMBER: _builtins.int
+    RELIABLE_FIELD_NUMBER: _builtins.int
+    AS_STATED_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    contrast: _common_pb2.Contrast.ValueType
+    skewness: _builtins.float
+    skewness_error: _builtins.float
+    reliable: _builtins.bool
+    as_stated: _builtins.bool
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        contrast: _common_pb2.Contrast.ValueType = ...,
+        skewness: _builtins.float = ...,
+        skewness_error: _builtins.float = ...,
+        reliable: _builtins.bool = ...,
+        as_stated: _builtins.bool | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated", "as_stated", b"as_stated"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated", "as_stated", b"as_stated", "contrast", b"contrast", "metrics_uri", b"metrics_uri", "reliable", b"reliable", "skewness", b"skewness", "skewness_error", b"skewness_error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__as_stated: _TypeAlias = _typing.Literal["as_stated"]  # noqa: Y015
+    _WhichOneofArgType__as_stated: _TypeAlias = _typing.Literal["_as_stated", b"_as_stated"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__as_stated) -> _WhichOneofReturnType__as_stated | None: ...
+
+Global___EstimateContrastResult: _TypeAlias = EstimateContrastResult  # noqa: Y015
+
+@_typing.final
+class EstimateContrastResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___EstimateContrastResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___EstimateContrastResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EstimateContrastResponse: _TypeAlias = EstimateContrastResponse  # noqa: Y015
 
 @_typing.final
 class ExportRequest(_message.Message):
@@ -557,6 +1845,797 @@ class ReportResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class DrawSlicesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    AXIS_FIELD_NUMBER: _builtins.int
+    POSITIONS_VOXELS_FIELD_NUMBER: _builtins.int
+    THICKNESS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    BLACK_PERCENTILE_FIELD_NUMBER: _builtins.int
+    WHITE_PERCENTILE_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    PROTEIN_BRIGHT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    LABEL_NAMES_FIELD_NUMBER: _builtins.int
+    MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    PLAIN_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    axis: Global___Axis.ValueType
+    thickness_angstrom: _builtins.float
+    black_percentile: _builtins.float
+    white_percentile: _builtins.float
+    black_value: _builtins.float
+    white_value: _builtins.float
+    protein_bright: _builtins.bool
+    particles_uri: _builtins.str
+    particle_diameter_angstrom: _builtins.float
+    labels_uri: _builtins.str
+    max_side_pixels: _builtins.int
+    plain: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def positions_voxels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def label_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        axis: Global___Axis.ValueType | None = ...,
+        positions_voxels: _abc.Iterable[_builtins.int] | None = ...,
+        thickness_angstrom: _builtins.float | None = ...,
+        black_percentile: _builtins.float | None = ...,
+        white_percentile: _builtins.float | None = ...,
+        black_value: _builtins.float | None = ...,
+        white_value: _builtins.float | None = ...,
+        protein_bright: _builtins.bool | None = ...,
+        particles_uri: _builtins.str = ...,
+        particle_diameter_angstrom: _builtins.float | None = ...,
+        labels_uri: _builtins.str = ...,
+        label_names: _abc.Iterable[_builtins.str] | None = ...,
+        max_side_pixels: _builtins.int | None = ...,
+        plain: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_axis", b"_axis", "_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_max_side_pixels", b"_max_side_pixels", "_particle_diameter_angstrom", b"_particle_diameter_angstrom", "_plain", b"_plain", "_protein_bright", b"_protein_bright", "_thickness_angstrom", b"_thickness_angstrom", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "axis", b"axis", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "max_side_pixels", b"max_side_pixels", "particle_diameter_angstrom", b"particle_diameter_angstrom", "plain", b"plain", "protein_bright", b"protein_bright", "thickness_angstrom", b"thickness_angstrom", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_axis", b"_axis", "_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_max_side_pixels", b"_max_side_pixels", "_particle_diameter_angstrom", b"_particle_diameter_angstrom", "_plain", b"_plain", "_protein_bright", b"_protein_bright", "_thickness_angstrom", b"_thickness_angstrom", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "axis", b"axis", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "label_names", b"label_names", "labels_uri", b"labels_uri", "max_side_pixels", b"max_side_pixels", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "plain", b"plain", "positions_voxels", b"positions_voxels", "protein_bright", b"protein_bright", "thickness_angstrom", b"thickness_angstrom", "volume_uri", b"volume_uri", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__axis: _TypeAlias = _typing.Literal["axis"]  # noqa: Y015
+    _WhichOneofArgType__axis: _TypeAlias = _typing.Literal["_axis", b"_axis"]  # noqa: Y015
+    _WhichOneofReturnType__black_percentile: _TypeAlias = _typing.Literal["black_percentile"]  # noqa: Y015
+    _WhichOneofArgType__black_percentile: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__black_value: _TypeAlias = _typing.Literal["black_value"]  # noqa: Y015
+    _WhichOneofArgType__black_value: _TypeAlias = _typing.Literal["_black_value", b"_black_value"]  # noqa: Y015
+    _WhichOneofReturnType__max_side_pixels: _TypeAlias = _typing.Literal["max_side_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_side_pixels: _TypeAlias = _typing.Literal["_max_side_pixels", b"_max_side_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__plain: _TypeAlias = _typing.Literal["plain"]  # noqa: Y015
+    _WhichOneofArgType__plain: _TypeAlias = _typing.Literal["_plain", b"_plain"]  # noqa: Y015
+    _WhichOneofReturnType__protein_bright: _TypeAlias = _typing.Literal["protein_bright"]  # noqa: Y015
+    _WhichOneofArgType__protein_bright: _TypeAlias = _typing.Literal["_protein_bright", b"_protein_bright"]  # noqa: Y015
+    _WhichOneofReturnType__thickness_angstrom: _TypeAlias = _typing.Literal["thickness_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__thickness_angstrom: _TypeAlias = _typing.Literal["_thickness_angstrom", b"_thickness_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__white_percentile: _TypeAlias = _typing.Literal["white_percentile"]  # noqa: Y015
+    _WhichOneofArgType__white_percentile: _TypeAlias = _typing.Literal["_white_percentile", b"_white_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__white_value: _TypeAlias = _typing.Literal["white_value"]  # noqa: Y015
+    _WhichOneofArgType__white_value: _TypeAlias = _typing.Literal["_white_value", b"_white_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__axis) -> _WhichOneofReturnType__axis | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_percentile) -> _WhichOneofReturnType__black_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_value) -> _WhichOneofReturnType__black_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_side_pixels) -> _WhichOneofReturnType__max_side_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__particle_diameter_angstrom) -> _WhichOneofReturnType__particle_diameter_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__plain) -> _WhichOneofReturnType__plain | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__protein_bright) -> _WhichOneofReturnType__protein_bright | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__thickness_angstrom) -> _WhichOneofReturnType__thickness_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_percentile) -> _WhichOneofReturnType__white_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_value) -> _WhichOneofReturnType__white_value | None: ...
+
+Global___DrawSlicesRequest: _TypeAlias = DrawSlicesRequest  # noqa: Y015
+
+@_typing.final
+class DrawSlicesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURE_URIS_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    CIRCLES_FIELD_NUMBER: _builtins.int
+    black_value: _builtins.float
+    white_value: _builtins.float
+    circles: _builtins.int
+    @_builtins.property
+    def picture_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        picture_uris: _abc.Iterable[_builtins.str] | None = ...,
+        black_value: _builtins.float = ...,
+        white_value: _builtins.float = ...,
+        circles: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["black_value", b"black_value", "circles", b"circles", "picture_uris", b"picture_uris", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawSlicesResult: _TypeAlias = DrawSlicesResult  # noqa: Y015
+
+@_typing.final
+class DrawSlicesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DrawSlicesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DrawSlicesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DrawSlicesResponse: _TypeAlias = DrawSlicesResponse  # noqa: Y015
+
+@_typing.final
+class DrawMovieRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    AXIS_FIELD_NUMBER: _builtins.int
+    FIRST_VOXEL_FIELD_NUMBER: _builtins.int
+    LAST_VOXEL_FIELD_NUMBER: _builtins.int
+    THICKNESS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_FRAMES_FIELD_NUMBER: _builtins.int
+    FRAMES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BLACK_PERCENTILE_FIELD_NUMBER: _builtins.int
+    WHITE_PERCENTILE_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    PROTEIN_BRIGHT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    PLAIN_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    axis: Global___Axis.ValueType
+    first_voxel: _builtins.int
+    last_voxel: _builtins.int
+    thickness_angstrom: _builtins.float
+    max_frames: _builtins.int
+    frames_per_second: _builtins.float
+    black_percentile: _builtins.float
+    white_percentile: _builtins.float
+    black_value: _builtins.float
+    white_value: _builtins.float
+    protein_bright: _builtins.bool
+    particles_uri: _builtins.str
+    particle_diameter_angstrom: _builtins.float
+    max_side_pixels: _builtins.int
+    quality: _builtins.int
+    plain: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        axis: Global___Axis.ValueType | None = ...,
+        first_voxel: _builtins.int | None = ...,
+        last_voxel: _builtins.int | None = ...,
+        thickness_angstrom: _builtins.float | None = ...,
+        max_frames: _builtins.int | None = ...,
+        frames_per_second: _builtins.float | None = ...,
+        black_percentile: _builtins.float | None = ...,
+        white_percentile: _builtins.float | None = ...,
+        black_value: _builtins.float | None = ...,
+        white_value: _builtins.float | None = ...,
+        protein_bright: _builtins.bool | None = ...,
+        particles_uri: _builtins.str = ...,
+        particle_diameter_angstrom: _builtins.float | None = ...,
+        max_side_pixels: _builtins.int | None = ...,
+        quality: _builtins.int | None = ...,
+        plain: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_axis", b"_axis", "_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_first_voxel", b"_first_voxel", "_frames_per_second", b"_frames_per_second", "_last_voxel", b"_last_voxel", "_max_frames", b"_max_frames", "_max_side_pixels", b"_max_side_pixels", "_particle_diameter_angstrom", b"_particle_diameter_angstrom", "_plain", b"_plain", "_protein_bright", b"_protein_bright", "_quality", b"_quality", "_thickness_angstrom", b"_thickness_angstrom", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "axis", b"axis", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "first_voxel", b"first_voxel", "frames_per_second", b"frames_per_second", "last_voxel", b"last_voxel", "max_frames", b"max_frames", "max_side_pixels", b"max_side_pixels", "particle_diameter_angstrom", b"particle_diameter_angstrom", "plain", b"plain", "protein_bright", b"protein_bright", "quality", b"quality", "thickness_angstrom", b"thickness_angstrom", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_axis", b"_axis", "_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_first_voxel", b"_first_voxel", "_frames_per_second", b"_frames_per_second", "_last_voxel", b"_last_voxel", "_max_frames", b"_max_frames", "_max_side_pixels", b"_max_side_pixels", "_particle_diameter_angstrom", b"_particle_diameter_angstrom", "_plain", b"_plain", "_protein_bright", b"_protein_bright", "_quality", b"_quality", "_thickness_angstrom", b"_thickness_angstrom", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "axis", b"axis", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "first_voxel", b"first_voxel", "frames_per_second", b"frames_per_second", "last_voxel", b"last_voxel", "max_frames", b"max_frames", "max_side_pixels", b"max_side_pixels", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "plain", b"plain", "protein_bright", b"protein_bright", "quality", b"quality", "thickness_angstrom", b"thickness_angstrom", "volume_uri", b"volume_uri", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__axis: _TypeAlias = _typing.Literal["axis"]  # noqa: Y015
+    _WhichOneofArgType__axis: _TypeAlias = _typing.Literal["_axis", b"_axis"]  # noqa: Y015
+    _WhichOneofReturnType__black_percentile: _TypeAlias = _typing.Literal["black_percentile"]  # noqa: Y015
+    _WhichOneofArgType__black_percentile: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__black_value: _TypeAlias = _typing.Literal["black_value"]  # noqa: Y015
+    _WhichOneofArgType__black_value: _TypeAlias = _typing.Literal["_black_value", b"_black_value"]  # noqa: Y015
+    _WhichOneofReturnType__first_voxel: _TypeAlias = _typing.Literal["first_voxel"]  # noqa: Y015
+    _WhichOneofArgType__first_voxel: _TypeAlias = _typing.Literal["_first_voxel", b"_first_voxel"]  # noqa: Y015
+    _WhichOneofReturnType__frames_per_second: _TypeAlias = _typing.Literal["frames_per_second"]  # noqa: Y015
+    _WhichOneofArgType__frames_per_second: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__last_voxel: _TypeAlias = _typing.Literal["last_voxel"]  # noqa: Y015
+    _WhichOneofArgType__last_voxel: _TypeAlias = _typing.Literal["_last_voxel", b"_last_voxel"]  # noqa: Y015
+    _WhichOneofReturnType__max_frames: _TypeAlias = _typing.Literal["max_frames"]  # noqa: Y015
+    _WhichOneofArgType__max_frames: _TypeAlias = _typing.Literal["_max_frames", b"_max_frames"]  # noqa: Y015
+    _WhichOneofReturnType__max_side_pixels: _TypeAlias = _typing.Literal["max_side_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_side_pixels: _TypeAlias = _typing.Literal["_max_side_pixels", b"_max_side_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__plain: _TypeAlias = _typing.Literal["plain"]  # noqa: Y015
+    _WhichOneofArgType__plain: _TypeAlias = _typing.Literal["_plain", b"_plain"]  # noqa: Y015
+    _WhichOneofReturnType__protein_bright: _TypeAlias = _typing.Literal["protein_bright"]  # noqa: Y015
+    _WhichOneofArgType__protein_bright: _TypeAlias = _typing.Literal["_protein_bright", b"_protein_bright"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    _WhichOneofReturnType__thickness_angstrom: _TypeAlias = _typing.Literal["thickness_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__thickness_angstrom: _TypeAlias = _typing.Literal["_thickness_angstrom", b"_thickness_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__white_percentile: _TypeAlias = _typing.Literal["white_percentile"]  # noqa: Y015
+    _WhichOneofArgType__white_percentile: _TypeAlias = _typing.Literal["_white_percentile", b"_white_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__white_value: _TypeAlias = _typing.Literal["white_value"]  # noqa: Y015
+    _WhichOneofArgType__white_value: _TypeAlias = _typing.Literal["_white_value", b"_white_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__axis) -> _WhichOneofReturnType__axis | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_percentile) -> _WhichOneofReturnType__black_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_value) -> _WhichOneofReturnType__black_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_voxel) -> _WhichOneofReturnType__first_voxel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frames_per_second) -> _WhichOneofReturnType__frames_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_voxel) -> _WhichOneofReturnType__last_voxel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_frames) -> _WhichOneofReturnType__max_frames | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_side_pixels) -> _WhichOneofReturnType__max_side_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__particle_diameter_angstrom) -> _WhichOneofReturnType__particle_diameter_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__plain) -> _WhichOneofReturnType__plain | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__protein_bright) -> _WhichOneofReturnType__protein_bright | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__thickness_angstrom) -> _WhichOneofReturnType__thickness_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_percentile) -> _WhichOneofReturnType__white_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_value) -> _WhichOneofReturnType__white_value | None: ...
+
+Global___DrawMovieRequest: _TypeAlias = DrawMovieRequest  # noqa: Y015
+
+@_typing.final
+class DrawMovieResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVIE_URI_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    movie_uri: _builtins.str
+    frames: _builtins.int
+    black_value: _builtins.float
+    white_value: _builtins.float
+    def __init__(
+        self,
+        *,
+        movie_uri: _builtins.str = ...,
+        frames: _builtins.int = ...,
+        black_value: _builtins.float = ...,
+        white_value: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["black_value", b"black_value", "frames", b"frames", "movie_uri", b"movie_uri", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawMovieResult: _TypeAlias = DrawMovieResult  # noqa: Y015
+
+@_typing.final
+class DrawMovieResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DrawMovieResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DrawMovieResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DrawMovieResponse: _TypeAlias = DrawMovieResponse  # noqa: Y015
+
+@_typing.final
+class DrawParticlesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SUBTOMOGRAMS_URI_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
+    THICKNESS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    MAX_PARTICLES_FIELD_NUMBER: _builtins.int
+    BLACK_PERCENTILE_FIELD_NUMBER: _builtins.int
+    WHITE_PERCENTILE_FIELD_NUMBER: _builtins.int
+    OWN_LIMITS_FIELD_NUMBER: _builtins.int
+    PROTEIN_BRIGHT_FIELD_NUMBER: _builtins.int
+    TILE_PIXELS_FIELD_NUMBER: _builtins.int
+    subtomograms_uri: _builtins.str
+    particles_uri: _builtins.str
+    view: Global___ParticleView.ValueType
+    thickness_angstrom: _builtins.float
+    order: Global___ParticleOrder.ValueType
+    max_particles: _builtins.int
+    black_percentile: _builtins.float
+    white_percentile: _builtins.float
+    own_limits: _builtins.bool
+    protein_bright: _builtins.bool
+    tile_pixels: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        subtomograms_uri: _builtins.str = ...,
+        particles_uri: _builtins.str = ...,
+        view: Global___ParticleView.ValueType | None = ...,
+        thickness_angstrom: _builtins.float | None = ...,
+        order: Global___ParticleOrder.ValueType | None = ...,
+        max_particles: _builtins.int | None = ...,
+        black_percentile: _builtins.float | None = ...,
+        white_percentile: _builtins.float | None = ...,
+        own_limits: _builtins.bool | None = ...,
+        protein_bright: _builtins.bool | None = ...,
+        tile_pixels: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile", "_max_particles", b"_max_particles", "_order", b"_order", "_own_limits", b"_own_limits", "_protein_bright", b"_protein_bright", "_thickness_angstrom", b"_thickness_angstrom", "_tile_pixels", b"_tile_pixels", "_view", b"_view", "_white_percentile", b"_white_percentile", "black_percentile", b"black_percentile", "context", b"context", "max_particles", b"max_particles", "order", b"order", "own_limits", b"own_limits", "protein_bright", b"protein_bright", "thickness_angstrom", b"thickness_angstrom", "tile_pixels", b"tile_pixels", "view", b"view", "white_percentile", b"white_percentile"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile", "_max_particles", b"_max_particles", "_order", b"_order", "_own_limits", b"_own_limits", "_protein_bright", b"_protein_bright", "_thickness_angstrom", b"_thickness_angstrom", "_tile_pixels", b"_tile_pixels", "_view", b"_view", "_white_percentile", b"_white_percentile", "black_percentile", b"black_percentile", "context", b"context", "max_particles", b"max_particles", "order", b"order", "own_limits", b"own_limits", "particles_uri", b"particles_uri", "protein_bright", b"protein_bright", "subtomograms_uri", b"subtomograms_uri", "thickness_angstrom", b"thickness_angstrom", "tile_pixels", b"tile_pixels", "view", b"view", "white_percentile", b"white_percentile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__black_percentile: _TypeAlias = _typing.Literal["black_percentile"]  # noqa: Y015
+    _WhichOneofArgType__black_percentile: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__max_particles: _TypeAlias = _typing.Literal["max_particles"]  # noqa: Y015
+    _WhichOneofArgType__max_particles: _TypeAlias = _typing.Literal["_max_particles", b"_max_particles"]  # noqa: Y015
+    _WhichOneofReturnType__order: _TypeAlias = _typing.Literal["order"]  # noqa: Y015
+    _WhichOneofArgType__order: _TypeAlias = _typing.Literal["_order", b"_order"]  # noqa: Y015
+    _WhichOneofReturnType__own_limits: _TypeAlias = _typing.Literal["own_limits"]  # noqa: Y015
+    _WhichOneofArgType__own_limits: _TypeAlias = _typing.Literal["_own_limits", b"_own_limits"]  # noqa: Y015
+    _WhichOneofReturnType__protein_bright: _TypeAlias = _typing.Literal["protein_bright"]  # noqa: Y015
+    _WhichOneofArgType__protein_bright: _TypeAlias = _typing.Literal["_protein_bright", b"_protein_bright"]  # noqa: Y015
+    _WhichOneofReturnType__thickness_angstrom: _TypeAlias = _typing.Literal["thickness_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__thickness_angstrom: _TypeAlias = _typing.Literal["_thickness_angstrom", b"_thickness_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__tile_pixels: _TypeAlias = _typing.Literal["tile_pixels"]  # noqa: Y015
+    _WhichOneofArgType__tile_pixels: _TypeAlias = _typing.Literal["_tile_pixels", b"_tile_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__view: _TypeAlias = _typing.Literal["view"]  # noqa: Y015
+    _WhichOneofArgType__view: _TypeAlias = _typing.Literal["_view", b"_view"]  # noqa: Y015
+    _WhichOneofReturnType__white_percentile: _TypeAlias = _typing.Literal["white_percentile"]  # noqa: Y015
+    _WhichOneofArgType__white_percentile: _TypeAlias = _typing.Literal["_white_percentile", b"_white_percentile"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_percentile) -> _WhichOneofReturnType__black_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_particles) -> _WhichOneofReturnType__max_particles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__order) -> _WhichOneofReturnType__order | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__own_limits) -> _WhichOneofReturnType__own_limits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__protein_bright) -> _WhichOneofReturnType__protein_bright | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__thickness_angstrom) -> _WhichOneofReturnType__thickness_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_pixels) -> _WhichOneofReturnType__tile_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__view) -> _WhichOneofReturnType__view | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_percentile) -> _WhichOneofReturnType__white_percentile | None: ...
+
+Global___DrawParticlesRequest: _TypeAlias = DrawParticlesRequest  # noqa: Y015
+
+@_typing.final
+class DrawParticlesResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURE_URI_FIELD_NUMBER: _builtins.int
+    DRAWN_FIELD_NUMBER: _builtins.int
+    picture_uri: _builtins.str
+    drawn: _builtins.int
+    def __init__(
+        self,
+        *,
+        picture_uri: _builtins.str = ...,
+        drawn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drawn", b"drawn", "picture_uri", b"picture_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawParticlesResult: _TypeAlias = DrawParticlesResult  # noqa: Y015
+
+@_typing.final
+class DrawParticlesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DrawParticlesResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DrawParticlesResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DrawParticlesResponse: _TypeAlias = DrawParticlesResponse  # noqa: Y015
+
+@_typing.final
+class MakeMeshRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    MOLECULAR_WEIGHT_KDA_FIELD_NUMBER: _builtins.int
+    SMALLEST_PART_FIELD_NUMBER: _builtins.int
+    STEP_VOXELS_FIELD_NUMBER: _builtins.int
+    COLOUR_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    level: _builtins.float
+    threshold: _builtins.float
+    sigma: _builtins.float
+    molecular_weight_kda: _builtins.float
+    smallest_part: _builtins.float
+    step_voxels: _builtins.int
+    colour: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        level: _builtins.float | None = ...,
+        threshold: _builtins.float | None = ...,
+        sigma: _builtins.float | None = ...,
+        molecular_weight_kda: _builtins.float | None = ...,
+        smallest_part: _builtins.float | None = ...,
+        step_voxels: _builtins.int | None = ...,
+        colour: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_colour", b"_colour", "_level", b"_level", "_molecular_weight_kda", b"_molecular_weight_kda", "_sigma", b"_sigma", "_smallest_part", b"_smallest_part", "_step_voxels", b"_step_voxels", "_threshold", b"_threshold", "colour", b"colour", "context", b"context", "level", b"level", "molecular_weight_kda", b"molecular_weight_kda", "sigma", b"sigma", "smallest_part", b"smallest_part", "step_voxels", b"step_voxels", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_colour", b"_colour", "_level", b"_level", "_molecular_weight_kda", b"_molecular_weight_kda", "_sigma", b"_sigma", "_smallest_part", b"_smallest_part", "_step_voxels", b"_step_voxels", "_threshold", b"_threshold", "colour", b"colour", "context", b"context", "level", b"level", "molecular_weight_kda", b"molecular_weight_kda", "sigma", b"sigma", "smallest_part", b"smallest_part", "step_voxels", b"step_voxels", "threshold", b"threshold", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__colour: _TypeAlias = _typing.Literal["colour"]  # noqa: Y015
+    _WhichOneofArgType__colour: _TypeAlias = _typing.Literal["_colour", b"_colour"]  # noqa: Y015
+    _WhichOneofReturnType__level: _TypeAlias = _typing.Literal["level"]  # noqa: Y015
+    _WhichOneofArgType__level: _TypeAlias = _typing.Literal["_level", b"_level"]  # noqa: Y015
+    _WhichOneofReturnType__molecular_weight_kda: _TypeAlias = _typing.Literal["molecular_weight_kda"]  # noqa: Y015
+    _WhichOneofArgType__molecular_weight_kda: _TypeAlias = _typing.Literal["_molecular_weight_kda", b"_molecular_weight_kda"]  # noqa: Y015
+    _WhichOneofReturnType__sigma: _TypeAlias = _typing.Literal["sigma"]  # noqa: Y015
+    _WhichOneofArgType__sigma: _TypeAlias = _typing.Literal["_sigma", b"_sigma"]  # noqa: Y015
+    _WhichOneofReturnType__smallest_part: _TypeAlias = _typing.Literal["smallest_part"]  # noqa: Y015
+    _WhichOneofArgType__smallest_part: _TypeAlias = _typing.Literal["_smallest_part", b"_smallest_part"]  # noqa: Y015
+    _WhichOneofReturnType__step_voxels: _TypeAlias = _typing.Literal["step_voxels"]  # noqa: Y015
+    _WhichOneofArgType__step_voxels: _TypeAlias = _typing.Literal["_step_voxels", b"_step_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__colour) -> _WhichOneofReturnType__colour | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__level) -> _WhichOneofReturnType__level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__molecular_weight_kda) -> _WhichOneofReturnType__molecular_weight_kda | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sigma) -> _WhichOneofReturnType__sigma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smallest_part) -> _WhichOneofReturnType__smallest_part | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_voxels) -> _WhichOneofReturnType__step_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___MakeMeshRequest: _TypeAlias = MakeMeshRequest  # noqa: Y015
+
+@_typing.final
+class MakeMeshResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESH_URI_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    VOLUME_NM3_FIELD_NUMBER: _builtins.int
+    AREA_NM2_FIELD_NUMBER: _builtins.int
+    TRIANGLES_FIELD_NUMBER: _builtins.int
+    PARTS_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    mesh_uri: _builtins.str
+    threshold: _builtins.float
+    volume_nm3: _builtins.float
+    area_nm2: _builtins.float
+    triangles: _builtins.int
+    parts_left_out: _builtins.int
+    def __init__(
+        self,
+        *,
+        mesh_uri: _builtins.str = ...,
+        threshold: _builtins.float = ...,
+        volume_nm3: _builtins.float = ...,
+        area_nm2: _builtins.float = ...,
+        triangles: _builtins.int = ...,
+        parts_left_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area_nm2", b"area_nm2", "mesh_uri", b"mesh_uri", "parts_left_out", b"parts_left_out", "threshold", b"threshold", "triangles", b"triangles", "volume_nm3", b"volume_nm3"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MakeMeshResult: _TypeAlias = MakeMeshResult  # noqa: Y015
+
+@_typing.final
+class MakeMeshResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___MakeMeshResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___MakeMeshResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MakeMeshResponse: _TypeAlias = MakeMeshResponse  # noqa: Y015
+
+@_typing.final
+class MakeSceneRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    VOLUME_URIS_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    MOLECULAR_WEIGHTS_KDA_FIELD_NUMBER: _builtins.int
+    SMALLEST_PART_FIELD_NUMBER: _builtins.int
+    STEP_VOXELS_FIELD_NUMBER: _builtins.int
+    MAX_PARTICLES_FIELD_NUMBER: _builtins.int
+    POSES_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    tomogram_uri: _builtins.str
+    level: _builtins.float
+    sigma: _builtins.float
+    smallest_part: _builtins.float
+    step_voxels: _builtins.int
+    max_particles: _builtins.int
+    poses: _builtins.bool
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def volume_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def molecular_weights_kda(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        particles_uri: _builtins.str = ...,
+        volume_uris: _abc.Iterable[_builtins.str] | None = ...,
+        tomogram_uri: _builtins.str = ...,
+        level: _builtins.float | None = ...,
+        thresholds: _abc.Iterable[_builtins.float] | None = ...,
+        sigma: _builtins.float | None = ...,
+        molecular_weights_kda: _abc.Iterable[_builtins.float] | None = ...,
+        smallest_part: _builtins.float | None = ...,
+        step_voxels: _builtins.int | None = ...,
+        max_particles: _builtins.int | None = ...,
+        poses: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "_max_particles", b"_max_particles", "_poses", b"_poses", "_sigma", b"_sigma", "_smallest_part", b"_smallest_part", "_step_voxels", b"_step_voxels", "context", b"context", "level", b"level", "max_particles", b"max_particles", "poses", b"poses", "sigma", b"sigma", "smallest_part", b"smallest_part", "step_voxels", b"step_voxels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "_max_particles", b"_max_particles", "_poses", b"_poses", "_sigma", b"_sigma", "_smallest_part", b"_smallest_part", "_step_voxels", b"_step_voxels", "context", b"context", "level", b"level", "max_particles", b"max_particles", "molecular_weights_kda", b"molecular_weights_kda", "particles_uri", b"particles_uri", "poses", b"poses", "sigma", b"sigma", "smallest_part", b"smallest_part", "step_voxels", b"step_voxels", "thresholds", b"thresholds", "tomogram_uri", b"tomogram_uri", "volume_uris", b"volume_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__level: _TypeAlias = _typing.Literal["level"]  # noqa: Y015
+    _WhichOneofArgType__level: _TypeAlias = _typing.Literal["_level", b"_level"]  # noqa: Y015
+    _WhichOneofReturnType__max_particles: _TypeAlias = _typing.Literal["max_particles"]  # noqa: Y015
+    _WhichOneofArgType__max_particles: _TypeAlias = _typing.Literal["_max_particles", b"_max_particles"]  # noqa: Y015
+    _WhichOneofReturnType__poses: _TypeAlias = _typing.Literal["poses"]  # noqa: Y015
+    _WhichOneofArgType__poses: _TypeAlias = _typing.Literal["_poses", b"_poses"]  # noqa: Y015
+    _WhichOneofReturnType__sigma: _TypeAlias = _typing.Literal["sigma"]  # noqa: Y015
+    _WhichOneofArgType__sigma: _TypeAlias = _typing.Literal["_sigma", b"_sigma"]  # noqa: Y015
+    _WhichOneofReturnType__smallest_part: _TypeAlias = _typing.Literal["smallest_part"]  # noqa: Y015
+    _WhichOneofArgType__smallest_part: _TypeAlias = _typing.Literal["_smallest_part", b"_smallest_part"]  # noqa: Y015
+    _WhichOneofReturnType__step_voxels: _TypeAlias = _typing.Literal["step_voxels"]  # noqa: Y015
+    _WhichOneofArgType__step_voxels: _TypeAlias = _typing.Literal["_step_voxels", b"_step_voxels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__level) -> _WhichOneofReturnType__level | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_particles) -> _WhichOneofReturnType__max_particles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__poses) -> _WhichOneofReturnType__poses | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sigma) -> _WhichOneofReturnType__sigma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smallest_part) -> _WhichOneofReturnType__smallest_part | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_voxels) -> _WhichOneofReturnType__step_voxels | None: ...
+
+Global___MakeSceneRequest: _TypeAlias = MakeSceneRequest  # noqa: Y015
+
+@_typing.final
+class MakeSceneResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCENE_URI_FIELD_NUMBER: _builtins.int
+    PLACED_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    WITHOUT_CLASS_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
+    TRIANGLES_FIELD_NUMBER: _builtins.int
+    scene_uri: _builtins.str
+    placed: _builtins.int
+    left_out: _builtins.int
+    without_class: _builtins.int
+    outside: _builtins.int
+    triangles: _builtins.int
+    def __init__(
+        self,
+        *,
+        scene_uri: _builtins.str = ...,
+        placed: _builtins.int = ...,
+        left_out: _builtins.int = ...,
+        without_class: _builtins.int = ...,
+        outside: _builtins.int = ...,
+        triangles: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "outside", b"outside", "placed", b"placed", "scene_uri", b"scene_uri", "triangles", b"triangles", "without_class", b"without_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MakeSceneResult: _TypeAlias = MakeSceneResult  # noqa: Y015
+
+@_typing.final
+class MakeSceneResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___MakeSceneResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___MakeSceneResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MakeSceneResponse: _TypeAlias = MakeSceneResponse  # noqa: Y015
 
 @_typing.final
 class UploadHeader(_message.Message):

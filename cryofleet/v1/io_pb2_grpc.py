@@ -44,6 +44,51 @@ class IoServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_io__pb2.FilterRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_io__pb2.FilterResponse.FromString,
                 _registered_method=True)
+        self.Rescale = channel.unary_stream(
+                '/cryofleet.v1.IoService/Rescale',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.RescaleRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.RescaleResponse.FromString,
+                _registered_method=True)
+        self.Crop = channel.unary_stream(
+                '/cryofleet.v1.IoService/Crop',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.CropRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.CropResponse.FromString,
+                _registered_method=True)
+        self.Rotate = channel.unary_stream(
+                '/cryofleet.v1.IoService/Rotate',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.RotateRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.RotateResponse.FromString,
+                _registered_method=True)
+        self.AdjustContrast = channel.unary_stream(
+                '/cryofleet.v1.IoService/AdjustContrast',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.AdjustContrastRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.AdjustContrastResponse.FromString,
+                _registered_method=True)
+        self.EstimateTomogramSnr = channel.unary_stream(
+                '/cryofleet.v1.IoService/EstimateTomogramSnr',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrResponse.FromString,
+                _registered_method=True)
+        self.EstimateWedge = channel.unary_stream(
+                '/cryofleet.v1.IoService/EstimateWedge',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateWedgeRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateWedgeResponse.FromString,
+                _registered_method=True)
+        self.FindSlab = channel.unary_stream(
+                '/cryofleet.v1.IoService/FindSlab',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.FindSlabRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.FindSlabResponse.FromString,
+                _registered_method=True)
+        self.FindGold = channel.unary_stream(
+                '/cryofleet.v1.IoService/FindGold',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.FindGoldRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.FindGoldResponse.FromString,
+                _registered_method=True)
+        self.EstimateContrast = channel.unary_stream(
+                '/cryofleet.v1.IoService/EstimateContrast',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateContrastRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateContrastResponse.FromString,
+                _registered_method=True)
         self.Export = channel.unary_stream(
                 '/cryofleet.v1.IoService/Export',
                 request_serializer=cryofleet_dot_v1_dot_io__pb2.ExportRequest.SerializeToString,
@@ -53,6 +98,31 @@ class IoServiceStub:
                 '/cryofleet.v1.IoService/Report',
                 request_serializer=cryofleet_dot_v1_dot_io__pb2.ReportRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_io__pb2.ReportResponse.FromString,
+                _registered_method=True)
+        self.DrawSlices = channel.unary_stream(
+                '/cryofleet.v1.IoService/DrawSlices',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.DrawSlicesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawSlicesResponse.FromString,
+                _registered_method=True)
+        self.DrawMovie = channel.unary_stream(
+                '/cryofleet.v1.IoService/DrawMovie',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.DrawMovieRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawMovieResponse.FromString,
+                _registered_method=True)
+        self.DrawParticles = channel.unary_stream(
+                '/cryofleet.v1.IoService/DrawParticles',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.DrawParticlesRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawParticlesResponse.FromString,
+                _registered_method=True)
+        self.MakeMesh = channel.unary_stream(
+                '/cryofleet.v1.IoService/MakeMesh',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.MakeMeshRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.MakeMeshResponse.FromString,
+                _registered_method=True)
+        self.MakeScene = channel.unary_stream(
+                '/cryofleet.v1.IoService/MakeScene',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.MakeSceneRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.MakeSceneResponse.FromString,
                 _registered_method=True)
         self.Upload = channel.stream_unary(
                 '/cryofleet.v1.IoService/Upload',
@@ -86,6 +156,60 @@ class IoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rescale(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Crop(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rotate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdjustContrast(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateTomogramSnr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateWedge(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindSlab(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindGold(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateContrast(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Export(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -93,6 +217,36 @@ class IoServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrawSlices(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrawMovie(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrawParticles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MakeMesh(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MakeScene(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +286,51 @@ def add_IoServiceServicer_to_server(servicer, server):
                     request_deserializer=cryofleet_dot_v1_dot_io__pb2.FilterRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_io__pb2.FilterResponse.SerializeToString,
             ),
+            'Rescale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rescale,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.RescaleRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.RescaleResponse.SerializeToString,
+            ),
+            'Crop': grpc.unary_stream_rpc_method_handler(
+                    servicer.Crop,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.CropRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.CropResponse.SerializeToString,
+            ),
+            'Rotate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rotate,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.RotateRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.RotateResponse.SerializeToString,
+            ),
+            'AdjustContrast': grpc.unary_stream_rpc_method_handler(
+                    servicer.AdjustContrast,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.AdjustContrastRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.AdjustContrastResponse.SerializeToString,
+            ),
+            'EstimateTomogramSnr': grpc.unary_stream_rpc_method_handler(
+                    servicer.EstimateTomogramSnr,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrResponse.SerializeToString,
+            ),
+            'EstimateWedge': grpc.unary_stream_rpc_method_handler(
+                    servicer.EstimateWedge,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateWedgeRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateWedgeResponse.SerializeToString,
+            ),
+            'FindSlab': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindSlab,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.FindSlabRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.FindSlabResponse.SerializeToString,
+            ),
+            'FindGold': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindGold,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.FindGoldRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.FindGoldResponse.SerializeToString,
+            ),
+            'EstimateContrast': grpc.unary_stream_rpc_method_handler(
+                    servicer.EstimateContrast,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.EstimateContrastRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.EstimateContrastResponse.SerializeToString,
+            ),
             'Export': grpc.unary_stream_rpc_method_handler(
                     servicer.Export,
                     request_deserializer=cryofleet_dot_v1_dot_io__pb2.ExportRequest.FromString,
@@ -141,6 +340,31 @@ def add_IoServiceServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=cryofleet_dot_v1_dot_io__pb2.ReportRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_io__pb2.ReportResponse.SerializeToString,
+            ),
+            'DrawSlices': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrawSlices,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawSlicesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.DrawSlicesResponse.SerializeToString,
+            ),
+            'DrawMovie': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrawMovie,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawMovieRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.DrawMovieResponse.SerializeToString,
+            ),
+            'DrawParticles': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrawParticles,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.DrawParticlesRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.DrawParticlesResponse.SerializeToString,
+            ),
+            'MakeMesh': grpc.unary_stream_rpc_method_handler(
+                    servicer.MakeMesh,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.MakeMeshRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.MakeMeshResponse.SerializeToString,
+            ),
+            'MakeScene': grpc.unary_stream_rpc_method_handler(
+                    servicer.MakeScene,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.MakeSceneRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.MakeSceneResponse.SerializeToString,
             ),
             'Upload': grpc.stream_unary_rpc_method_handler(
                     servicer.Upload,
@@ -223,6 +447,249 @@ class IoService:
             _registered_method=True)
 
     @staticmethod
+    def Rescale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/Rescale',
+            cryofleet_dot_v1_dot_io__pb2.RescaleRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.RescaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Crop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/Crop',
+            cryofleet_dot_v1_dot_io__pb2.CropRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.CropResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/Rotate',
+            cryofleet_dot_v1_dot_io__pb2.RotateRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.RotateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdjustContrast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/AdjustContrast',
+            cryofleet_dot_v1_dot_io__pb2.AdjustContrastRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.AdjustContrastResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateTomogramSnr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/EstimateTomogramSnr',
+            cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.EstimateTomogramSnrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateWedge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/EstimateWedge',
+            cryofleet_dot_v1_dot_io__pb2.EstimateWedgeRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.EstimateWedgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindSlab(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/FindSlab',
+            cryofleet_dot_v1_dot_io__pb2.FindSlabRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.FindSlabResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindGold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/FindGold',
+            cryofleet_dot_v1_dot_io__pb2.FindGoldRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.FindGoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateContrast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/EstimateContrast',
+            cryofleet_dot_v1_dot_io__pb2.EstimateContrastRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.EstimateContrastResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Export(request,
             target,
             options=(),
@@ -266,6 +733,141 @@ class IoService:
             '/cryofleet.v1.IoService/Report',
             cryofleet_dot_v1_dot_io__pb2.ReportRequest.SerializeToString,
             cryofleet_dot_v1_dot_io__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrawSlices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/DrawSlices',
+            cryofleet_dot_v1_dot_io__pb2.DrawSlicesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.DrawSlicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrawMovie(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/DrawMovie',
+            cryofleet_dot_v1_dot_io__pb2.DrawMovieRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.DrawMovieResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrawParticles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/DrawParticles',
+            cryofleet_dot_v1_dot_io__pb2.DrawParticlesRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.DrawParticlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeMesh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/MakeMesh',
+            cryofleet_dot_v1_dot_io__pb2.MakeMeshRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.MakeMeshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeScene(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.IoService/MakeScene',
+            cryofleet_dot_v1_dot_io__pb2.MakeSceneRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.MakeSceneResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,8 +33,22 @@ class IoServiceStub:
     def __new__(cls, channel: _aio.Channel) -> IoServiceAsyncStub: ...
     Ingest: _grpc.UnaryStreamMultiCallable[_io_pb2.IngestRequest, _io_pb2.IngestResponse]
     Filter: _grpc.UnaryStreamMultiCallable[_io_pb2.FilterRequest, _io_pb2.FilterResponse]
+    Rescale: _grpc.UnaryStreamMultiCallable[_io_pb2.RescaleRequest, _io_pb2.RescaleResponse]
+    Crop: _grpc.UnaryStreamMultiCallable[_io_pb2.CropRequest, _io_pb2.CropResponse]
+    Rotate: _grpc.UnaryStreamMultiCallable[_io_pb2.RotateRequest, _io_pb2.RotateResponse]
+    AdjustContrast: _grpc.UnaryStreamMultiCallable[_io_pb2.AdjustContrastRequest, _io_pb2.AdjustContrastResponse]
+    EstimateTomogramSnr: _grpc.UnaryStreamMultiCallable[_io_pb2.EstimateTomogramSnrRequest, _io_pb2.EstimateTomogramSnrResponse]
+    EstimateWedge: _grpc.UnaryStreamMultiCallable[_io_pb2.EstimateWedgeRequest, _io_pb2.EstimateWedgeResponse]
+    FindSlab: _grpc.UnaryStreamMultiCallable[_io_pb2.FindSlabRequest, _io_pb2.FindSlabResponse]
+    FindGold: _grpc.UnaryStreamMultiCallable[_io_pb2.FindGoldRequest, _io_pb2.FindGoldResponse]
+    EstimateContrast: _grpc.UnaryStreamMultiCallable[_io_pb2.EstimateContrastRequest, _io_pb2.EstimateContrastResponse]
     Export: _grpc.UnaryStreamMultiCallable[_io_pb2.ExportRequest, _io_pb2.ExportResponse]
     Report: _grpc.UnaryStreamMultiCallable[_io_pb2.ReportRequest, _io_pb2.ReportResponse]
+    DrawSlices: _grpc.UnaryStreamMultiCallable[_io_pb2.DrawSlicesRequest, _io_pb2.DrawSlicesResponse]
+    DrawMovie: _grpc.UnaryStreamMultiCallable[_io_pb2.DrawMovieRequest, _io_pb2.DrawMovieResponse]
+    DrawParticles: _grpc.UnaryStreamMultiCallable[_io_pb2.DrawParticlesRequest, _io_pb2.DrawParticlesResponse]
+    MakeMesh: _grpc.UnaryStreamMultiCallable[_io_pb2.MakeMeshRequest, _io_pb2.MakeMeshResponse]
+    MakeScene: _grpc.UnaryStreamMultiCallable[_io_pb2.MakeSceneRequest, _io_pb2.MakeSceneResponse]
     Upload: _grpc.StreamUnaryMultiCallable[_io_pb2.UploadRequest, _io_pb2.UploadResponse]
     """Stores a file: the header first, then its bytes. A file that the store has already is answered at once."""
     Download: _grpc.UnaryStreamMultiCallable[_io_pb2.DownloadRequest, _io_pb2.DownloadResponse]
@@ -47,8 +61,22 @@ class IoServiceAsyncStub(IoServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Ingest: _aio.UnaryStreamMultiCallable[_io_pb2.IngestRequest, _io_pb2.IngestResponse]  # type: ignore[assignment]
     Filter: _aio.UnaryStreamMultiCallable[_io_pb2.FilterRequest, _io_pb2.FilterResponse]  # type: ignore[assignment]
+    Rescale: _aio.UnaryStreamMultiCallable[_io_pb2.RescaleRequest, _io_pb2.RescaleResponse]  # type: ignore[assignment]
+    Crop: _aio.UnaryStreamMultiCallable[_io_pb2.CropRequest, _io_pb2.CropResponse]  # type: ignore[assignment]
+    Rotate: _aio.UnaryStreamMultiCallable[_io_pb2.RotateRequest, _io_pb2.RotateResponse]  # type: ignore[assignment]
+    AdjustContrast: _aio.UnaryStreamMultiCallable[_io_pb2.AdjustContrastRequest, _io_pb2.AdjustContrastResponse]  # type: ignore[assignment]
+    EstimateTomogramSnr: _aio.UnaryStreamMultiCallable[_io_pb2.EstimateTomogramSnrRequest, _io_pb2.EstimateTomogramSnrResponse]  # type: ignore[assignment]
+    EstimateWedge: _aio.UnaryStreamMultiCallable[_io_pb2.EstimateWedgeRequest, _io_pb2.EstimateWedgeResponse]  # type: ignore[assignment]
+    FindSlab: _aio.UnaryStreamMultiCallable[_io_pb2.FindSlabRequest, _io_pb2.FindSlabResponse]  # type: ignore[assignment]
+    FindGold: _aio.UnaryStreamMultiCallable[_io_pb2.FindGoldRequest, _io_pb2.FindGoldResponse]  # type: ignore[assignment]
+    EstimateContrast: _aio.UnaryStreamMultiCallable[_io_pb2.EstimateContrastRequest, _io_pb2.EstimateContrastResponse]  # type: ignore[assignment]
     Export: _aio.UnaryStreamMultiCallable[_io_pb2.ExportRequest, _io_pb2.ExportResponse]  # type: ignore[assignment]
     Report: _aio.UnaryStreamMultiCallable[_io_pb2.ReportRequest, _io_pb2.ReportResponse]  # type: ignore[assignment]
+    DrawSlices: _aio.UnaryStreamMultiCallable[_io_pb2.DrawSlicesRequest, _io_pb2.DrawSlicesResponse]  # type: ignore[assignment]
+    DrawMovie: _aio.UnaryStreamMultiCallable[_io_pb2.DrawMovieRequest, _io_pb2.DrawMovieResponse]  # type: ignore[assignment]
+    DrawParticles: _aio.UnaryStreamMultiCallable[_io_pb2.DrawParticlesRequest, _io_pb2.DrawParticlesResponse]  # type: ignore[assignment]
+    MakeMesh: _aio.UnaryStreamMultiCallable[_io_pb2.MakeMeshRequest, _io_pb2.MakeMeshResponse]  # type: ignore[assignment]
+    MakeScene: _aio.UnaryStreamMultiCallable[_io_pb2.MakeSceneRequest, _io_pb2.MakeSceneResponse]  # type: ignore[assignment]
     Upload: _aio.StreamUnaryMultiCallable[_io_pb2.UploadRequest, _io_pb2.UploadResponse]  # type: ignore[assignment]
     """Stores a file: the header first, then its bytes. A file that the store has already is answered at once."""
     Download: _aio.UnaryStreamMultiCallable[_io_pb2.DownloadRequest, _io_pb2.DownloadResponse]  # type: ignore[assignment]
@@ -72,6 +100,69 @@ class IoServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_io_pb2.FilterResponse], _abc.AsyncIterator[_io_pb2.FilterResponse]]: ...
 
     @_abc_1.abstractmethod
+    def Rescale(
+        self,
+        request: _io_pb2.RescaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.RescaleResponse], _abc.AsyncIterator[_io_pb2.RescaleResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Crop(
+        self,
+        request: _io_pb2.CropRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.CropResponse], _abc.AsyncIterator[_io_pb2.CropResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Rotate(
+        self,
+        request: _io_pb2.RotateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.RotateResponse], _abc.AsyncIterator[_io_pb2.RotateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def AdjustContrast(
+        self,
+        request: _io_pb2.AdjustContrastRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.AdjustContrastResponse], _abc.AsyncIterator[_io_pb2.AdjustContrastResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def EstimateTomogramSnr(
+        self,
+        request: _io_pb2.EstimateTomogramSnrRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.EstimateTomogramSnrResponse], _abc.AsyncIterator[_io_pb2.EstimateTomogramSnrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def EstimateWedge(
+        self,
+        request: _io_pb2.EstimateWedgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.EstimateWedgeResponse], _abc.AsyncIterator[_io_pb2.EstimateWedgeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FindSlab(
+        self,
+        request: _io_pb2.FindSlabRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.FindSlabResponse], _abc.AsyncIterator[_io_pb2.FindSlabResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def FindGold(
+        self,
+        request: _io_pb2.FindGoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.FindGoldResponse], _abc.AsyncIterator[_io_pb2.FindGoldResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def EstimateContrast(
+        self,
+        request: _io_pb2.EstimateContrastRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.EstimateContrastResponse], _abc.AsyncIterator[_io_pb2.EstimateContrastResponse]]: ...
+
+    @_abc_1.abstractmethod
     def Export(
         self,
         request: _io_pb2.ExportRequest,
@@ -84,6 +175,41 @@ class IoServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _io_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_io_pb2.ReportResponse], _abc.AsyncIterator[_io_pb2.ReportResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrawSlices(
+        self,
+        request: _io_pb2.DrawSlicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.DrawSlicesResponse], _abc.AsyncIterator[_io_pb2.DrawSlicesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrawMovie(
+        self,
+        request: _io_pb2.DrawMovieRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.DrawMovieResponse], _abc.AsyncIterator[_io_pb2.DrawMovieResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrawParticles(
+        self,
+        request: _io_pb2.DrawParticlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.DrawParticlesResponse], _abc.AsyncIterator[_io_pb2.DrawParticlesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def MakeMesh(
+        self,
+        request: _io_pb2.MakeMeshRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.MakeMeshResponse], _abc.AsyncIterator[_io_pb2.MakeMeshResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def MakeScene(
+        self,
+        request: _io_pb2.MakeSceneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_io_pb2.MakeSceneResponse], _abc.AsyncIterator[_io_pb2.MakeSceneResponse]]: ...
 
     @_abc_1.abstractmethod
     def Upload(

@@ -55,10 +55,10 @@ class Dots:
     colour: int
 
 
-def limits(pictures: Sequence[Picture], percent: float = 0.5) -> tuple[float, float]:
-    """Grey values of black and white: the given percentile from either end, over all pictures together."""
+def limits(pictures: Sequence[Picture], black: float = 0.5, white: float = 99.5) -> tuple[float, float]:
+    """Grey values of black and white: the given percentiles of all pictures together."""
     values = np.concatenate([picture.ravel() for picture in pictures])
-    low, high = (float(limit) for limit in np.percentile(values, (percent, 100 - percent)))
+    low, high = (float(limit) for limit in np.percentile(values, (black, white)))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 

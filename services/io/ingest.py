@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cryofleet.errors import FailedPrecondition
 from cryofleet.formats.statistics import RunningStatistics, Statistics
 from cryofleet.formats.volume import VolumeFile
+from cryofleet.formats.volumes.frame import slab_thickness
 from cryofleet.progress import Progress, no_progress
 
 NanPolicy = Literal["refuse", "fill_mean"]
@@ -103,7 +104,7 @@ def convert(
 
 def _slabs(volume: VolumeFile, progress: Progress, phase: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
     depth, height, width = volume.shape
-    thickness = max(1, SLAB_BYTES // (4 * height * width))
+    thickness = slab_thickness(volume.shape, volume.layer, SLAB_BYTES)
     for start in range(0, depth, thickness):
         progress(start / depth, phase, sections=float(start), voxels=float(start * height * width))
         yield start, volume.slab(start, min(start + thickness, depth))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -19,7 +19,9 @@ from cryofleet.numerics.label_colours import FIRST_COLOURS, label_colour
 from cryofleet.progress import Progress, no_progress
 from services.io import figures
 from services.io.figures import Circle, Dots, Line
+from services.io.picks import Picks, circles_on, class_colours
 from services.io.report_tables import LONGEST_TABLE, Figures, figures_section, is_number, left_out, numbers, percent
+from services.io.slices import Axis, Slab, mean_slices
 
 Contrast = Literal["dark", "light"]
 Volume = NDArray[np.float32]
@@ -30,6 +32,7 @@ _COLOURED_CLASSES = 7
 #: A drawing of more dots than these is slow to open and shows no more.
 _MOST_DOTS, _NUMBERED_CLUSTERS = 4000, 30
 _MAX_LABEL = 65535
+_AXES: tuple[Axis, Axis, Axis] = ("x", "y", "z")
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,6 @@ class TomogramView:
     xz: Volume
     yz: Volume
     """[z, y]."""
-
-
-@dataclass(frozen=True)
-class Picks:
-    """What is circled."""
-
-    positions: NDArray[np.float64]
-    """(n, 3), (x, y, z) in voxels of the tomogram shown, shifts included."""
-    diameter_angstrom: float
-    classes: Sequence[str] | None = None
-    """The class of each pick by name."""
 
 
 @dataclass(frozen=True)
@@ -136,24 +128,12 @@ def central_slices(
         progress: called after each slab.
     """
     depth, height, width = shape
-    cz, cy, cx = depth // 2, height // 2, width // 2
+    centre = (width // 2, height // 2, depth // 2)
     half = max(0, round((thickness_angstrom / voxel_size_angstrom - 1) / 2))
     half = min(half, (min(shape) - 1) // 2)
-    xy = np.zeros((height, width), np.float64)
-    xz = np.empty((depth, width), np.float32)
-    yz = np.empty((depth, height), np.float32)
-    step = max(1, _SLAB_BYTES // (4 * height * width))
-    for start in range(0, depth, step):
-        stop = min(start + step, depth)
-        slab = read(start, stop)
-        xz[start:stop] = slab[:, cy - half : cy + half + 1].mean(axis=1)
-        yz[start:stop] = slab[:, :, cx - half : cx + half + 1].mean(axis=2)
-        first, last = max(start, cz - half), min(stop, cz + half + 1)
-        if first < last:
-            xy += slab[first - start : last - start].sum(axis=0, dtype=np.float64)
-        progress(stop / depth, "reading the tomogram")
-    mean = (xy / (2 * half + 1)).astype(np.float32)
-    return TomogramView(shape, voxel_size_angstrom, (cx, cy, cz), 2 * half + 1, mean, xz, yz)
+    slabs = [Slab(axis, middle - half, middle + half + 1) for axis, middle in zip(_AXES, centre, strict=True)]
+    yz, xz, xy = mean_slices(read, shape, slabs, progress, "reading the tomogram")
+    return TomogramView(shape, voxel_size_angstrom, centre, 2 * half + 1, xy, xz, yz)
 
 
 def central_labels(
@@ -292,30 +272,18 @@ def _tomogram(tomogram: TomogramView, picks: Picks | None) -> str:
 
 def _circles(tomogram: TomogramView, picks: Picks) -> tuple[tuple[list[Circle], list[Circle], list[Circle]], str]:
     """Circles on xy, xz and yz, and the legend of their colours."""
-    radius = picks.diameter_angstrom / tomogram.voxel_size_angstrom / 2
-    names = list(picks.classes) if picks.classes is not None else ["picks"] * len(picks.positions)
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    ranked = sorted(counts, key=lambda name: (-counts[name], name))
-    colours = dict(zip(ranked[:_COLOURED_CLASSES], FIRST_COLOURS, strict=False))
-    other = FIRST_COLOURS[_COLOURED_CLASSES]
-
-    views: tuple[list[Circle], list[Circle], list[Circle]] = ([], [], [])
-    for (x, y, z), name in zip(picks.positions, names, strict=True):
-        in_view = ((x, y, z - tomogram.centre[2]), (x, z, y - tomogram.centre[1]), (z, y, x - tomogram.centre[0]))
-        for view, (column, row, distance) in zip(views, in_view, strict=True):
-            if abs(distance) <= radius:
-                opacity = 1 - 0.65 * abs(distance) / radius
-                label = f"{name}: x {x:.1f}, y {y:.1f}, z {z:.1f}"
-                view.append(Circle(column, row, radius, colours.get(name, other), opacity, label))
+    colours = class_colours(picks.names(), FIRST_COLOURS[:_COLOURED_CLASSES], FIRST_COLOURS[_COLOURED_CLASSES])
+    yz, xz, xy = (
+        circles_on(picks, Slab(axis, middle, middle + 1), tomogram.voxel_size_angstrom, colours)
+        for axis, middle in zip(_AXES, tomogram.centre, strict=True)
+    )
+    # yz is drawn with z to the right.
+    views = (xy, xz, [replace(circle, x=circle.y, y=circle.x) for circle in yz])
     if picks.classes is None:
         return views, ""
-    rest = sum(counts[name] for name in ranked[_COLOURED_CLASSES:])
-    entries = [(colours[name], name, counts[name]) for name in colours]
-    if rest:
-        entries.append((other, f"{len(ranked) - _COLOURED_CLASSES} others", rest))
-    items = (f'<li><i style="border-color:{colour}"></i>{escape(name)} ({n:,})</li>' for colour, name, n in entries)
+    items = (
+        f'<li><i style="border-color:{colour}"></i>{escape(name)} ({n:,})</li>' for colour, name, n in colours.legend()
+    )
     return views, f'<ul class="legend">{"".join(items)}</ul>'
 
 

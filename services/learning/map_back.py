@@ -78,13 +78,6 @@ def solid(volume: Array, scale: float) -> Solid:
     return Solid(((volume - np.float32(median)) / np.float32(bright - median)).astype(np.float32), scale)
 
 
-def inside(positions: NDArray[np.float64], shape: Shape) -> NDArray[np.bool_]:
-    """Which positions (n, 3), as x, y, z, round to a voxel of a tomogram of shape (z, y, x)."""
-    voxels = np.floor(positions + 0.5)
-    within = ((voxels >= 0) & (voxels < np.array(shape[::-1]))).all(axis=1)
-    return np.asarray(within)
-
-
 def slab_sections(shape: Shape) -> int:
     """Sections that are made at a time."""
     return max(1, min(shape[0], SLAB_BYTES // (6 * shape[1] * shape[2])))

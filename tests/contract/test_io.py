@@ -327,6 +327,27 @@ async def test_export_to_csv_and_mrc(channel: grpc.aio.Channel, store: Store, tm
             np.testing.assert_allclose(file.data * scale + offset, TOMOGRAM, atol=error)
 
 
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (io_pb2.EXPORT_FORMAT_EM, "volume.em"),
+        (io_pb2.EXPORT_FORMAT_HDF5, "volume.hdf"),
+        (io_pb2.EXPORT_FORMAT_OME_ZARR, "volume.zarr.zip"),
+        (io_pb2.EXPORT_FORMAT_TIFF, "volume.tif"),
+    ],
+)
+async def test_export_of_a_volume_is_ingested_as_it_was(
+    form: io_pb2.ExportFormat.ValueType, name: str, channel: grpc.aio.Channel, settings: Settings, store: Store
+) -> None:
+    volume = put(store, "tomogram.mrc", encode_volume(TOMOGRAM, INFO))
+    exported = await call_operation(channel, io_pb2.ExportRequest(format=form, volume_uri=volume))
+    assert exported.result.file_uri.endswith(f"/{name}")
+    uri = put_file(settings, name, store.get(exported.result.file_uri))
+    again = await call_operation(channel, io_pb2.IngestRequest(source_uri=uri))
+    assert again.result.voxel_size_angstrom == INFO.voxel_size_angstrom
+    np.testing.assert_array_equal(open_volume(store, again.result.tomogram_uri).read(), TOMOGRAM)
+
+
 # --- Report --------------------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,10 @@ from scipy.spatial.transform import Rotation
 
 from cryofleet.formats.particles import catalogue
 from cryofleet.formats.particles.catalogue import FORMATS
+from cryofleet.formats.volumes import catalogue as volumes
 from cryofleet.particles import Particles
 from tests.unit.formats.particles.tables import ENDINGS, table_of
+from tests.unit.formats.volumes.volumes import noise, volume_of
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("CRYOFLEET_FORMATS_FOLDER", HERE.parents[1] / ".venv" / "formats"))
@@ -86,3 +88,29 @@ def test_the_same_places_and_rotations(
         assert rotations is not None
         turned = Rotation.from_matrix(np.array(seen["matrices"]))[second]
         assert np.rad2deg((turned.inv() * rotations[first]).magnitude()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("where", "reader", "name"),
+    [
+        ("ome-zarr", "ome_zarr", "volume.zarr"),
+        ("ome-zarr", "zipped_zarr", "volume.ozx"),
+        ("field", "em_volume", "volume.em"),
+    ],
+)
+def test_the_same_voxels(where: str, reader: str, name: str, tmp_path: Path) -> None:
+    array = noise(70, 130, 129)
+    path = tmp_path / name
+    volumes.write(path, volume_of(array), volumes.for_writing(path))
+    command = [str(part) for part in (environment(where), HERE / "readers.py", reader, path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = np.load(tmp_path / "volume.npz")
+    np.testing.assert_array_equal(seen["level0"], array)
+    if reader == "ome_zarr":
+        # z, y, x: the voxel of level k is 2^k times as large, its centre (2^k - 1) / 2 voxels further
+        factors = 2.0 ** np.arange(3)[:, None]
+        np.testing.assert_allclose(seen["scale"], 2.5 * factors * np.ones(3))
+        np.testing.assert_allclose(seen["translation"], [30.5, -20, 10] + 2.5 * (factors - 1) / 2)
+        blocks = array[:, :, :128].reshape(35, 2, 65, 2, 64, 2).mean(axis=(1, 3, 5))
+        np.testing.assert_allclose(seen["level1"][:, :, :64], blocks, atol=2e-6)

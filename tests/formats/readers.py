@@ -72,8 +72,36 @@ def copick(path: str) -> tuple[Any, Any]:
     return np.array(places), np.array(matrices)
 
 
+def ome_zarr(path: str) -> None:
+    """An OME-Zarr's levels, as ome-zarr gives them, to volume.npz; its metadata are held to the schema of 0.4."""
+    import_module("ome_zarr_models.v04").Image.from_zarr(import_module("zarr").open_group(path, mode="r"))
+    node = next(iter(import_module("ome_zarr.reader").Reader(import_module("ome_zarr.io").parse_url(path))()))
+    levels: Any = {f"level{k}": np.asarray(level) for k, level in enumerate(node.data)}
+    steps = node.metadata["coordinateTransformations"]
+    np.savez(
+        "volume.npz",
+        scale=[each[0]["scale"] for each in steps],
+        translation=[each[1]["translation"] for each in steps],
+        **levels,
+    )
+
+
+def zipped_zarr(path: str) -> None:
+    """The finest level of a zipped one, as zarr opens it, to volume.npz."""
+    storage = import_module("zarr").storage.ZipStore(path, mode="r")
+    np.savez("volume.npz", level0=import_module("zarr").open_group(storage, mode="r")["0"][:])
+
+
+def em_volume(path: str) -> None:
+    """The voxels of an EM file, to volume.npz."""
+    np.savez("volume.npz", level0=import_module("emfile").read(path)[1])
+
+
 if __name__ == "__main__":
     name, file, *options = sys.argv[1:]
+    if name in ("ome_zarr", "zipped_zarr", "em_volume"):
+        globals()[name](file)
+        sys.exit()
     found, turned = globals()[name](file, *options)
     rotations = None if turned is None else np.asarray(turned).tolist()
     print(json.dumps({"places": np.asarray(found, float).tolist(), "matrices": rotations}))

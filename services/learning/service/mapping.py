@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.in_tomogram import Inside, particles_inside, volume_numbers
 from cryofleet.numerics import object_distance
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import Progress, part
@@ -45,30 +44,12 @@ def _map_back_needs(request: learning_pb2.MapBackRequest, reader: Reader) -> Nee
     return Needs(inputs.BASE_BYTES + slab + solids + boxes + rows)
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The particles that are placed.
-
-    rows: of the table. positions, shifts: (n, 3) in voxels of the tomogram. outside: how many of the tomogram's
-    particles don't lie in it. elsewhere: how many are of other tomograms.
-    """
-
-    rows: NDArray[np.int64]
-    positions: NDArray[np.float64]
-    shifts: NDArray[np.float64]
-    outside: int
-    elsewhere: int
-
-    def take(self, kept: NDArray[np.bool_]) -> _Chosen:
-        return _Chosen(self.rows[kept], self.positions[kept], self.shifts[kept], self.outside, self.elsewhere)
-
-
 @service.operation(needs=_map_back_needs)
 def map_back(request: learning_pb2.MapBackRequest, task: Task) -> learning_pb2.MapBackResult:
     """Place volumes or segmentations at their particles' positions in a tomogram."""
     tomogram = _tomogram(task, request.tomogram_uri)
     particles = task.read_particles(request.particles_uri)
-    chosen = _particles_inside(particles, tomogram, request, task)
+    chosen = particles_inside(task.store, particles, request.particles_uri, tomogram)
     info = tomogram.info
     map_info = VolumeInfo(info.shape, info.voxel_size_angstrom, "light")
     shown = mapping.picture_sections(chosen.positions, info.shape[0])
@@ -129,48 +110,11 @@ def _tomogram(reader: Reader, uri: str) -> Volume:
     return volume
 
 
-def _particles_inside(
-    particles: Particles, tomogram: Volume, request: learning_pb2.MapBackRequest, task: Task
-) -> _Chosen:
-    """The particles that lie in the tomogram. Raises FailedPrecondition where they can't be its own."""
-    info = tomogram.info
-    scale = particles.voxel_size_angstrom / info.voxel_size_angstrom
-    known = particles.tomogram_shape
-    same_voxels = math.isclose(scale, 1, rel_tol=inputs.VOXEL_SIZE_TOLERANCE)
-    if same_voxels and known is not None and known != info.shape:
-        raise FailedPrecondition(
-            f"{request.particles_uri} is of a tomogram of {known} voxels (z, y, x), {tomogram.uri} has {info.shape}: "
-            "give the tomogram that they are in"
-        )
-    rows = np.arange(len(particles))
-    # Picks in a filtered copy name that copy, so one name is not compared; of several this tomogram's is taken.
-    if "tomogram" in particles.table and particles.table["tomogram"].nunique() > 1:
-        names = particles.table["tomogram"].to_numpy()
-        own = f"tomogram-{content_digest(task.store, tomogram.uri)[:12]}"
-        rows = np.flatnonzero(names == own)
-        if not len(rows):
-            raise FailedPrecondition(
-                f"{request.particles_uri} has particles of {len(set(names))} tomograms and none of {tomogram.uri}, "
-                f"which particles call {own}: give those of this tomogram alone"
-            )
-    # Voxel i of a binned volume lies at i times the binning.
-    positions, shifts = particles.positions()[rows] * scale, particles.shifts()[rows] * scale
-    inside = mapping.inside(positions, info.shape)
-    kept = rows[inside]
-    outside = len(rows) - len(kept)
-    if not len(kept):
-        raise FailedPrecondition(
-            f"none of the {len(rows)} particles of {request.particles_uri} lies in {tomogram.uri} of {info.shape} "
-            f"voxels (z, y, x) of {info.voxel_size_angstrom:g} Å: give the tomogram that they are in"
-        )
-    return _Chosen(kept, positions[inside], shifts[inside], outside, len(particles) - len(rows))
-
-
 def _placed_volumes(
     request: learning_pb2.MapBackRequest,
     task: Task,
     particles: Particles,
-    chosen: _Chosen,
+    chosen: Inside,
     tomogram: Volume,
     progress: Progress,
 ) -> tuple[Iterator[mapping.Slab], dict[str, Any]]:
@@ -183,7 +127,7 @@ def _placed_volumes(
             "give one stack, or one volume of each class"
         )
     count = (volumes[0].info.count or 1) if stacks else len(volumes)
-    classes = _classes(particles, count, bool(stacks), request.particles_uri)[chosen.rows]
+    classes = volume_numbers(particles, count, bool(stacks), request.particles_uri)[chosen.rows]
     if count > mapping.MAX_LABEL:
         raise InvalidArgument(f"volume_uris: {count} classes; labels go up to {mapping.MAX_LABEL}")
     classified = classes >= 0
@@ -210,36 +154,11 @@ def _placed_volumes(
     return slabs, counted
 
 
-def _classes(particles: Particles, count: int, stack: bool, source: str) -> NDArray[np.int64]:
-    """Which volume each particle gets; -1 for none.
-
-    Those of a stack go by their numbers. Single volumes go by the order of the numbers that there are where they are as
-    many, so that classes can begin at 1 or have gaps, and else by their numbers too.
-    """
-    if "class_id" not in particles.table:
-        if count == 1:
-            return np.zeros(len(particles), np.int64)
-        raise InvalidArgument(
-            f"{source} has no classes, and there are {count} volumes: one is needed for all particles"
-        )
-    classes = particles.table["class_id"].to_numpy(np.int64)
-    numbers = np.unique(classes[classes >= 0])
-    if not stack and len(numbers) == count:
-        return np.where(classes >= 0, np.searchsorted(numbers, classes), -1)
-    if (classes >= count).any():
-        row = int(np.argmax(classes >= count))
-        raise InvalidArgument(
-            f"{source}: row {row} (id {particles.table['id'].iloc[row]}) is of class {classes[row]}, and there are "
-            f"volumes of {count} classes, 0 to {count - 1}: give one for each class"
-        )
-    return np.where(classes >= 0, classes, -1)
-
-
 def _placed_labels(
     request: learning_pb2.MapBackRequest,
     task: Task,
     particles: Particles,
-    chosen: _Chosen,
+    chosen: Inside,
     tomogram: Volume,
     opened: ExitStack,
     progress: Progress,

@@ -1,5 +1,7 @@
 """Every convention against values computed by other programs, and both ways."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,3 +98,21 @@ def test_wrong_input_is_named() -> None:
         from_euler((0.0, np.nan, 0.0), "relion")
     with pytest.raises(InvalidArgument, match=r"shape \(3,\) or \(n, 3\)"):
         from_euler(np.zeros((2, 4)), "relion")
+
+
+def test_the_closed_form_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(3)
+    angles = np.concatenate([rng.uniform(-720, 720, (1000, 3)), rng.choice([-180.0, -90, 0, 90, 180], (100, 3))])
+    reversed_angles = angles[:, ::-1]
+    for convention, order, sequence, inverted in (
+        ("relion", angles, "ZYZ", True),
+        ("dynamo", reversed_angles, "ZXZ", True),
+        ("eman", angles, "ZXZ", True),
+        ("faml", angles, "ZYZ", False),
+        ("av3", reversed_angles, "ZXZ", False),
+    ):
+        expected = Rotation.from_euler(sequence, order, degrees=True)
+        expected = expected.inv() if inverted else expected
+        found = from_euler(angles, cast(EulerConvention, convention))
+        np.testing.assert_allclose(found.as_matrix(), expected.as_matrix(), atol=1e-12)
+        np.testing.assert_allclose(found[7].as_matrix(), expected[7].as_matrix(), atol=1e-12)

@@ -1,6 +1,7 @@
 """MRC files of every mode and habit, broken ones, and those of other programs."""
 
 import gzip
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cryofleet.errors import FailedPrecondition, Failure, InvalidArgument
 from cryofleet.formats import mrc
 from cryofleet.formats.statistics import RunningStatistics
 from cryofleet.formats.volume import open_volume_file
+from cryofleet.formats.volumes.frame import VolumeFrame
+from tests.unit.formats.volumes.volumes import noise, volume_of
 
 RNG = np.random.default_rng(11)
 SHAPE = (5, 4, 6)
@@ -92,6 +95,64 @@ def test_the_extended_header_is_skipped(tmp_path: Path) -> None:
         np.testing.assert_array_equal(volume.slab(1, 3), stored[1:3])
 
 
+@pytest.mark.parametrize("columns", [6, 7])
+@pytest.mark.parametrize("axes", [(1, 2, 3), (1, 3, 2), (3, 1, 2)])
+def test_four_bits_a_voxel_the_lower_half_first_and_rows_in_whole_bytes(
+    columns: int, axes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    stored = RNG.integers(0, 16, (5, 4, columns)).astype("u1")
+    padded = np.pad(stored, [(0, 0), (0, 0), (0, columns % 2)])
+    packed = padded[..., ::2] | padded[..., 1::2] << 4
+    head = header((5, 4, columns), 101, axes=(64, "3i", *axes))
+    path = write(tmp_path, head, packed.tobytes())
+    along = {1: 2, 2: 1, 3: 0}
+    truth = np.moveaxis(stored, [2, 1, 0], [along[axis] for axis in axes]).astype(np.float32)
+    with mrc.MrcVolume(path) as volume:
+        np.testing.assert_array_equal(volume.slab(0, volume.shape[0]), truth)
+        np.testing.assert_array_equal(volume.slab(2, 4), truth[2:4])
+        assert volume.data().stored_as == "uint4"
+
+
+@pytest.mark.parametrize("kind", ["f4", "i2"])
+def test_voxels_of_another_byte_order_than_the_header(kind: str, tmp_path: Path) -> None:
+    stored = (RNG.normal(0, 20, SHAPE)).astype(">" + kind)
+    mode = {"f4": 2, "i2": 1}[kind]
+    # nothing in the header tells: the user does
+    path = write(tmp_path, header(mode=mode, a=(76, "3f", 0.0, -1.0, -2.0)), stored.tobytes())
+    with mrc.MrcVolume(path, byte_order="big") as volume:
+        np.testing.assert_array_equal(volume.slab(0, 5), stored.astype(np.float32))
+    with mrc.MrcVolume(path) as volume:
+        assert not np.array_equal(volume.slab(0, 5), stored.astype(np.float32))
+    # its extremes tell
+    extremes = (76, "2f", float(stored.min()), float(stored.max()))
+    path = write(tmp_path, header(mode=mode, a=extremes), stored.tobytes())
+    with mrc.MrcVolume(path) as volume:
+        np.testing.assert_array_equal(volume.slab(0, 5), stored.astype(np.float32))
+        assert "the other byte order than its header" in volume.data().warnings[0]
+    with mrc.MrcVolume(path, byte_order="little") as volume:
+        assert not np.array_equal(volume.slab(0, 5), stored.astype(np.float32))
+    with pytest.raises(InvalidArgument, match="unknown byte order 'middle'"):
+        mrc.MrcVolume(path, byte_order="middle")
+
+
+@pytest.mark.parametrize(
+    ("changed", "origin"),
+    [
+        ({"a": (196, "3f", 10.0, -20.0, 30.0)}, (10, -20, 30)),
+        # IMOD's own sign, and its flag for the other
+        ({"a": (196, "3f", 10.0, -20.0, 30.0), "b": (152, "2i", 1146047817, 0)}, (-10, 20, -30)),
+        ({"a": (196, "3f", 10.0, -20.0, 30.0), "b": (152, "2i", 1146047817, 4)}, (10, -20, 30)),
+        # the starts count in voxels of 7.5 Å
+        ({"a": (16, "3i", -2, 3, 4)}, (-15, 22.5, 30)),
+        ({"a": (16, "3i", -2, 3, 4), "b": (196, "3f", 1.0, 0.0, 0.0)}, (1, 0, 0)),
+        ({"a": (196, "3f", np.nan, 0.0, 0.0)}, (0, 0, 0)),
+    ],
+)
+def test_where_the_first_voxel_lies(changed: Any, origin: tuple[float, ...], tmp_path: Path) -> None:
+    with mrc.MrcVolume(write(tmp_path, header(**changed), voxels("<f4").tobytes())) as volume:
+        assert volume.data().frame.origin_angstrom == pytest.approx(origin)
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 3), (2, 1, 3), (3, 1, 2), (3, 2, 1), (1, 3, 2), (2, 3, 1)])
 def test_axes_in_every_order(tmp_path: Path, axes: tuple[int, int, int]) -> None:
     # In the file [section, row, column]; columns run along axes[0], and so on.
@@ -137,7 +198,6 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "negative": (bytes(header((5, -4, 6))) + bytes(480), "size is 6 x -4 x 5 voxels"),
     "zero": (bytes(header((5, 4, 0))), "size is 0 x 4 x 5 voxels"),
     "complex": (bytes(header(mode=4)) + bytes(960), r"mode 4 \(complex float32\)"),
-    "packed": (bytes(header(mode=101)) + bytes(60), r"mode 101 \(4-bit packed\)"),
     "unknown mode": (bytes(header(mode=77)) + bytes(480), r"mode 77 \(unknown\)"),
     "axes": (bytes(header(a=(64, "3i", 1, 1, 3))) + bytes(480), "MAPS.* are 1, 1, 3"),
     "extension": (bytes(header(a=(92, "i", -8))) + bytes(480), "extension has -8 bytes"),
@@ -145,7 +205,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "short text": (b"hello", "text that begins 'hello' of 5 bytes"),
     "empty": (b"", "an empty file"),
     "zeros": (bytes(4096), "binary data, not an MRC file"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(4096), "an HDF5 file, not an MRC file"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(4096), "damaged HDF5"),
     "noise": (np.random.default_rng(0).bytes(5000), "binary data, not an MRC file"),
 }
 
@@ -263,3 +323,33 @@ def test_statistics_in_pieces_equal_those_of_the_whole() -> None:
     # A sum of squares in float32 would lose the deviation altogether at this mean.
     assert found.standard_deviation == pytest.approx(exact.std(), rel=1e-9)
     assert (found.minimum, found.maximum) == (exact.min(), exact.max())
+
+
+@pytest.mark.parametrize(("mode", "levels"), [(0, 255), (1, 65535), (2, None), (12, None)])
+def test_mrc_of_every_mode_is_valid_and_reads_back(mode: int, levels: int | None, tmp_path: Path) -> None:
+    array = noise(9, 20, 30)
+    path = tmp_path / "a.mrc"
+    mrc.write(path, volume_of(array, VolumeFrame((7.84,) * 3), labels=("cryofleet contrast=dark",)), mode)
+    assert mrcfile.validate(path)
+    with mrcfile.open(path) as file:
+        stored = file.data.astype(np.float64)
+        labels = [label.rstrip() for label in file.get_labels()]
+        assert file.voxel_size.x == pytest.approx(7.84, rel=1e-6)
+    assert labels[0] == "cryofleet contrast=dark"
+    if levels is None:
+        # float16 has 11 significant bits
+        np.testing.assert_allclose(stored, array, rtol=0 if mode == 2 else 2**-11, atol=0)
+        return
+    match = re.fullmatch(r"cryofleet scaled: value = stored \* (\S+) \+ (\S+)", labels[1])
+    assert match is not None
+    restored = stored * float(match[1]) + float(match[2])
+    step = (array.max() - array.min()) / levels
+    assert np.abs(restored - array).max() <= 0.51 * step
+    assert stored.max() - stored.min() == levels
+
+
+def test_what_float16_cannot_hold_is_said(tmp_path: Path) -> None:
+    array = noise(2, 3, 4)
+    array[1, 2, 3] = -1e6
+    with pytest.raises(FailedPrecondition, match=r"holds 1e\+06; float16 .* ends at 65504: take mrc_mode 1 or 2"):
+        mrc.write(tmp_path / "a.mrc", volume_of(array), 12)

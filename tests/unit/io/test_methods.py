@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,11 +13,10 @@ import scipy.ndimage
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
-from cryofleet.formats.mrc import MrcVolume
 from cryofleet.formats.particles.csv import encode_csv
 from cryofleet.numerics import fourier
-from services.io import export, ingest
 from services.io import filter as filters
+from services.io import ingest
 
 Volume = NDArray[np.float32]
 
@@ -32,6 +29,7 @@ class Memory:
         self.array = array
         self.shape: tuple[int, int, int] = (array.shape[0], array.shape[1], array.shape[2])
         self.voxel_size_angstrom = size
+        self.layer = 1
 
     def slab(self, start: int, stop: int) -> Volume:
         return self.array[start:stop].copy()
@@ -176,44 +174,6 @@ def test_band_pass_keeps_a_wave_inside_and_removes_those_outside() -> None:
 
 
 # --- Export --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "levels"), [(0, 255), (1, 65535), (2, None), (12, None)])
-def test_mrc_of_every_mode_is_valid_and_reads_back(mode: int, levels: int | None, tmp_path: Path) -> None:
-    array = noise(9, 20, 30)
-    path = tmp_path / "a.mrc"
-    export.write_mrc(path, lambda i, j: array[i:j], (9, 20, 30), 7.84, mode, ("cryofleet contrast=dark",))
-    assert mrcfile.validate(path)
-    with mrcfile.open(path) as file:
-        stored = file.data.astype(np.float64)
-        labels = [label.rstrip() for label in file.get_labels()]
-        assert file.voxel_size.x == pytest.approx(7.84, rel=1e-6)
-    assert labels[0] == "cryofleet contrast=dark"
-    if levels is None:
-        # float16 has 11 significant bits
-        np.testing.assert_allclose(stored, array, rtol=0 if mode == 2 else 2**-11, atol=0)
-        return
-    match = re.fullmatch(r"cryofleet scaled: value = stored \* (\S+) \+ (\S+)", labels[1])
-    assert match is not None
-    restored = stored * float(match[1]) + float(match[2])
-    step = (array.max() - array.min()) / levels
-    assert np.abs(restored - array).max() <= 0.51 * step
-    assert stored.max() - stored.min() == levels
-
-
-def test_exported_mrc_is_read_by_our_own_reader(tmp_path: Path) -> None:
-    array = noise(4, 6, 5)
-    export.write_mrc(tmp_path / "a.mrc", lambda i, j: array[i:j], (4, 6, 5), 3.0, 2)
-    with MrcVolume(tmp_path / "a.mrc") as volume:
-        assert volume.voxel_size_angstrom == (3.0, 3.0, 3.0)
-        np.testing.assert_array_equal(volume.slab(0, 4), array)
-
-
-def test_what_float16_cannot_hold_is_said(tmp_path: Path) -> None:
-    array = noise(2, 3, 4)
-    array[1, 2, 3] = -1e6
-    with pytest.raises(FailedPrecondition, match=r"holds 1e\+06; float16 .* ends at 65504: take mrc_mode 1 or 2"):
-        export.write_mrc(tmp_path / "a.mrc", lambda i, j: array[i:j], (2, 3, 4), 1.0, 12)
 
 
 def test_csv_keeps_every_digit_and_folds_shifts_into_angstroms(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.label_colours import label_colour
 from services.io import figures, report
+from services.io.picks import Picks
 from services.io.report_tables import Figures, object_tables
 
 SHAPE = (24, 50, 64)
@@ -72,7 +73,7 @@ def whole_page(**changed: Any) -> str:
     arguments: dict[str, Any] = {
         "title": "A run",
         "tomogram": tomogram(),
-        "picks": report.Picks(positions, 80.0, ["ribosome", "ribosome", "<b>&"]),
+        "picks": Picks(positions, 80.0, ["ribosome", "ribosome", "<b>&"]),
         "centres": [report.Centre(rng.random((9, 9, 9), np.float32), "light", n) for n in (40, 10)],
         "averages": [report.Average(rng.random((9, 9, 9), np.float32), "dark", 10.0, 40, fsc)],
         "tables": [
@@ -119,7 +120,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 def test_what_users_write_is_escaped() -> None:
     evil = '<script>alert("1")</script><!-- run-details -->'
     table = {evil: evil, "rows": [{evil: evil}], "by": {evil: {"a": 1}}}
-    picks = report.Picks(np.full((1, 3), 12.0), 80.0, [evil])
+    picks = Picks(np.full((1, 3), 12.0), 80.0, [evil])
     text = whole_page(title=evil, picks=picks, tables=[Figures(evil, table)])
     assert "<script" not in text
     assert text.count("<!-- run-details -->") == 1
@@ -139,7 +140,7 @@ def test_circles_are_where_the_picks_are() -> None:
 
 def test_many_classes_share_the_last_colour() -> None:
     names = [f"class {i}" for i in range(12)]
-    text = Page(whole_page(picks=report.Picks(np.full((12, 3), 12.0), 80.0, names))).text()
+    text = Page(whole_page(picks=Picks(np.full((12, 3), 12.0), 80.0, names))).text()
     assert "5 others (5)" in text
 
 

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.interpolation import transform_volume
 from cryofleet.numerics.label_colours import label_colour, overlay
+from services.io.isosurface import threshold_of
 from services.learning import map_back
 from services.learning.map_back import Slab, Solid
 from services.learning.weak_labels import BRIGHTEST
@@ -160,11 +161,6 @@ def test_labels_of_larger_voxels_cover_those_nearest_to_them() -> None:
     assert (labels > 0).sum() == 9**3
 
 
-def test_positions_outside_are_known() -> None:
-    positions = np.array([[0.0, 0, 0], [-0.6, 0, 0], [39.4, 35.4, 29.4], [39.6, 0, 0], [0, 36, 0]])
-    assert map_back.inside(positions, SHAPE).tolist() == [True, False, True, False, False]
-
-
 def test_the_picture_shows_labels_in_their_colours() -> None:
     positions = np.array([[5.0, 5, z] for z in (3, 3, 8, 20, 25)])
     shown = map_back.picture_sections(positions, 30)
@@ -188,3 +184,10 @@ def test_colours_of_labels_differ_and_leave_the_rest_grey() -> None:
     painted = overlay(np.full((2, 2), 100, np.uint8), np.array([[0, 1], [0, 0]]))
     assert painted[0, 0].tolist() == painted[1, 1].tolist() == [100, 100, 100]
     assert painted[0, 1].tolist() != [100, 100, 100]
+
+
+def test_the_border_is_where_io_makes_its_surfaces() -> None:
+    volume = blob(20, (2, 1, -3)) - 0.3 * blob(20, (-4, 0, 0))
+    for level in (0.3, 0.5):
+        threshold = threshold_of(volume, 10.0, "level", level)
+        np.testing.assert_array_equal(volume > threshold, map_back.solid(volume, 1.0).shares > level)
