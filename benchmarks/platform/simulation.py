@@ -343,6 +343,7 @@ def rows_from(found: dict[str, Any], tomograms: int) -> Iterator[Row]:
     yield Row(case, "critical path", found["critical_path_seconds"] / 3600, "h", "lower")
     yield Row(case, "tasks", tasks, "", "lower")
     yield Row(case, "calls for each task", found["calls"] / tasks, "", "lower")
+    yield Row(case, "tasks done twice", found["done_twice"], "", "lower", 0.0)
     yield Row(case, "instances lost", found["losses"], "", "lower")
     for label in found["slot_seconds"]:
         busy = found["busy_seconds"].get(label, 0.0)

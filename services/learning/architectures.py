@@ -19,6 +19,7 @@ from services.learning import (
     conformation,
     domain_adaptation,
     dsrf3d,
+    dual,
     edss3d,
     open_set,
     rb3d,
@@ -54,6 +55,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     conformation.NAME: conformation,
     domain_adaptation.NAME: domain_adaptation,
     dsrf3d.NAME: dsrf3d,
+    dual.NAME: dual,
     edss3d.NAME: edss3d,
     open_set.NAME: open_set,
     rb3d.NAME: rb3d,
@@ -70,6 +72,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     autoencoding_classifier.AutoencodingLoss.NAME: autoencoding_classifier.AutoencodingLoss,
     classifiers.ClassificationLoss.NAME: classifiers.ClassificationLoss,
     domain_adaptation.DomainAdversarialLoss.NAME: domain_adaptation.DomainAdversarialLoss,
+    dual.DualLoss.NAME: dual.DualLoss,
     edss3d.SegmentationLoss.NAME: edss3d.SegmentationLoss,
     open_set.OpenSetLoss.NAME: open_set.OpenSetLoss,
 }

@@ -1,0 +1,301 @@
+"""DUAL: unsupervised simultaneous denoising and simulation (Zeng et al. 2024, bioRxiv 2024.03.02.583135).
+
+Six networks learn from unpaired subvolumes of tomograms, t, and of density maps without noise, v:
+
+    denoiser         v_f = D(t)
+    generators       t_f = G_s(v + P G_n(z)), z ~ N(0, I), P a random permutation of the voxels
+    noise encoder    z of a tomogram: t^ = G_s(D(t) + G_n(E(t)))
+    discriminators   of tomograms and of density maps, real and made
+
+D and G_s are U-Nets. E and G_n are convolutions by strides to a code and back. Each discriminator is two networks, one
+of the voxels and one of the logarithm of the power spectrum, which is where wedge and contrast transfer show; both give
+a logit for each place and are averaged. The paper's supplement with the networks' sizes is not at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from cryofleet.errors import FailedPrecondition, InvalidArgument
+from services.learning.autoencoder import memory_order
+from services.learning.training import Batch
+from services.learning.unet import SLOPE, UNet, orthogonal
+
+NAME = "dual"
+VERSION = 1
+"""Raised when the same weights would compute something else."""
+
+CODE_SIZE = 16
+"""Numbers of a noise code: fewer than boxes in two steps, or their covariance says nothing."""
+DEPTH = 2
+"""Poolings of the U-Nets."""
+POOLING = 8
+"""Sides of the subvolumes are multiples of this: encoder and discriminators halve them three times."""
+
+USE = "learning.Denoise applies the denoiser to tomograms; learning.SimulateStyle makes tomograms of density maps."
+LIMITS = (
+    "It was trained without any pair of a tomogram and its truth: structures that the density maps lack may be left "
+    "out or turned into others that they have. Look at the tomogram beside it, and measure in the tomogram."
+)
+
+
+class Dual(nn.Module):
+    """The six networks for subvolumes of `box_size` voxels, with `channels` at the U-Nets' full size.
+
+    Raises InvalidArgument for a side that is not a positive multiple of 8.
+    """
+
+    def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if box_size < POOLING or box_size % POOLING:
+            raise InvalidArgument(f"subvolumes have sides of a multiple of {POOLING} voxels: not {box_size}")
+        self.box_size = box_size
+        self.denoiser = UNet(channels, DEPTH, generator=generator)
+        self.structural = UNet(channels, DEPTH, generator=generator)
+        self.noise = NoiseGenerator(box_size, channels, generator)
+        self.encoder = NoiseEncoder(box_size, channels, generator)
+        self.of_tomograms = Discriminator(box_size, channels, generator)
+        self.of_densities = Discriminator(box_size, channels, generator)
+
+    def simulate(self, densities: Tensor, codes: Tensor, generator: torch.Generator) -> Tensor:
+        """Made subvolumes t_f (batch, 1, n, n, n) of densities of that shape and noise codes (batch, code)."""
+        return self.made(densities + permuted(self.noise(codes), generator))
+
+    def made(self, noisy_densities: Tensor) -> Tensor:
+        """G_s of densities with noise."""
+        result: Tensor = self.structural(noisy_densities)
+        return result
+
+    def forward(self, tomograms: Tensor) -> Tensor:
+        """Denoised subvolumes (batch, 1, z, y, x), of sides that are multiples of 4."""
+        result: Tensor = self.denoiser(tomograms)
+        return result
+
+
+class NoiseGenerator(nn.Module):
+    """G_n: noise (batch, 1, n, n, n) of codes (batch, code)."""
+
+    def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.side = box_size // POOLING
+        self.width = 4 * channels
+        self.from_code = nn.Linear(CODE_SIZE, self.width * self.side**3)
+        widths = [4 * channels, 2 * channels, channels, channels]
+        self.layers = nn.ModuleList(
+            nn.ConvTranspose3d(before, after, 4, stride=2, padding=1) for before, after in itertools.pairwise(widths)
+        )
+        self.output = nn.Conv3d(channels, 1, 3, padding=1)
+        orthogonal(self, generator)
+        for layer in self.layers:
+            assert isinstance(layer, nn.ConvTranspose3d)
+            assert layer.bias is not None
+            nn.init.orthogonal_(layer.weight, nn.init.calculate_gain("leaky_relu", SLOPE), generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        features = functional.leaky_relu(self.from_code(codes), SLOPE)
+        features = memory_order(features.view(-1, self.width, self.side, self.side, self.side))
+        for layer in self.layers:
+            features = functional.leaky_relu(layer(features), SLOPE)
+        result: Tensor = self.output(features)
+        return result
+
+
+class NoiseEncoder(nn.Module):
+    """E: codes (batch, code) of subvolumes (batch, 1, n, n, n)."""
+
+    def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.layers = _halvings(1, channels)
+        self.to_code = nn.Linear(4 * channels * (box_size // POOLING) ** 3, CODE_SIZE)
+        orthogonal(self, generator)
+
+    def forward(self, tomograms: Tensor) -> Tensor:
+        codes: Tensor = self.to_code(self.layers(memory_order(tomograms)).contiguous().flatten(1))
+        return codes
+
+
+class Discriminator(nn.Module):
+    """Logits (batch, places) that subvolumes (batch, 1, n, n, n) are real: of places in the volume and in its spectrum.
+
+    The spectrum is the logarithm of the power of the volume under a Hann window, the mean of each place in it over
+    all volumes taken off by a layer of biases; it is not the same everywhere, so the network is told where it looks.
+    """
+
+    window: Tensor
+    places: Tensor
+
+    def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.voxels = nn.Sequential(*_halvings(1, channels), nn.Conv3d(4 * channels, 1, 3, padding=1))
+        self.spectrum = nn.Sequential(*_halvings(4, channels), nn.Conv3d(4 * channels, 1, 3, padding=1))
+        orthogonal(self, generator)
+        line = torch.hann_window(box_size, periodic=False)
+        self.register_buffer("window", line[:, None, None] * line[:, None] * line, persistent=False)
+        self.register_buffer("places", spectral_places(box_size), persistent=False)
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        voxels = self.voxels(memory_order(volumes)).flatten(1)
+        spectrum = self.spectrum(memory_order(self.spectra(volumes))).flatten(1)
+        # As many places of either kind count the same.
+        return torch.cat([voxels, spectrum.mean(dim=1, keepdim=True).expand(-1, voxels.shape[1])], dim=1)
+
+    def spectra(self, volumes: Tensor) -> Tensor:
+        """(batch, 4, n, n, n // 2): log power, and where in Fourier space it is."""
+        windowed = volumes[:, 0].float() * self.window
+        transform = torch.fft.rfftn(windowed, dim=(1, 2, 3), norm="ortho")[..., : volumes.shape[-1] // 2]
+        power = torch.log(transform.real**2 + transform.imag**2 + 1e-6)
+        power = torch.fft.fftshift(power, dim=(1, 2))[:, None]
+        return torch.cat([power, self.places.expand(len(volumes), -1, -1, -1, -1)], dim=1)
+
+
+def spectral_places(side: int) -> Tensor:
+    """(3, n, n, n // 2): |k|, and the cosines of its angles with x and z, of a shifted half spectrum."""
+    line = torch.arange(side, dtype=torch.float32) - side // 2
+    z, y, x = torch.meshgrid(line, line, torch.arange(side // 2, dtype=torch.float32), indexing="ij")
+    radius = torch.sqrt(z * z + y * y + x * x).clamp(min=1.0)
+    return torch.stack([radius / (side / 2) - 1, x / radius, z.abs() / radius])
+
+
+def permuted(noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of (batch, 1, n, n, n) with its voxels in another random order."""
+    flat = noise.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(flat.device)
+    return torch.gather(flat, 1, order).view_as(noise)
+
+
+class DualLoss:
+    """Equations 3 to 9: reconstruction in both domains, the adversarial losses, and the noise codes' divergence.
+
+    A batch holds "boxes", subvolumes of tomograms (b, 1, n, n, n), and "densities" (b, n, n, n), which need not
+    belong together. The discriminators learn in the same step as the others, each from its own loss: what was made is
+    detached for theirs, and their weights are for the others'. The logarithms and the covariance are kept from what has
+    none: a reconstruction is never better than `LEAST`, a batch's covariance is drawn towards the identity.
+    """
+
+    NAME = "dual"
+
+    def __init__(
+        self,
+        reconstruction_weight: float = 1.0,
+        adversarial_weight: float = 1.0,
+        divergence_weight: float = 0.1,
+    ) -> None:
+        self.reconstruction_weight = reconstruction_weight
+        self.adversarial_weight = adversarial_weight
+        self.divergence_weight = divergence_weight
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Means over the batch: `loss`, its terms, and what shows a collapse: how real the discriminators find what is
+        real and what is made, and the deviation of what the denoiser makes.
+        """
+        assert isinstance(model, Dual)
+        tomograms, densities = batch["boxes"], batch["densities"][:, None]
+        codes = torch.randn(len(densities), CODE_SIZE, generator=generator).to(densities.device)
+        made = model.simulate(densities, codes, generator)
+        denoised = model.denoiser(tomograms)
+        found_codes = model.encoder(tomograms)
+        remade = model.made(denoised + model.noise(found_codes))
+        restored = model.denoiser(made)
+        reconstruction = difference(densities, restored) + difference(tomograms, remade)
+        divergence = divergence_of_codes(found_codes.float())
+        values = {"reconstruction": reconstruction, "divergence": divergence}
+        adversarial = tomograms.new_zeros(())
+        discrimination = tomograms.new_zeros(())
+        for name, network, real, fake in (
+            ("tomograms", model.of_tomograms, tomograms, made),
+            ("densities", model.of_densities, densities, denoised),
+        ):
+            fixed = {key: value.detach() for key, value in network.state_dict(keep_vars=True).items()}
+            judged: Tensor = torch.func.functional_call(network, fixed, (fake,))
+            adversarial = adversarial + functional.softplus(-judged.float()).mean()
+            of_real, of_fake = network(real).float(), network(fake.detach()).float()
+            discrimination = discrimination + functional.softplus(-of_real).mean() + functional.softplus(of_fake).mean()
+            values[f"real_{name}"] = of_real.detach().sigmoid().mean()
+            values[f"made_{name}"] = of_fake.detach().sigmoid().mean()
+        values |= {"adversarial": adversarial, "discrimination": discrimination}
+        values["deviation"] = denoised.detach().float().std()
+        loss = (
+            self.reconstruction_weight * reconstruction
+            + self.adversarial_weight * (adversarial + discrimination)
+            + self.divergence_weight * divergence
+        )
+        return {"loss": loss, **values}
+
+
+LEAST = 1e-4
+"""Of a mean squared difference and of 1 - correlation, before their logarithm."""
+
+
+def difference(real: Tensor, made: Tensor) -> Tensor:
+    """log of the mean squared difference + log(1 - correlation), over all voxels of a batch (equations 4 and 5).
+
+    Of the batch and not of each subvolume: one of plain ice has no correlation.
+    """
+    real, made = real.float(), made.float()
+    squared = functional.mse_loss(made, real)
+    a, b = real - real.mean(), made - made.mean()
+    correlation = (a * b).mean() / torch.sqrt((a * a).mean() * (b * b).mean() + LEAST**2)
+    return torch.log(squared + LEAST) + torch.log(1 - correlation + LEAST)
+
+
+def divergence_of_codes(codes: Tensor) -> Tensor:
+    """KL(N(0, I) || N(mu, Sigma)) of the mean and covariance of codes (batch, code), divided by the code's size.
+
+    A batch of b has a covariance of rank b - 1 at most. It is drawn towards the identity by the share
+    code / (code + b), so that its inverse is there; a batch of one is compared by its mean alone.
+    """
+    count, size = codes.shape
+    mean = codes.mean(dim=0)
+    identity = torch.eye(size, device=codes.device)
+    centred = codes - mean
+    covariance = centred.T @ centred / max(count - 1, 1)
+    share = size / (size + count) if count > 1 else 1.0
+    covariance = (1 - share) * covariance + share * identity
+    factor = torch.linalg.cholesky(covariance)
+    inverse = torch.cholesky_inverse(factor)
+    logarithm = 2 * torch.log(torch.diagonal(factor)).sum()
+    return 0.5 * (torch.trace(inverse) + mean @ inverse @ mean - size + logarithm) / size
+
+
+def config(box_size: int, channels: int) -> dict[str, Any]:
+    """What names the architecture in a model's config."""
+    return {"architecture": NAME, "architecture_version": VERSION, "box_size": box_size, "channels": channels}
+
+
+def check_config(settings: Mapping[str, Any]) -> None:
+    """FailedPrecondition where a model's config describes another architecture, or is not whole."""
+    if settings.get("architecture") != NAME:
+        raise FailedPrecondition(f"the model's architecture is {settings.get('architecture')!r}, {NAME!r} is needed")
+    if settings.get("architecture_version") != VERSION:
+        raise FailedPrecondition(
+            f"the model is {NAME} version {settings.get('architecture_version')!r}; version {VERSION} is needed: "
+            "train it again"
+        )
+    for name in ("box_size", "channels"):
+        value = settings.get(name)
+        if type(value) is not int or value < 1:
+            raise FailedPrecondition(
+                f"the model's config says {name} is {value!r}: it is damaged, train the model again"
+            )
+
+
+def from_config(settings: Mapping[str, Any], generator: torch.Generator | None = None) -> Dual:
+    """The networks of a model's config; FailedPrecondition as `check_config`."""
+    check_config(settings)
+    return Dual(settings["box_size"], settings["channels"], generator)
+
+
+def _halvings(inputs: int, channels: int) -> nn.Sequential:
+    """Three convolutions 4^3 of stride 2 with leaky ReLU, to 4 times the channels."""
+    widths = [inputs, channels, 2 * channels, 4 * channels]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv3d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE, inplace=True)]
+    return nn.Sequential(*layers)

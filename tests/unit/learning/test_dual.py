@@ -1,0 +1,176 @@
+"""DUAL's networks and losses: shapes, closed forms, and who learns from what."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cryofleet.errors import FailedPrecondition, InvalidArgument
+from services.learning import architectures, dual
+from services.learning.training import generator_for
+
+SIDE, CHANNELS, BATCH = 16, 4, 3
+
+
+@pytest.fixture
+def model() -> dual.Dual:
+    return dual.Dual(SIDE, CHANNELS, generator_for(0))
+
+
+def boxes(seed: int, count: int = BATCH) -> Tensor:
+    return torch.randn(count, 1, SIDE, SIDE, SIDE, generator=generator_for(seed))
+
+
+def batch() -> dict[str, Tensor]:
+    return {"boxes": boxes(1), "densities": boxes(2)[:, 0]}
+
+
+def test_shapes(model: dual.Dual) -> None:
+    tomograms = boxes(1)
+    codes = model.encoder(tomograms)
+    assert codes.shape == (BATCH, dual.CODE_SIZE)
+    assert model.noise(codes).shape == model.denoiser(tomograms).shape == model.made(tomograms).shape == tomograms.shape
+    # (16 / 8)^3 places of the volume, and as many that the spectrum's mean counts for.
+    assert model.of_tomograms(tomograms).shape == (BATCH, 16)
+    assert model(torch.zeros(1, 1, 8, 12, 20)).shape == (1, 1, 8, 12, 20)
+    with pytest.raises(InvalidArgument, match="multiple of 8"):
+        dual.Dual(20, CHANNELS)
+
+
+def test_a_permutation_keeps_the_values_of_each_box_and_moves_them() -> None:
+    noise = boxes(3)
+    moved = dual.permuted(noise, generator_for(4))
+    assert moved.shape == noise.shape
+    assert torch.equal(moved.flatten(1).sort(dim=1).values, noise.flatten(1).sort(dim=1).values)
+    # Of 4,096 voxels one stays where it was, on average.
+    assert (moved == noise).flatten(1).sum(dim=1).max() < 10
+    assert not torch.equal(moved[0].flatten().argsort(), moved[1].flatten().argsort())
+
+
+def test_the_difference_is_that_of_its_formula() -> None:
+    real, made = boxes(5).double(), boxes(6).double()
+    made = real + 0.5 * made
+    expected = math.log(float(((made - real) ** 2).mean())) + math.log(
+        1 - float(np.corrcoef(real.flatten(), made.flatten())[0, 1])
+    )
+    # Both logarithms are of numbers that are kept above 0.0001.
+    assert float(dual.difference(real, made)) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("made", [torch.zeros(2, 1, 8, 8, 8), torch.ones(2, 1, 8, 8, 8)])
+def test_the_difference_of_a_constant_is_a_number_with_a_gradient(made: Tensor) -> None:
+    made = made.clone().requires_grad_()
+    loss = dual.difference(torch.randn(2, 1, 8, 8, 8, generator=generator_for(7)), made)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert made.grad is not None
+    assert torch.isfinite(made.grad).all()
+
+
+def test_the_difference_of_equals_is_its_least() -> None:
+    real = boxes(8)
+    assert float(dual.difference(real, real.clone())) == pytest.approx(2 * math.log(dual.LEAST), abs=0.1)
+
+
+def test_the_divergence_of_normal_codes_vanishes_and_of_others_does_not() -> None:
+    count = 4000
+    codes = torch.randn(count, dual.CODE_SIZE, generator=generator_for(9))
+    normal = float(dual.divergence_of_codes(codes))
+    assert abs(normal) < 0.01
+    shifted = codes.clone()
+    shifted[:, 0] += 2.0
+    # KL(N(0, I) || N(mu, I)) = |mu|^2 / 2.
+    assert float(dual.divergence_of_codes(shifted)) - normal == pytest.approx(2.0 / dual.CODE_SIZE, rel=0.1)
+    scaled = codes * math.sqrt(2)
+    # For Sigma = s I: (1 / s - 1 + log s) / 2 of each number.
+    assert float(dual.divergence_of_codes(scaled)) == pytest.approx(0.5 * (0.5 - 1 + math.log(2)), rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_codes_have_a_divergence(count: int) -> None:
+    codes = torch.randn(count, dual.CODE_SIZE, generator=generator_for(10)).requires_grad_()
+    loss = dual.divergence_of_codes(codes)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() >= 0
+    assert codes.grad is not None
+    assert torch.isfinite(codes.grad).all()
+    # The mean alone is known of one: half its square.
+    if count == 1:
+        assert loss.item() == pytest.approx(0.5 * float((codes.detach() ** 2).mean()), rel=1e-4)
+
+
+def gradients(model: dual.Dual, **weights: float) -> dict[str, float]:
+    """The norm of each network's gradient by the loss with these weights."""
+    loss = dual.DualLoss(
+        **{"reconstruction_weight": 0.0, "adversarial_weight": 0.0, "divergence_weight": 0.0} | weights
+    )
+    model.zero_grad()
+    loss(model, batch(), generator_for(11))["loss"].backward()  # type: ignore[no-untyped-call]
+    norms: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        network = name.split(".")[0]
+        size = 0.0 if parameter.grad is None else float(parameter.grad.norm())
+        norms[network] = norms.get(network, 0.0) + size
+    return norms
+
+
+def test_each_network_learns_from_its_own_losses(model: dual.Dual) -> None:
+    makers = {"denoiser", "structural", "noise", "encoder"}
+    judges = {"of_tomograms", "of_densities"}
+    by_reconstruction = gradients(model, reconstruction_weight=1.0)
+    assert all(by_reconstruction[name] > 0 for name in makers)
+    assert all(by_reconstruction[name] == 0 for name in judges)
+    by_divergence = gradients(model, divergence_weight=1.0)
+    assert {name for name, norm in by_divergence.items() if norm} == {"encoder"}
+    by_adversaries = gradients(model, adversarial_weight=1.0)
+    assert all(by_adversaries[name] > 0 for name in judges | {"denoiser", "structural", "noise"})
+    # E makes what is reconstructed, and nothing that is judged.
+    assert by_adversaries["encoder"] == 0
+
+
+def test_a_discriminator_learns_from_its_own_loss_alone(model: dual.Dual) -> None:
+    """The makers' loss, which its answers decide, does not move it."""
+    gradients(model, adversarial_weight=1.0)
+    judge = model.of_densities
+    found = [parameter.grad.clone() for parameter in judge.parameters() if parameter.grad is not None]
+    given = batch()
+    judge.zero_grad()
+    with torch.no_grad():
+        made = model.denoiser(given["boxes"])
+    real = judge(given["densities"][:, None])
+    loss = torch.nn.functional.softplus(-real).mean() + torch.nn.functional.softplus(judge(made)).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected = [parameter.grad for parameter in judge.parameters() if parameter.grad is not None]
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_discriminators_see_the_spectrum(model: dual.Dual) -> None:
+    """Log power of the windowed volume, zero frequency in the middle, against NumPy."""
+    volume = boxes(12, 1)
+    line = np.hanning(SIDE)
+    window = line[:, None, None] * line[:, None] * line
+    transform = np.fft.rfftn(volume[0, 0].numpy() * window, norm="ortho")[..., : SIDE // 2]
+    expected = np.log(np.abs(np.fft.fftshift(transform, axes=(0, 1))) ** 2 + 1e-6)
+    found = model.of_tomograms.spectra(volume)[0]
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-4, atol=1e-3)
+    middle = SIDE // 2
+    # |k| in units of Nyquist less one; along x, and along z.
+    assert found[1, middle, middle, 4] == pytest.approx(4 / (SIDE / 2) - 1)
+    assert found[2, middle, middle, 4] == pytest.approx(1.0)
+    assert found[3, middle + 4, middle, 0] == pytest.approx(1.0)
+
+
+def test_a_config_gives_the_network_back(model: dual.Dual) -> None:
+    config = dual.config(SIDE, CHANNELS)
+    again = architectures.build(config, generator_for(0))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    for broken in ({"architecture": "edss3d"}, {"architecture_version": 0}, {"channels": 0}, {"box_size": "16"}):
+        with pytest.raises(FailedPrecondition):
+            dual.from_config(config | broken)
+    assert isinstance(architectures.objective({"name": dual.DualLoss.NAME}), dual.DualLoss)
