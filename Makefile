@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # More options for pip, an index of CPU-only torch builds for instance.
 PIP_OPTIONS ?=
-OUT ?= demo-out
+OUT ?= $(if $(TOMOGRAM),$(basename $(notdir $(TOMOGRAM)))-out,demo-out)
 TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4

@@ -475,6 +475,10 @@ class Client:
         from cryofleet.artifacts import digest_file
 
         path = Path(path)
+        if path.is_dir():
+            raise InvalidArgument(
+                f"{path} is a folder; one of OME-Zarr becomes a file by: cryofleet convert {path} t.ozx"
+            )
         if not path.is_file():
             raise NotFound(f"no such file: {path}")
         header = io_pb2.UploadHeader(

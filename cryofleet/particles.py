@@ -233,7 +233,7 @@ class Particles:
         try:
             file = pq.ParquetFile(pa.BufferReader(data) if isinstance(data, bytes) else _open(data))
         except _UNREADABLE as error:
-            raise InvalidArgument(f"{source} is no Parquet table: {_line(error)}") from error
+            raise InvalidArgument(_no_parquet(source, error)) from error
         if file.metadata.num_rows > MAX_ROWS:
             raise InvalidArgument(
                 f"{source} says that it has {file.metadata.num_rows} rows; at most {MAX_ROWS} can be read"
@@ -269,12 +269,19 @@ class Particles:
         return np.ascontiguousarray(self.table[list(names)].to_numpy(dtype=np.float64))
 
 
+def _no_parquet(source: str, error: Exception) -> str:
+    return (
+        f"{source} is no Parquet table: {_line(error)}. Tables of other programs become one by: "
+        "cryofleet convert FILE particles.parquet"
+    )
+
+
 def row_count(data: bytes | Bytes, source: str = "particles") -> int:
     """The number of rows, from the file's last bytes. Raises InvalidArgument where it is no Parquet."""
     try:
         metadata = pq.read_metadata(pa.BufferReader(data) if isinstance(data, bytes) else _open(data))
     except _UNREADABLE as error:
-        raise InvalidArgument(f"{source} is no Parquet table: {_line(error)}") from error
+        raise InvalidArgument(_no_parquet(source, error)) from error
     return int(metadata.num_rows)
 
 

@@ -12,6 +12,7 @@ from cryofleet.v1 import orchestrator_pb2
 
 RUN_DETAILS_MARK = "<!-- run-details -->"
 """Where a report's page leaves place for what its run took."""
+METRICS = "metrics.json"
 
 
 def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
@@ -33,12 +34,15 @@ def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
             if not isinstance(artifact, Artifact):
                 continue  # an item that was set aside: the others keep their numbers
             suffix = f"_{number}" if isinstance(value, list) else ""
-            written.append(artifact.save(folder / f"{name}{suffix}{Path(artifact.name).suffix}"))
+            path = folder / f"{name}{suffix}{Path(artifact.name).suffix}"
+            if path.name == METRICS:
+                path = folder / f"output_{METRICS}"  # a pipeline of one's own may call an output so
+            written.append(artifact.save(path))
     for path in written:
         if path.suffix == ".html":
             page = path.read_text()
             path.write_text(page.replace(RUN_DETAILS_MARK, run_details(handle.record), 1))
-    metrics = folder / "metrics.json"
+    metrics = folder / METRICS
     steps = [_step_figures(step) for step in handle.record.steps]
     set_aside = [f"{s.step} {s.item}: {s.status}: {s.cause}" for s in handle.record.set_aside]
     document = {
@@ -56,7 +60,7 @@ def save_outputs(handle: RunHandle, folder: Path) -> list[Path]:
 
 def _remove_former(folder: Path) -> None:
     """Remove the files that an earlier run brought to `folder`, so that none is taken for this one's."""
-    metrics = folder / "metrics.json"
+    metrics = folder / METRICS
     try:
         former = json.loads(metrics.read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import shutil
 import struct
 import zlib
@@ -38,6 +39,7 @@ _UNREAD_MODES = {3: "complex int16", 4: "complex float32", 16: "RGB"}
 _WRITTEN: dict[int, np.dtype[Any]] = {mode: np.dtype("<" + _MODES[mode]) for mode in (0, 1, 2, 12)}
 _BYTE_ORDERS: dict[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
 IMAGE_STACK_ENDINGS = (".mrcs", ".st", ".rawst", ".ali", ".preali")
+_SCALED = re.compile(r"cryofleet scaled: value = stored \* ([-+\d.e]+) \+ ([-+\d.e]+)")
 _IMOD_STAMP = 1146047817
 _IMOD_SIGNED_BYTES = 1
 _IMOD_ORIGIN_AS_MRC = 4
@@ -311,6 +313,7 @@ class MrcSections:
         self.shape = self.header.volume_shape
         self._path = path
         self._dtype = self.header.dtype
+        self._scale, self._offset = _scaled_by(self.header)
         if byte_order is not None:
             self._dtype = self._dtype.newbyteorder(_BYTE_ORDERS[byte_order])
         elif self._other_byte_order():
@@ -341,11 +344,18 @@ class MrcSections:
         """Raises FailedPrecondition where the file holds something else than is wanted."""
 
     def slab(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Sections start to stop along z, as float32 [z, y, x].
+        """Sections start to stop along z, as float32 [z, y, x]; integers that `write` scaled, as the values they were.
 
         Memory is the slab's, in its stored type and in float32. Where the file's sections do not run along z, each
         slab takes a pass over the file.
         """
+        values = self._unscaled(start, stop)
+        if (self._scale, self._offset) != (1.0, 0.0):
+            values *= np.float32(self._scale)
+            values += np.float32(self._offset)
+        return values
+
+    def _unscaled(self, start: int, stop: int) -> NDArray[np.float32]:
         header = self.header
         if header.order[0] == 0:
             return _float32(self.stored(start, stop).transpose(header.order))
@@ -520,6 +530,19 @@ def unpack_gzip(source: Path, target: Path, name: str, progress: Progress = no_p
         raise InvalidArgument(f"{name}: damaged: the gzip stream breaks after {written} unpacked bytes") from error
 
 
+def _scaled_by(header: MrcHeader) -> tuple[float, float]:
+    """The scale and offset that `write` stated of integers; 1 and 0 where it did not."""
+    if header.dtype.kind not in "iu":
+        return 1.0, 0.0
+    for label in header.labels:
+        match = _SCALED.fullmatch(label.strip())
+        if match is not None:
+            scale, offset = float(match[1]), float(match[2])
+            if math.isfinite(scale) and math.isfinite(offset) and scale > 0:
+                return scale, offset
+    return 1.0, 0.0
+
+
 def _float32(stored: NDArray[Any]) -> NDArray[np.float32]:
     with np.errstate(invalid="ignore"):  # a NaN of the kind that signals
         return np.ascontiguousarray(stored, dtype=np.float32)
@@ -574,7 +597,7 @@ def write(path: Path, volume: VolumeData, mode: int = 2, progress: Progress = no
         raise InvalidArgument(f"MRC mode {mode} is not written; known are {', '.join(map(str, _WRITTEN))}")
     dtype = _WRITTEN[mode]
     note = volume.frame.note()
-    labels = [label for label in volume.labels if not label.startswith("cryofleet frame ")]
+    labels = [label for label in volume.labels if not label.startswith(("cryofleet frame ", "cryofleet scaled"))]
     labels = [note, *labels] if note else labels
     warnings: list[str] = []
     scale, offset, writing = 1.0, 0.0, progress

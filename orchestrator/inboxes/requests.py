@@ -134,7 +134,8 @@ def _check_place(store: Store, inbox: Inbox) -> None:
         root = store.root_of(inbox.uri)
     except PermissionDenied as failure:
         raise PermissionDenied(
-            f"{failure}: add {inbox.uri} to CRYOFLEET_READ_ONLY_ROOTS of all processes of the platform, and restart it"
+            f"{failure}: add {inbox.uri} to CRYOFLEET_READ_ONLY_ROOTS of all processes of the platform, and restart it "
+            "(cryofleet down)"
         ) from None
     if root == store.root and inbox.uri in (root, f"{root}/{inbox.project}"):
         raise InvalidArgument(

@@ -390,7 +390,10 @@ def _averages(averages: Sequence[Average]) -> str:
         curve = ""
         if average.fsc is not None:
             resolution = average.fsc.resolution_angstrom
-            known.append(f"{resolution:.1f} Å at FSC 0.143" if resolution else "FSC does not fall below 0.143")
+            finest = 1 / max(average.fsc.frequency_per_angstrom)
+            known.append(
+                f"{resolution:.1f} Å at FSC 0.143" if resolution else f"FSC stays above 0.143 up to {finest:.1f} Å"
+            )
             curve = _fsc_chart(average.fsc)
         name = f"Average {number}" if average.cluster is None else f"Average of cluster {average.cluster}"
         heading = f"<h3>{name} <span>· {' · '.join(known)}</span></h3>"
@@ -429,6 +432,7 @@ def fsc_curve(table: Mapping[str, Any], voxel_size_angstrom: float) -> FscCurve 
 
     Reads `fsc` beside `frequency_per_angstrom` or, in cycles per voxel, `frequency`, all of one length, and
     `resolution_angstrom`, which is found on the curve where it is left out. They may stand in an object `fsc` together.
+    A curve that never falls below 0.143 gives no resolution: what is stated then is only the finest that voxels hold.
     """
     inner = table.get("fsc")
     if isinstance(inner, Mapping):
@@ -440,7 +444,9 @@ def fsc_curve(table: Mapping[str, Any], voxel_size_angstrom: float) -> FscCurve 
     if len(frequency) < 2 or len(frequency) != len(correlation) or max(frequency) <= 0:
         return None
     stated = table.get("resolution_angstrom")
-    resolution = float(stated) if is_number(stated) and stated > 0 else _first_crossing(frequency, correlation)
+    resolution = _first_crossing(frequency, correlation)
+    if resolution is not None and is_number(stated) and stated > 0:
+        resolution = float(stated)
     return FscCurve(frequency, correlation, resolution)
 
 

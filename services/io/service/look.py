@@ -243,7 +243,7 @@ def draw_particles(request: io_pb2.DrawParticlesRequest, task: Task) -> io_pb2.D
         request.own_limits,
         _inverted(request.protein_bright, subtomograms.info.contrast),
         request.tile_pixels,
-        f"{len(chosen):,} of {len(particles):,}, {first}",
+        f"{len(chosen):,} of {len(particles):,} boxes, {first}",
         task.progress,
     )
     return io_pb2.DrawParticlesResult(
