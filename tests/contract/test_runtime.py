@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -216,12 +217,13 @@ async def test_request_that_breaks_a_rule_names_field_value_and_rule(channel: gr
 def _io_service() -> Service:
     """The io service with its streams, and operations that nobody calls here."""
     service = Service(io_pb2.DESCRIPTOR.services_by_name["IoService"])
-    for name in ("ingest", "filter", "export", "report"):
+    streams = {"Upload", "Download", "List"}
+    for name in (method.name for method in service.descriptor.methods if method.name not in streams):
 
         def unused(request: Message, task: object) -> Message:
             raise AssertionError("nobody calls it")
 
-        unused.__name__ = name
+        unused.__name__ = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
         service.operation(needs=lambda request, reader: Needs(0))(unused)
 
     @service.rpc("Upload")

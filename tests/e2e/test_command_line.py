@@ -140,6 +140,8 @@ def _shown_on_a_terminal(platform: Platform, *words: str, end_with: int) -> tupl
     process = subprocess.Popen(
         [sys.executable, "-m", "cryofleet", *words],
         env=environment, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+        # Tests that a shell runs in the background have SIGINT ignored, and so has all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     shown = b""
     try:

@@ -271,7 +271,8 @@ def test_shards_and_files_between_them_change_nothing() -> None:
     assert once.table() == whole.table()
     # Batches are cut elsewhere, and sums are added up in another order.
     split = sharded(2)
-    np.testing.assert_allclose(split.average, whole.average, atol=2e-4 * np.abs(whole.average).max())
+    # Poses that differ as little as is asked below move the steepest slopes by several times this.
+    np.testing.assert_allclose(split.average, whole.average, atol=1e-3 * np.abs(whole.average).max())
     np.testing.assert_allclose(split.poses.shifts, whole.poses.shifts, atol=0.01)
     assert angular_distance_degrees(split.poses.rotations, whole.poses.rotations).max() < 0.1
     assert split.left_out == whole.left_out
