@@ -53,11 +53,11 @@ manifests: $(READY) $(VENV)/manifests/.ready
 test: $(READY) $(MANIFEST_TOOLS)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-# Faults at random for at most 15 minutes (docs/faults.md): SEED repeats one, FAULTS and MINUTES change how many and how long.
 # The faults whose tests wait long, which `make test` leaves out.
 faults: $(READY)
 	$(BIN)/python -m pytest -m long tests/faults
 
+# Faults at random for at most 15 minutes (docs/faults.md): SEED repeats one, FAULTS and MINUTES change how many and how long.
 soak: $(READY)
 	SEED="$(SEED)" FAULTS="$(FAULTS)" MINUTES="$(MINUTES)" $(BIN)/python -m tests.faults.soak
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from benchmarks.harness import Row, main
+from benchmarks.simulation import CORES
+from benchmarks.simulation import KINDS as SIMULATED
 from cryofleet.storage import Store
 from cryofleet.testing import run_operation, settings_for
 from cryofleet.v1 import simulation_pb2 as pb
@@ -21,15 +22,7 @@ from cryofleet.volumes import open_volume
 from services.io import contrast_sign, gold, slab, tomogram_snr, wedge
 from services.simulation.service import service as simulation
 
-CORES = len(os.sched_getaffinity(0))
-KINDS = (
-    "double-ring",
-    "double-ring-with-caps",
-    "barrel-with-lids",
-    "two-subunit-globule",
-    "hexameric-ring",
-    "tetrahedral-shell",
-)
+KINDS = SIMULATED[:6]
 VOXEL = 10.0
 BEADS = 6
 #: Lowest and highest tilt, and the step; the ice as share of the tomogram's depth is in `measure`.

@@ -6,7 +6,6 @@ model, both standardised: PSNR with the model's range as its peak, SSIM over cub
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Row, main
+from benchmarks.simulation import CORES
+from benchmarks.simulation import KINDS as SIMULATED
 from cryofleet.artifacts import ResultWriter
 from cryofleet.numerics import image_quality
 from cryofleet.storage import Store
@@ -30,15 +31,7 @@ from cryofleet.volumes import VolumeInfo, VolumeWriter, open_volume
 from services.io.service import service as io
 from services.simulation.service import service as simulation
 
-CORES = len(os.sched_getaffinity(0))
-KINDS = (
-    "double-ring",
-    "double-ring-with-caps",
-    "barrel-with-lids",
-    "two-subunit-globule",
-    "hexameric-ring",
-    "tetrahedral-shell",
-)
+KINDS = SIMULATED[:6]
 MEMORY_LIMIT_MEBIBYTES = 1536.0
 
 FILTERS: dict[str, dict[str, Any]] = {

@@ -387,6 +387,18 @@ class MrcSections:
     def _frame(self, sizes: Sizes | None) -> VolumeFrame:
         return VolumeFrame(sizes, self.header.origin_angstrom).with_note(self.header.labels)
 
+    def _data(self, sizes: Sizes | None, kind: Literal["volume", "stack"]) -> VolumeData:
+        return VolumeData(
+            self.name,
+            self.shape,
+            self.slab,
+            self._frame(sizes),
+            kind,
+            self.header.labels,
+            self.header.stored_as,
+            warnings=self.warnings,
+        )
+
     def close(self) -> None:
         self._file.close()
 
@@ -405,16 +417,7 @@ class MrcVolume(MrcSections):
         self.voxel_size_angstrom = self._frame(self.header.voxel_size_angstrom).voxel_size_angstrom
 
     def data(self) -> VolumeData:
-        header = self.header
-        return VolumeData(
-            self.name,
-            self.shape,
-            self.slab,
-            self._frame(header.voxel_size_angstrom),
-            labels=header.labels,
-            stored_as=header.stored_as,
-            warnings=self.warnings,
-        )
+        return self._data(self.header.voxel_size_angstrom, "volume")
 
     def _check(self) -> None:
         check_is_volume(self.header, self.name)
@@ -443,17 +446,7 @@ class MrcImages(MrcSections):
         self.voxel_size_angstrom = None if pixel is None else (pixel[0], pixel[1], pixel[0])
 
     def data(self) -> VolumeData:
-        header = self.header
-        return VolumeData(
-            self.name,
-            self.shape,
-            self.slab,
-            self._frame(self.voxel_size_angstrom),
-            kind="stack",
-            labels=header.labels,
-            stored_as=header.stored_as,
-            warnings=self.warnings,
-        )
+        return self._data(self.voxel_size_angstrom, "stack")
 
     def _check(self) -> None:
         if self.header.axes != (3, 2, 1):

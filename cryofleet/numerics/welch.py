@@ -45,18 +45,23 @@ def taper(box: Shape) -> NDArray[np.float32]:
     return np.asarray(window / np.sqrt(np.mean(window**2)), np.float32)
 
 
-def tapered_boxes(
-    read: ReadSlab, starts: list[Shape], box: Shape, progress: Progress = no_progress
-) -> Iterator[NDArray[np.float32]]:
-    """The boxes that begin at `starts`, less their means, tapered. Boxes of one z share what is read."""
-    window = taper(box)
-    weight = window / window.sum()
+def cut_boxes(read: ReadSlab, starts: list[Shape], box: Shape) -> Iterator[NDArray[np.float32]]:
+    """The boxes that begin at `starts`, as views. Boxes of one z share what is read."""
     slab, at = np.empty((0, 0, 0), np.float32), -1
-    for number, (z, y, x) in enumerate(starts):
+    for z, y, x in starts:
         if z != at:
             del slab  # before the next is read
             slab, at = read(z, z + box[0]), z
-        cut = slab[:, y : y + box[1], x : x + box[2]]
+        yield slab[:, y : y + box[1], x : x + box[2]]
+
+
+def tapered_boxes(
+    read: ReadSlab, starts: list[Shape], box: Shape, progress: Progress = no_progress
+) -> Iterator[NDArray[np.float32]]:
+    """The boxes that begin at `starts`, less their means, tapered."""
+    window = taper(box)
+    weight = window / window.sum()
+    for number, cut in enumerate(cut_boxes(read, starts, box)):
         yield (cut - np.float32(np.vdot(cut, weight))) * window
         progress((number + 1) / len(starts), "measuring spectra", boxes=float(number + 1))
 

@@ -61,13 +61,8 @@ def estimate_skewness(
     box = welch.box_shape(shape, BOX)
     starts = welch.box_starts(shape, box, MOST_BOXES)
     moments = np.zeros((len(starts), 4))
-    slab, at = np.empty((0, 0, 0), np.float32), -1
-    for number, (z, y, x) in enumerate(starts):
-        if z != at:
-            del slab  # before the next is read
-            slab, at = read(z, z + box[0]), z
-        cut = slab[:, y : y + box[1], x : x + box[2]]
-        cut = cut - cut.mean(dtype=np.float64).astype(np.float32)
+    for number, raw in enumerate(welch.cut_boxes(read, starts, box)):
+        cut = raw - raw.mean(dtype=np.float64).astype(np.float32)
         band = scipy.ndimage.gaussian_filter(cut, fine, truncate=3) - scipy.ndimage.gaussian_filter(
             cut, coarse, truncate=2
         )

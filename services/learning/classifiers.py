@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from services.learning.architecture_version import check_architecture
 from services.learning.autoencoder import max_pool, memory_order
 from services.learning.training import Batch
 
@@ -159,13 +160,7 @@ def check_config(settings: Mapping[str, Any], name: str, version: int) -> tuple[
 
     Raises FailedPrecondition where a model's config describes another architecture, or is not whole.
     """
-    if settings.get("architecture") != name:
-        raise FailedPrecondition(f"the model's architecture is {settings.get('architecture')!r}, {name!r} is needed")
-    if settings.get("architecture_version") != version:
-        raise FailedPrecondition(
-            f"the model is {name} version {settings.get('architecture_version')!r}; version {version} is needed: "
-            "train it again"
-        )
+    check_architecture(settings, name, version)
     size, ids, names = settings.get("box_size"), settings.get("class_ids"), settings.get("class_names")
     if type(size) is not int or size < POOLING or size % POOLING:
         raise FailedPrecondition(f"the model's config says box_size is {size!r}: it is damaged, train the model again")

@@ -23,6 +23,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from services.learning.architecture_version import check_architecture
 from services.learning.autoencoder import memory_order
 from services.learning.training import Batch
 from services.learning.unet import SLOPE, UNet, orthogonal
@@ -32,13 +33,13 @@ VERSION = 1
 """Raised when the same weights would compute something else."""
 
 CODE_SIZE = 16
-"""Numbers of a noise code: fewer than boxes in two steps, or their covariance says nothing."""
+"""Numbers of a noise code: about as many as boxes in a step, or their covariance says little."""
 DEPTH = 2
 """Poolings of the U-Nets."""
 POOLING = 8
 """Sides of the subvolumes are multiples of this: encoder and discriminators halve them three times."""
 
-USE = "learning.Denoise applies the denoiser to tomograms; learning.SimulateStyle makes tomograms of density maps."
+USE = "Its denoiser takes noise from tomograms, its generators make tomograms of density maps."
 LIMITS = (
     "It was trained without any pair of a tomogram and its truth: structures that the density maps lack may be left "
     "out or turned into others that they have. Look at the tomogram beside it, and measure in the tomogram."
@@ -124,8 +125,8 @@ class NoiseEncoder(nn.Module):
 class Discriminator(nn.Module):
     """Logits (batch, places) that subvolumes (batch, 1, n, n, n) are real: of places in the volume and in its spectrum.
 
-    The spectrum is the logarithm of the power of the volume under a Hann window, the mean of each place in it over
-    all volumes taken off by a layer of biases; it is not the same everywhere, so the network is told where it looks.
+    The spectrum is the logarithm of the power of the volume under a Hann window. What it should be differs from place
+    to place, so the network is told where it looks.
     """
 
     window: Tensor
@@ -271,13 +272,7 @@ def config(box_size: int, channels: int) -> dict[str, Any]:
 
 def check_config(settings: Mapping[str, Any]) -> None:
     """FailedPrecondition where a model's config describes another architecture, or is not whole."""
-    if settings.get("architecture") != NAME:
-        raise FailedPrecondition(f"the model's architecture is {settings.get('architecture')!r}, {NAME!r} is needed")
-    if settings.get("architecture_version") != VERSION:
-        raise FailedPrecondition(
-            f"the model is {NAME} version {settings.get('architecture_version')!r}; version {VERSION} is needed: "
-            "train it again"
-        )
+    check_architecture(settings, NAME, VERSION)
     for name in ("box_size", "channels"):
         value = settings.get(name)
         if type(value) is not int or value < 1:

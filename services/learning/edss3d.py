@@ -24,6 +24,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from services.learning.architecture_version import check_architecture
 from services.learning.autoencoder import initialise, kernel_spread, max_pool, memory_order, upsample_and_convolve
 from services.learning.single_channel import convolve_from_one
 from services.learning.training import Batch
@@ -162,13 +163,7 @@ def config(names: Sequence[str], skip: bool = False) -> dict[str, Any]:
 
 def check_config(settings: Mapping[str, Any]) -> None:
     """FailedPrecondition where a model's config describes another architecture, or is not whole."""
-    if settings.get("architecture") != NAME:
-        raise FailedPrecondition(f"the model's architecture is {settings.get('architecture')!r}, {NAME!r} is needed")
-    if settings.get("architecture_version") != VERSION:
-        raise FailedPrecondition(
-            f"the model is {NAME} version {settings.get('architecture_version')!r}; version {VERSION} is needed: "
-            "train it again"
-        )
+    check_architecture(settings, NAME, VERSION)
     names = settings.get("class_names")
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):
         raise FailedPrecondition(

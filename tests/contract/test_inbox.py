@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from google.protobuf.struct_pb2 import Struct
-from minio import Minio
-from moto.server import ThreadedMotoServer
 from prometheus_client import CollectorRegistry
 
 from cryofleet.channels import open_channel
@@ -36,6 +34,7 @@ from orchestrator.inboxes import work
 from orchestrator.service import service as orchestrator_service
 from services.io.service import service as io_service
 from tests.contract import test_access_runs as access
+from tests.moto import client_of, s3_server
 from tests.unit.orchestrator.fake import short_folder
 
 INGEST = """
@@ -58,25 +57,8 @@ ENDED = ("DONE", "SET_ASIDE")
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Settings]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    settings = S3Settings(endpoint=f"127.0.0.1:{port}", access_key="key", secret_key="secret", secure=False)
-    client_of(settings).make_bucket("facility")
-    yield settings
-    server.stop()
-
-
-def client_of(settings: S3Settings) -> Any:
-    return Minio(
-        settings.endpoint,
-        access_key=settings.access_key,
-        secret_key=settings.secret_key,
-        secure=False,
-        region=settings.region,
-    )
+    with s3_server("facility") as settings:
+        yield settings
 
 
 class Site:

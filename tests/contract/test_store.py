@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from minio import Minio
-from moto.server import ThreadedMotoServer
 
 from cryofleet.artifacts import ResultWriter
 from cryofleet.errors import Failure, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
@@ -22,31 +20,15 @@ from cryofleet.settings import S3Settings, Settings
 from cryofleet.storage import CHUNK_BYTES, S3Store, Store, file_uri
 from cryofleet.storage import s3 as s3_module
 from orchestrator import garbage
+from tests.moto import client_of, s3_server
 
 PART = 5 * 1024 * 1024  # the least that S3 takes
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Settings]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    settings = S3Settings(endpoint=f"127.0.0.1:{port}", access_key="key", secret_key="secret", secure=False)
-    client_of(settings).make_bucket("cryofleet-test")
-    yield settings
-    server.stop()
-
-
-def client_of(settings: S3Settings) -> Any:
-    return Minio(
-        settings.endpoint,
-        access_key=settings.access_key,
-        secret_key=settings.secret_key,
-        secure=False,
-        region=settings.region,
-    )
+    with s3_server("cryofleet-test") as settings:
+        yield settings
 
 
 @pytest.fixture(params=["file", "s3"])

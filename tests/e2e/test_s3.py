@@ -6,9 +6,8 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from minio import Minio
-from moto.server import ThreadedMotoServer
 
+from tests.moto import s3_server
 from tests.platform import SMALL_DISCOVERY, SMALL_SCENE, running_platform
 
 BUCKET = "tomograms"
@@ -17,15 +16,8 @@ BUCKET = "tomograms"
 @pytest.fixture
 def endpoint() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        address = f"{host}:{port}"
-        Minio(address, "key", "secret", secure=False, region="us-east-1").make_bucket(BUCKET)
-        yield address
-    finally:
-        server.stop()
+    with s3_server(BUCKET) as settings:
+        yield settings.endpoint
 
 
 def test_discover_on_s3(endpoint: str) -> None:
