@@ -63,6 +63,7 @@ class Site:
     async def upload(self, content: bytes) -> str:
         header = io_pb2.UploadHeader(name="file.bin", size_bytes=len(content), digest=digest_of(content))
         parts = [io_pb2.UploadRequest(header=header)]
+        await self.io.Upload(iter(parts))  # as the client does: what is refused is refused before its bytes are sent
         parts += [io_pb2.UploadRequest(chunk=content[i : i + MEBIBYTE]) for i in range(0, len(content), MEBIBYTE)]
         return str((await self.io.Upload(iter(parts))).uri)
 

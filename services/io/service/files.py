@@ -28,7 +28,8 @@ _UPLOAD_VERSION = 1
 async def upload(requests: AsyncIterator[io_pb2.UploadRequest], call: CallContext) -> io_pb2.UploadResponse:
     """Store a file as a result of its own, whose identity is its name and content.
 
-    A header alone asks whether the store has the file: `present` is false, and there is no URI, where it has not.
+    A header alone asks whether the store has the file: `present` is false, and there is no URI, where it has not. What
+    would not be taken is refused then: a refusal amid the bytes may reach a caller as an error of its own sending.
     """
     first = await anext(requests, None)
     if first is None or first.WhichOneof("part") != "header":
@@ -44,10 +45,10 @@ async def upload(requests: AsyncIterator[io_pb2.UploadRequest], call: CallContex
     if manifest is not None:
         return io_pb2.UploadResponse(uri=f"{manifest.uri}/{name}", present=True)
     message = await anext(requests, None)
+    await call.in_thread(_check_space, call, project, header.size_bytes)
     if message is None and header.size_bytes:
         return io_pb2.UploadResponse(present=False)
 
-    await call.in_thread(_check_space, call, project, header.size_bytes)
     feed = uploading.Feed(header.name, header.size_bytes)
     storing = asyncio.create_task(
         call.in_thread(_store_upload, store, project, key, parameters, feed, call.instance.name)

@@ -123,6 +123,13 @@ def order_of_steps(database: Path) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
+def all_recorded(database: Path) -> bool:
+    """Whether every workflow has ended, and with it each of its steps."""
+    with closing(sqlite3.connect(database)) as connection:
+        states = {state for (state,) in connection.execute("SELECT status FROM workflow_status")}
+    return states == {"SUCCESS"}
+
+
 async def test_the_order_is_that_of_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_platform() as platform:
         monkeypatch.setattr(platform.engine.tasks, "run", done)
@@ -133,10 +140,10 @@ async def test_the_order_is_that_of_the_version(monkeypatch: pytest.MonkeyPatch)
         await platform.submit(PIPELINE, table=uri, tomogram=f"{uri}.mrc", numbers=numbers, few=few)
         run = await platform.ended()
         assert run.state == pb.RUN_STATE_SUCCEEDED, run.error
-        found = {
-            "application_version": APPLICATION_VERSION,
-            "workflows": order_of_steps(platform.home / "orchestrator.sqlite"),
-        }
+        database = platform.home / "orchestrator.sqlite"
+        # The run has ended within its last step, which is recorded after that.
+        await platform.until(lambda: all_recorded(database))
+        found = {"application_version": APPLICATION_VERSION, "workflows": order_of_steps(database)}
     if os.environ.get("WRITE_STEPS"):
         RECORDED.write_text(json.dumps(found, indent=1) + "\n")
     recorded = json.loads(RECORDED.read_text())
