@@ -286,15 +286,25 @@ class _Checker:
                 self._problem(path[:-1], f"{what}: {operation.name} needs {parameter.name!r}: {meaning}")
 
     def _check_expression(
-        self, expression: Expression, parameter: Parameter, repeated: bool, scope: _Scope, path: Path, label: str
+        self,
+        expression: Expression,
+        parameter: Parameter,
+        repeated: bool,
+        scope: _Scope,
+        path: Path,
+        label: str,
+        in_list: bool = False,
     ) -> None:
-        """Checks references' types; literals are checked by building the request."""
+        """Checks references' types; literals are checked by building the request. `in_list`: among the items of a list,
+        where a list stands for its items.
+        """
         wanted = ValueType(parameter.type, int(repeated))
         if isinstance(expression, Reference):
             found = self._type_of(expression, scope, path, label)
             if found is None:
                 return
-            if not _fits(_as_a_field_takes_it(found), wanted):
+            taken = replace(found, depth=0) if in_list else _as_a_field_takes_it(found)
+            if not _fits(taken, wanted):
                 self._problem(path, f"{label} takes {wanted}; {expression} is {found}")
             elif found.optional and parameter.required and not scope.has(expression):
                 self._problem(
@@ -314,7 +324,7 @@ class _Checker:
                 return
             one = replace(parameter, required=False)
             for index, item in enumerate(expression):
-                self._check_expression(item, one, False, scope, (*path, index), f"{label}[{index}]")
+                self._check_expression(item, one, False, scope, (*path, index), f"{label}[{index}]", in_list=True)
         elif isinstance(expression, dict):
             if repeated or parameter.type != "structure":
                 self._problem(path, f"{label} takes {wanted}; this is a mapping")

@@ -735,6 +735,345 @@ class TrainSegmenterResponse(_message.Message):
 Global___TrainSegmenterResponse: _TypeAlias = TrainSegmenterResponse  # noqa: Y015
 
 @_typing.final
+class TrainTomogramSegmenterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URIS_FIELD_NUMBER: _builtins.int
+    LABELS_URIS_FIELD_NUMBER: _builtins.int
+    LABEL_NAMES_FIELD_NUMBER: _builtins.int
+    NAMES_URIS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    PATCH_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    PATCHES_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    PATIENCE_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    VALIDATION_FRACTION_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    CONTRAST_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_JITTER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    patch_size_voxels: _builtins.int
+    patches: _builtins.int
+    channels: _builtins.int
+    max_epochs: _builtins.int
+    patience_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    validation_fraction: _builtins.float
+    mixed_precision: _builtins.bool
+    rotations: _builtins.str
+    contrast_jitter: _builtins.float
+    noise_jitter: _builtins.float
+    seed: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def tomogram_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def labels_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def label_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def names_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomogram_uris: _abc.Iterable[_builtins.str] | None = ...,
+        labels_uris: _abc.Iterable[_builtins.str] | None = ...,
+        label_names: _abc.Iterable[_builtins.str] | None = ...,
+        names_uris: _abc.Iterable[_builtins.str] | None = ...,
+        classes: _abc.Iterable[_builtins.str] | None = ...,
+        patch_size_voxels: _builtins.int | None = ...,
+        patches: _builtins.int | None = ...,
+        channels: _builtins.int | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        patience_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        validation_fraction: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        rotations: _builtins.str | None = ...,
+        contrast_jitter: _builtins.float | None = ...,
+        noise_jitter: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_channels", b"_channels", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patch_size_voxels", b"_patch_size_voxels", "_patches", b"_patches", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "channels", b"channels", "context", b"context", "contrast_jitter", b"contrast_jitter", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "noise_jitter", b"noise_jitter", "patch_size_voxels", b"patch_size_voxels", "patches", b"patches", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_channels", b"_channels", "_contrast_jitter", b"_contrast_jitter", "_learning_rate", b"_learning_rate", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_noise_jitter", b"_noise_jitter", "_patch_size_voxels", b"_patch_size_voxels", "_patches", b"_patches", "_patience_epochs", b"_patience_epochs", "_rotations", b"_rotations", "_seed", b"_seed", "_validation_fraction", b"_validation_fraction", "batch_size", b"batch_size", "channels", b"channels", "classes", b"classes", "context", b"context", "contrast_jitter", b"contrast_jitter", "label_names", b"label_names", "labels_uris", b"labels_uris", "learning_rate", b"learning_rate", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "names_uris", b"names_uris", "noise_jitter", b"noise_jitter", "patch_size_voxels", b"patch_size_voxels", "patches", b"patches", "patience_epochs", b"patience_epochs", "rotations", b"rotations", "seed", b"seed", "tomogram_uris", b"tomogram_uris", "validation_fraction", b"validation_fraction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__channels: _TypeAlias = _typing.Literal["channels"]  # noqa: Y015
+    _WhichOneofArgType__channels: _TypeAlias = _typing.Literal["_channels", b"_channels"]  # noqa: Y015
+    _WhichOneofReturnType__contrast_jitter: _TypeAlias = _typing.Literal["contrast_jitter"]  # noqa: Y015
+    _WhichOneofArgType__contrast_jitter: _TypeAlias = _typing.Literal["_contrast_jitter", b"_contrast_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__noise_jitter: _TypeAlias = _typing.Literal["noise_jitter"]  # noqa: Y015
+    _WhichOneofArgType__noise_jitter: _TypeAlias = _typing.Literal["_noise_jitter", b"_noise_jitter"]  # noqa: Y015
+    _WhichOneofReturnType__patch_size_voxels: _TypeAlias = _typing.Literal["patch_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__patch_size_voxels: _TypeAlias = _typing.Literal["_patch_size_voxels", b"_patch_size_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__patches: _TypeAlias = _typing.Literal["patches"]  # noqa: Y015
+    _WhichOneofArgType__patches: _TypeAlias = _typing.Literal["_patches", b"_patches"]  # noqa: Y015
+    _WhichOneofReturnType__patience_epochs: _TypeAlias = _typing.Literal["patience_epochs"]  # noqa: Y015
+    _WhichOneofArgType__patience_epochs: _TypeAlias = _typing.Literal["_patience_epochs", b"_patience_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__rotations: _TypeAlias = _typing.Literal["rotations"]  # noqa: Y015
+    _WhichOneofArgType__rotations: _TypeAlias = _typing.Literal["_rotations", b"_rotations"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation_fraction: _TypeAlias = _typing.Literal["validation_fraction"]  # noqa: Y015
+    _WhichOneofArgType__validation_fraction: _TypeAlias = _typing.Literal["_validation_fraction", b"_validation_fraction"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__channels) -> _WhichOneofReturnType__channels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast_jitter) -> _WhichOneofReturnType__contrast_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_jitter) -> _WhichOneofReturnType__noise_jitter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patch_size_voxels) -> _WhichOneofReturnType__patch_size_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patches) -> _WhichOneofReturnType__patches | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience_epochs) -> _WhichOneofReturnType__patience_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotations) -> _WhichOneofReturnType__rotations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_fraction) -> _WhichOneofReturnType__validation_fraction | None: ...
+
+Global___TrainTomogramSegmenterRequest: _TypeAlias = TrainTomogramSegmenterRequest  # noqa: Y015
+
+@_typing.final
+class TrainTomogramSegmenterResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    BEST_VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    DICE_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    DIAMETERS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    STRUCTURES_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    epochs: _builtins.int
+    best_epoch: _builtins.int
+    best_validation_loss: _builtins.float
+    dice: _builtins.float
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def diameters_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def structures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        best_epoch: _builtins.int = ...,
+        best_validation_loss: _builtins.float = ...,
+        dice: _builtins.float = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        diameters_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        structures: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_epoch", b"best_epoch", "best_validation_loss", b"best_validation_loss", "diameters_angstrom", b"diameters_angstrom", "dice", b"dice", "epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "names", b"names", "structures", b"structures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainTomogramSegmenterResult: _TypeAlias = TrainTomogramSegmenterResult  # noqa: Y015
+
+@_typing.final
+class TrainTomogramSegmenterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainTomogramSegmenterResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainTomogramSegmenterResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainTomogramSegmenterResponse: _TypeAlias = TrainTomogramSegmenterResponse  # noqa: Y015
+
+@_typing.final
+class PickSegmentationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    LABELS_URI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    DIAMETERS_ANGSTROM_FIELD_NUMBER: _builtins.int
+    MIN_VOLUME_SHARE_FIELD_NUMBER: _builtins.int
+    MAX_VOLUME_SHARE_FIELD_NUMBER: _builtins.int
+    MIN_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    SCORES_URI_FIELD_NUMBER: _builtins.int
+    labels_uri: _builtins.str
+    min_volume_share: _builtins.float
+    max_volume_share: _builtins.float
+    min_diameter_angstrom: _builtins.float
+    scores_uri: _builtins.str
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def diameters_angstrom(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        labels_uri: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        classes: _abc.Iterable[_builtins.str] | None = ...,
+        left_out: _abc.Iterable[_builtins.str] | None = ...,
+        diameters_angstrom: _abc.Iterable[_builtins.float] | None = ...,
+        min_volume_share: _builtins.float | None = ...,
+        max_volume_share: _builtins.float | None = ...,
+        min_diameter_angstrom: _builtins.float | None = ...,
+        scores_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_volume_share", b"_max_volume_share", "_min_diameter_angstrom", b"_min_diameter_angstrom", "_min_volume_share", b"_min_volume_share", "context", b"context", "max_volume_share", b"max_volume_share", "min_diameter_angstrom", b"min_diameter_angstrom", "min_volume_share", b"min_volume_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_volume_share", b"_max_volume_share", "_min_diameter_angstrom", b"_min_diameter_angstrom", "_min_volume_share", b"_min_volume_share", "classes", b"classes", "context", b"context", "diameters_angstrom", b"diameters_angstrom", "labels_uri", b"labels_uri", "left_out", b"left_out", "max_volume_share", b"max_volume_share", "min_diameter_angstrom", b"min_diameter_angstrom", "min_volume_share", b"min_volume_share", "names", b"names", "scores_uri", b"scores_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_volume_share: _TypeAlias = _typing.Literal["max_volume_share"]  # noqa: Y015
+    _WhichOneofArgType__max_volume_share: _TypeAlias = _typing.Literal["_max_volume_share", b"_max_volume_share"]  # noqa: Y015
+    _WhichOneofReturnType__min_diameter_angstrom: _TypeAlias = _typing.Literal["min_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofArgType__min_diameter_angstrom: _TypeAlias = _typing.Literal["_min_diameter_angstrom", b"_min_diameter_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__min_volume_share: _TypeAlias = _typing.Literal["min_volume_share"]  # noqa: Y015
+    _WhichOneofArgType__min_volume_share: _TypeAlias = _typing.Literal["_min_volume_share", b"_min_volume_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_volume_share) -> _WhichOneofReturnType__max_volume_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_diameter_angstrom) -> _WhichOneofReturnType__min_diameter_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_volume_share) -> _WhichOneofReturnType__min_volume_share | None: ...
+
+Global___PickSegmentationRequest: _TypeAlias = PickSegmentationRequest  # noqa: Y015
+
+@_typing.final
+class PickSegmentationResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICLES_URI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    particles_uri: _builtins.str
+    count: _builtins.int
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        particles_uri: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        count: _builtins.int = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "counts", b"counts", "metrics_uri", b"metrics_uri", "names", b"names", "particles_uri", b"particles_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickSegmentationResult: _TypeAlias = PickSegmentationResult  # noqa: Y015
+
+@_typing.final
+class PickSegmentationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___PickSegmentationResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___PickSegmentationResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PickSegmentationResponse: _TypeAlias = PickSegmentationResponse  # noqa: Y015
+
+@_typing.final
 class TrainClassifierRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1183,10 +1522,12 @@ class PredictResult(_message.Message):
     NAMES_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     METRICS_URI_FIELD_NUMBER: _builtins.int
+    SCORES_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     labels_uri: _builtins.str
     table_uri: _builtins.str
     metrics_uri: _builtins.str
+    scores_uri: _builtins.str
     @_builtins.property
     def probability_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1203,10 +1544,11 @@ class PredictResult(_message.Message):
         names: _abc.Iterable[_builtins.str] | None = ...,
         sizes: _abc.Iterable[_builtins.int] | None = ...,
         metrics_uri: _builtins.str = ...,
+        scores_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "names", b"names", "particles_uri", b"particles_uri", "probability_uris", b"probability_uris", "sizes", b"sizes", "table_uri", b"table_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels_uri", b"labels_uri", "metrics_uri", b"metrics_uri", "names", b"names", "particles_uri", b"particles_uri", "probability_uris", b"probability_uris", "scores_uri", b"scores_uri", "sizes", b"sizes", "table_uri", b"table_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2112,3 +2454,468 @@ class DecodeConformationsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___DecodeConformationsResponse: _TypeAlias = DecodeConformationsResponse  # noqa: Y015
+
+@_typing.final
+class TrainDualRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    TOMOGRAMS_URIS_FIELD_NUMBER: _builtins.int
+    DENSITIES_URIS_FIELD_NUMBER: _builtins.int
+    TRANSPOSED_PAIR_FIELD_NUMBER: _builtins.int
+    BOX_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    MAX_EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_WEIGHT_FIELD_NUMBER: _builtins.int
+    ADVERSARIAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    DIVERGENCE_WEIGHT_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MATCHING_WEIGHT_FIELD_NUMBER: _builtins.int
+    transposed_pair: _builtins.bool
+    box_size_voxels: _builtins.int
+    channels: _builtins.int
+    max_epochs: _builtins.int
+    batch_size: _builtins.int
+    learning_rate: _builtins.float
+    reconstruction_weight: _builtins.float
+    adversarial_weight: _builtins.float
+    divergence_weight: _builtins.float
+    mixed_precision: _builtins.bool
+    seed: _builtins.int
+    matching_weight: _builtins.float
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def tomograms_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def densities_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        tomograms_uris: _abc.Iterable[_builtins.str] | None = ...,
+        densities_uris: _abc.Iterable[_builtins.str] | None = ...,
+        transposed_pair: _builtins.bool | None = ...,
+        box_size_voxels: _builtins.int | None = ...,
+        channels: _builtins.int | None = ...,
+        max_epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        reconstruction_weight: _builtins.float | None = ...,
+        adversarial_weight: _builtins.float | None = ...,
+        divergence_weight: _builtins.float | None = ...,
+        mixed_precision: _builtins.bool | None = ...,
+        seed: _builtins.int | None = ...,
+        matching_weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "transposed_pair", b"transposed_pair"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "densities_uris", b"densities_uris", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "tomograms_uris", b"tomograms_uris", "transposed_pair", b"transposed_pair"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adversarial_weight: _TypeAlias = _typing.Literal["adversarial_weight"]  # noqa: Y015
+    _WhichOneofArgType__adversarial_weight: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight"]  # noqa: Y015
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__box_size_voxels: _TypeAlias = _typing.Literal["box_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__box_size_voxels: _TypeAlias = _typing.Literal["_box_size_voxels", b"_box_size_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__channels: _TypeAlias = _typing.Literal["channels"]  # noqa: Y015
+    _WhichOneofArgType__channels: _TypeAlias = _typing.Literal["_channels", b"_channels"]  # noqa: Y015
+    _WhichOneofReturnType__divergence_weight: _TypeAlias = _typing.Literal["divergence_weight"]  # noqa: Y015
+    _WhichOneofArgType__divergence_weight: _TypeAlias = _typing.Literal["_divergence_weight", b"_divergence_weight"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__matching_weight: _TypeAlias = _typing.Literal["matching_weight"]  # noqa: Y015
+    _WhichOneofArgType__matching_weight: _TypeAlias = _typing.Literal["_matching_weight", b"_matching_weight"]  # noqa: Y015
+    _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
+    _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__reconstruction_weight: _TypeAlias = _typing.Literal["reconstruction_weight"]  # noqa: Y015
+    _WhichOneofArgType__reconstruction_weight: _TypeAlias = _typing.Literal["_reconstruction_weight", b"_reconstruction_weight"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__transposed_pair: _TypeAlias = _typing.Literal["transposed_pair"]  # noqa: Y015
+    _WhichOneofArgType__transposed_pair: _TypeAlias = _typing.Literal["_transposed_pair", b"_transposed_pair"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adversarial_weight) -> _WhichOneofReturnType__adversarial_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__box_size_voxels) -> _WhichOneofReturnType__box_size_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__channels) -> _WhichOneofReturnType__channels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__divergence_weight) -> _WhichOneofReturnType__divergence_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__matching_weight) -> _WhichOneofReturnType__matching_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_weight) -> _WhichOneofReturnType__reconstruction_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__transposed_pair) -> _WhichOneofReturnType__transposed_pair | None: ...
+
+Global___TrainDualRequest: _TypeAlias = TrainDualRequest  # noqa: Y015
+
+@_typing.final
+class TrainDualResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    PICTURE_URI_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_SUBVOLUMES_FIELD_NUMBER: _builtins.int
+    DENSITY_SUBVOLUMES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    metrics_uri: _builtins.str
+    picture_uri: _builtins.str
+    epochs: _builtins.int
+    tomogram_subvolumes: _builtins.int
+    density_subvolumes: _builtins.int
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+        picture_uri: _builtins.str = ...,
+        epochs: _builtins.int = ...,
+        tomogram_subvolumes: _builtins.int = ...,
+        density_subvolumes: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["density_subvolumes", b"density_subvolumes", "epochs", b"epochs", "metrics_uri", b"metrics_uri", "model_uri", b"model_uri", "picture_uri", b"picture_uri", "tomogram_subvolumes", b"tomogram_subvolumes", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainDualResult: _TypeAlias = TrainDualResult  # noqa: Y015
+
+@_typing.final
+class TrainDualResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___TrainDualResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___TrainDualResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___TrainDualResponse: _TypeAlias = TrainDualResponse  # noqa: Y015
+
+@_typing.final
+class DenoiseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    TILE_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    tomogram_uri: _builtins.str
+    strength: _builtins.float
+    tile_size_voxels: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        tomogram_uri: _builtins.str = ...,
+        strength: _builtins.float | None = ...,
+        tile_size_voxels: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "model_uri", b"model_uri", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__tile_size_voxels: _TypeAlias = _typing.Literal["tile_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_size_voxels) -> _WhichOneofReturnType__tile_size_voxels | None: ...
+
+Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
+
+@_typing.final
+class DenoiseResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    metrics_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenoiseResult: _TypeAlias = DenoiseResult  # noqa: Y015
+
+@_typing.final
+class DenoiseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___DenoiseResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___DenoiseResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DenoiseResponse: _TypeAlias = DenoiseResponse  # noqa: Y015
+
+@_typing.final
+class CompensateWedgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
+    TILE_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    tomogram_uri: _builtins.str
+    tile_size_voxels: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        tomogram_uri: _builtins.str = ...,
+        tile_size_voxels: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "tile_size_voxels", b"tile_size_voxels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "model_uri", b"model_uri", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tile_size_voxels: _TypeAlias = _typing.Literal["tile_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_size_voxels) -> _WhichOneofReturnType__tile_size_voxels | None: ...
+
+Global___CompensateWedgeRequest: _TypeAlias = CompensateWedgeRequest  # noqa: Y015
+
+@_typing.final
+class CompensateWedgeResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        volume_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["volume_uri", b"volume_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompensateWedgeResult: _TypeAlias = CompensateWedgeResult  # noqa: Y015
+
+@_typing.final
+class CompensateWedgeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___CompensateWedgeResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___CompensateWedgeResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CompensateWedgeResponse: _TypeAlias = CompensateWedgeResponse  # noqa: Y015
+
+@_typing.final
+class SimulateStyleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    MODEL_URI_FIELD_NUMBER: _builtins.int
+    DENSITY_URI_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    TILE_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    model_uri: _builtins.str
+    density_uri: _builtins.str
+    number: _builtins.int
+    seed: _builtins.int
+    tile_size_voxels: _builtins.int
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        model_uri: _builtins.str = ...,
+        density_uri: _builtins.str = ...,
+        number: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+        tile_size_voxels: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "number", b"number", "seed", b"seed", "tile_size_voxels", b"tile_size_voxels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "_seed", b"_seed", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "density_uri", b"density_uri", "model_uri", b"model_uri", "number", b"number", "seed", b"seed", "tile_size_voxels", b"tile_size_voxels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__number: _TypeAlias = _typing.Literal["number"]  # noqa: Y015
+    _WhichOneofArgType__number: _TypeAlias = _typing.Literal["_number", b"_number"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__tile_size_voxels: _TypeAlias = _typing.Literal["tile_size_voxels"]  # noqa: Y015
+    _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__number) -> _WhichOneofReturnType__number | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_size_voxels) -> _WhichOneofReturnType__tile_size_voxels | None: ...
+
+Global___SimulateStyleRequest: _TypeAlias = SimulateStyleRequest  # noqa: Y015
+
+@_typing.final
+class SimulateStyleResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOMOGRAMS_URIS_FIELD_NUMBER: _builtins.int
+    METRICS_URI_FIELD_NUMBER: _builtins.int
+    metrics_uri: _builtins.str
+    @_builtins.property
+    def tomograms_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tomograms_uris: _abc.Iterable[_builtins.str] | None = ...,
+        metrics_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "tomograms_uris", b"tomograms_uris"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulateStyleResult: _TypeAlias = SimulateStyleResult  # noqa: Y015
+
+@_typing.final
+class SimulateStyleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _common_pb2.Progress: ...
+    @_builtins.property
+    def heartbeat(self) -> _common_pb2.Heartbeat: ...
+    @_builtins.property
+    def result(self) -> Global___SimulateStyleResult: ...
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance: ...
+    def __init__(
+        self,
+        *,
+        progress: _common_pb2.Progress | None = ...,
+        heartbeat: _common_pb2.Heartbeat | None = ...,
+        result: Global___SimulateStyleResult | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "progress", b"progress", "provenance", b"provenance", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "heartbeat", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___SimulateStyleResponse: _TypeAlias = SimulateStyleResponse  # noqa: Y015

@@ -59,6 +59,16 @@ class LearningServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.FromString,
                 _registered_method=True)
+        self.TrainTomogramSegmenter = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainTomogramSegmenter',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterResponse.FromString,
+                _registered_method=True)
+        self.PickSegmentation = channel.unary_stream(
+                '/cryofleet.v1.LearningService/PickSegmentation',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.PickSegmentationRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.PickSegmentationResponse.FromString,
+                _registered_method=True)
         self.TrainClassifier = channel.unary_stream(
                 '/cryofleet.v1.LearningService/TrainClassifier',
                 request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainClassifierRequest.SerializeToString,
@@ -109,6 +119,26 @@ class LearningServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.FromString,
                 _registered_method=True)
+        self.TrainDual = channel.unary_stream(
+                '/cryofleet.v1.LearningService/TrainDual',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainDualRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainDualResponse.FromString,
+                _registered_method=True)
+        self.Denoise = channel.unary_stream(
+                '/cryofleet.v1.LearningService/Denoise',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.DenoiseRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.DenoiseResponse.FromString,
+                _registered_method=True)
+        self.CompensateWedge = channel.unary_stream(
+                '/cryofleet.v1.LearningService/CompensateWedge',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeResponse.FromString,
+                _registered_method=True)
+        self.SimulateStyle = channel.unary_stream(
+                '/cryofleet.v1.LearningService/SimulateStyle',
+                request_serializer=cryofleet_dot_v1_dot_learning__pb2.SimulateStyleRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_learning__pb2.SimulateStyleResponse.FromString,
+                _registered_method=True)
 
 
 class LearningServiceServicer:
@@ -139,6 +169,18 @@ class LearningServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TrainSegmenter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainTomogramSegmenter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PickSegmentation(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +246,30 @@ class LearningServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TrainDual(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Denoise(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompensateWedge(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SimulateStyle(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LearningServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -231,6 +297,16 @@ def add_LearningServiceServicer_to_server(servicer, server):
                     servicer.TrainSegmenter,
                     request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.SerializeToString,
+            ),
+            'TrainTomogramSegmenter': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainTomogramSegmenter,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterResponse.SerializeToString,
+            ),
+            'PickSegmentation': grpc.unary_stream_rpc_method_handler(
+                    servicer.PickSegmentation,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.PickSegmentationRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.PickSegmentationResponse.SerializeToString,
             ),
             'TrainClassifier': grpc.unary_stream_rpc_method_handler(
                     servicer.TrainClassifier,
@@ -281,6 +357,26 @@ def add_LearningServiceServicer_to_server(servicer, server):
                     servicer.DecodeConformations,
                     request_deserializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.SerializeToString,
+            ),
+            'TrainDual': grpc.unary_stream_rpc_method_handler(
+                    servicer.TrainDual,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.TrainDualRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.TrainDualResponse.SerializeToString,
+            ),
+            'Denoise': grpc.unary_stream_rpc_method_handler(
+                    servicer.Denoise,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.DenoiseRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.DenoiseResponse.SerializeToString,
+            ),
+            'CompensateWedge': grpc.unary_stream_rpc_method_handler(
+                    servicer.CompensateWedge,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeResponse.SerializeToString,
+            ),
+            'SimulateStyle': grpc.unary_stream_rpc_method_handler(
+                    servicer.SimulateStyle,
+                    request_deserializer=cryofleet_dot_v1_dot_learning__pb2.SimulateStyleRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_learning__pb2.SimulateStyleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -418,6 +514,60 @@ class LearningService:
             '/cryofleet.v1.LearningService/TrainSegmenter',
             cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterRequest.SerializeToString,
             cryofleet_dot_v1_dot_learning__pb2.TrainSegmenterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainTomogramSegmenter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainTomogramSegmenter',
+            cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainTomogramSegmenterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PickSegmentation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/PickSegmentation',
+            cryofleet_dot_v1_dot_learning__pb2.PickSegmentationRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.PickSegmentationResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -688,6 +838,114 @@ class LearningService:
             '/cryofleet.v1.LearningService/DecodeConformations',
             cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsRequest.SerializeToString,
             cryofleet_dot_v1_dot_learning__pb2.DecodeConformationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainDual(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/TrainDual',
+            cryofleet_dot_v1_dot_learning__pb2.TrainDualRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.TrainDualResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Denoise(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/Denoise',
+            cryofleet_dot_v1_dot_learning__pb2.DenoiseRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.DenoiseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompensateWedge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/CompensateWedge',
+            cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.CompensateWedgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimulateStyle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cryofleet.v1.LearningService/SimulateStyle',
+            cryofleet_dot_v1_dot_learning__pb2.SimulateStyleRequest.SerializeToString,
+            cryofleet_dot_v1_dot_learning__pb2.SimulateStyleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,8 @@ class LearningServiceStub:
     AssignClusters: _grpc.UnaryStreamMultiCallable[_learning_pb2.AssignClustersRequest, _learning_pb2.AssignClustersResponse]
     SelectClusters: _grpc.UnaryStreamMultiCallable[_learning_pb2.SelectClustersRequest, _learning_pb2.SelectClustersResponse]
     TrainSegmenter: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainSegmenterRequest, _learning_pb2.TrainSegmenterResponse]
+    TrainTomogramSegmenter: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainTomogramSegmenterRequest, _learning_pb2.TrainTomogramSegmenterResponse]
+    PickSegmentation: _grpc.UnaryStreamMultiCallable[_learning_pb2.PickSegmentationRequest, _learning_pb2.PickSegmentationResponse]
     TrainClassifier: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainClassifierRequest, _learning_pb2.TrainClassifierResponse]
     AdaptClassifier: _grpc.UnaryStreamMultiCallable[_learning_pb2.AdaptClassifierRequest, _learning_pb2.AdaptClassifierResponse]
     Predict: _grpc.UnaryStreamMultiCallable[_learning_pb2.PredictRequest, _learning_pb2.PredictResponse]
@@ -46,6 +48,10 @@ class LearningServiceStub:
     Annotate: _grpc.UnaryStreamMultiCallable[_learning_pb2.AnnotateRequest, _learning_pb2.AnnotateResponse]
     TrainConformation: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainConformationRequest, _learning_pb2.TrainConformationResponse]
     DecodeConformations: _grpc.UnaryStreamMultiCallable[_learning_pb2.DecodeConformationsRequest, _learning_pb2.DecodeConformationsResponse]
+    TrainDual: _grpc.UnaryStreamMultiCallable[_learning_pb2.TrainDualRequest, _learning_pb2.TrainDualResponse]
+    Denoise: _grpc.UnaryStreamMultiCallable[_learning_pb2.DenoiseRequest, _learning_pb2.DenoiseResponse]
+    CompensateWedge: _grpc.UnaryStreamMultiCallable[_learning_pb2.CompensateWedgeRequest, _learning_pb2.CompensateWedgeResponse]
+    SimulateStyle: _grpc.UnaryStreamMultiCallable[_learning_pb2.SimulateStyleRequest, _learning_pb2.SimulateStyleResponse]
 
 @_typing.type_check_only
 class LearningServiceAsyncStub(LearningServiceStub):
@@ -55,6 +61,8 @@ class LearningServiceAsyncStub(LearningServiceStub):
     AssignClusters: _aio.UnaryStreamMultiCallable[_learning_pb2.AssignClustersRequest, _learning_pb2.AssignClustersResponse]  # type: ignore[assignment]
     SelectClusters: _aio.UnaryStreamMultiCallable[_learning_pb2.SelectClustersRequest, _learning_pb2.SelectClustersResponse]  # type: ignore[assignment]
     TrainSegmenter: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainSegmenterRequest, _learning_pb2.TrainSegmenterResponse]  # type: ignore[assignment]
+    TrainTomogramSegmenter: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainTomogramSegmenterRequest, _learning_pb2.TrainTomogramSegmenterResponse]  # type: ignore[assignment]
+    PickSegmentation: _aio.UnaryStreamMultiCallable[_learning_pb2.PickSegmentationRequest, _learning_pb2.PickSegmentationResponse]  # type: ignore[assignment]
     TrainClassifier: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainClassifierRequest, _learning_pb2.TrainClassifierResponse]  # type: ignore[assignment]
     AdaptClassifier: _aio.UnaryStreamMultiCallable[_learning_pb2.AdaptClassifierRequest, _learning_pb2.AdaptClassifierResponse]  # type: ignore[assignment]
     Predict: _aio.UnaryStreamMultiCallable[_learning_pb2.PredictRequest, _learning_pb2.PredictResponse]  # type: ignore[assignment]
@@ -65,6 +73,10 @@ class LearningServiceAsyncStub(LearningServiceStub):
     Annotate: _aio.UnaryStreamMultiCallable[_learning_pb2.AnnotateRequest, _learning_pb2.AnnotateResponse]  # type: ignore[assignment]
     TrainConformation: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainConformationRequest, _learning_pb2.TrainConformationResponse]  # type: ignore[assignment]
     DecodeConformations: _aio.UnaryStreamMultiCallable[_learning_pb2.DecodeConformationsRequest, _learning_pb2.DecodeConformationsResponse]  # type: ignore[assignment]
+    TrainDual: _aio.UnaryStreamMultiCallable[_learning_pb2.TrainDualRequest, _learning_pb2.TrainDualResponse]  # type: ignore[assignment]
+    Denoise: _aio.UnaryStreamMultiCallable[_learning_pb2.DenoiseRequest, _learning_pb2.DenoiseResponse]  # type: ignore[assignment]
+    CompensateWedge: _aio.UnaryStreamMultiCallable[_learning_pb2.CompensateWedgeRequest, _learning_pb2.CompensateWedgeResponse]  # type: ignore[assignment]
+    SimulateStyle: _aio.UnaryStreamMultiCallable[_learning_pb2.SimulateStyleRequest, _learning_pb2.SimulateStyleResponse]  # type: ignore[assignment]
 
 class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -101,6 +113,20 @@ class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learning_pb2.TrainSegmenterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainSegmenterResponse], _abc.AsyncIterator[_learning_pb2.TrainSegmenterResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainTomogramSegmenter(
+        self,
+        request: _learning_pb2.TrainTomogramSegmenterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainTomogramSegmenterResponse], _abc.AsyncIterator[_learning_pb2.TrainTomogramSegmenterResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def PickSegmentation(
+        self,
+        request: _learning_pb2.PickSegmentationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.PickSegmentationResponse], _abc.AsyncIterator[_learning_pb2.PickSegmentationResponse]]: ...
 
     @_abc_1.abstractmethod
     def TrainClassifier(
@@ -171,5 +197,33 @@ class LearningServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learning_pb2.DecodeConformationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_learning_pb2.DecodeConformationsResponse], _abc.AsyncIterator[_learning_pb2.DecodeConformationsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrainDual(
+        self,
+        request: _learning_pb2.TrainDualRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.TrainDualResponse], _abc.AsyncIterator[_learning_pb2.TrainDualResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Denoise(
+        self,
+        request: _learning_pb2.DenoiseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.DenoiseResponse], _abc.AsyncIterator[_learning_pb2.DenoiseResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CompensateWedge(
+        self,
+        request: _learning_pb2.CompensateWedgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.CompensateWedgeResponse], _abc.AsyncIterator[_learning_pb2.CompensateWedgeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SimulateStyle(
+        self,
+        request: _learning_pb2.SimulateStyleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_learning_pb2.SimulateStyleResponse], _abc.AsyncIterator[_learning_pb2.SimulateStyleResponse]]: ...
 
 def add_LearningServiceServicer_to_server(servicer: LearningServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

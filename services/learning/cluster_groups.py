@@ -1,4 +1,4 @@
-"""Clusters joined into named classes: `membrane:0,3,7-9` makes one class of clusters 0, 3, 7, 8 and 9."""
+"""Clusters joined into named classes: `membrane:1,4,8-10` makes one class of clusters 1, 4, 8, 9 and 10."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 
-EXAMPLE = "a name, a colon, and cluster numbers or ranges, as membrane:0,3,7-9"
+EXAMPLE = "a name, a colon, and cluster numbers or ranges, as membrane:1,4,8-10"
 MAX_NUMBER = 2**31 - 1
 _MEMBERS = re.compile(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?")
 
@@ -25,7 +25,7 @@ class ClusterGroup:
 
 
 def parse_groups(texts: Sequence[str]) -> tuple[ClusterGroup, ...]:
-    """The groups of texts such as `membrane:0,3,7-9`; space around names and numbers is ignored.
+    """The groups of texts such as `membrane:1,4,8-10`; space around names and numbers is ignored.
 
     Raises InvalidArgument, naming the text, for another syntax, an empty name, the same name twice, a range that runs
     backwards, and a cluster that is given twice, in one group or in two.
@@ -65,7 +65,8 @@ def parse_groups(texts: Sequence[str]) -> tuple[ClusterGroup, ...]:
 def group_numbers(
     clusters: NDArray[np.int32], groups: Sequence[ClusterGroup], source: str, allow_empty: bool = False
 ) -> NDArray[np.int32]:
-    """For particles' clusters (n,), the number of each one's group, from 1 in the groups' order; 0 for those of none.
+    """For particles' clusters (n,), numbered from 1, the number of each one's group, from 1 in the groups' order; 0 for
+    those of none.
 
     Raises InvalidArgument for a cluster of a group that no particle is in, unless `allow_empty`; `source` is what it
     calls the particles.

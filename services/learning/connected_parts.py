@@ -6,6 +6,7 @@ joined at the end. So memory is that of one slab and of a few numbers for each f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from cryofleet.errors import FailedPrecondition
 
 MAX_FRAGMENTS = 1_000_000
 """More are noise, and no list of particles."""
-FRAGMENT_BYTES = 200
+FRAGMENT_BYTES = 300
 """Of a fragment's numbers, and of joining them."""
 
 
@@ -27,13 +28,16 @@ class Parts:
     """Parts in the order of their feature, then of size, the largest first.
 
     `labels` (n,): the feature of each; `voxels` (n,): its volume; `centres` (n, 3): mean x, y, z of its voxels;
-    `scores` (n,): mean of its voxels' scores.
+    `scores` (n,): mean of its voxels' scores; `starts` and `stops` (n, 3): the box that it fills, first z, y, x and
+    those behind the last.
     """
 
     labels: NDArray[np.int64]
     voxels: NDArray[np.int64]
     centres: NDArray[np.float64]
     scores: NDArray[np.float64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +50,18 @@ class Parts:
     def at_least(self, diameter_angstrom: float, voxel_size_angstrom: float) -> Parts:
         """Those whose volume is at least that of a sphere of this diameter."""
         kept = self.diameters_angstrom(voxel_size_angstrom) >= diameter_angstrom - 1e-9
-        return Parts(self.labels[kept], self.voxels[kept], self.centres[kept], self.scores[kept])
+        return self.chosen(kept)
+
+    def chosen(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Parts:
+        """Those of a mask or of an order."""
+        return Parts(
+            self.labels[which],
+            self.voxels[which],
+            self.centres[which],
+            self.scores[which],
+            self.starts[which],
+            self.stops[which],
+        )
 
 
 class ConnectedParts:
@@ -55,7 +70,7 @@ class ConnectedParts:
     def __init__(self, features: int) -> None:
         self._features = features
         self._count = 0
-        #: By fragment: its label, voxels, sums of x, y and z, and of the score.
+        #: By fragment: its label, voxels, sums of x, y and z, and of the score, and the box that it fills.
         self._numbers: list[NDArray[np.float64]] = []
         self._joints: list[NDArray[np.int64]] = []
         self._planes = 0
@@ -63,8 +78,8 @@ class ConnectedParts:
         self._last: NDArray[np.int64] | None = None
         self._last_labels: NDArray[np.uint8] | None = None
 
-    def add(self, labels: NDArray[np.uint8], scores: NDArray[np.float32]) -> None:
-        """The next sections, both `[z, y, x]`.
+    def add(self, labels: NDArray[np.uint8], scores: NDArray[np.float32] | None = None) -> None:
+        """The next sections, both `[z, y, x]`; all scores are 1 where none are given.
 
         Raises FailedPrecondition where the features fall into more fragments than `MAX_FRAGMENTS`.
         """
@@ -76,22 +91,27 @@ class ConnectedParts:
             if not inside.any():
                 continue
             of_label, count = scipy.ndimage.label(inside)
-            numbers = np.zeros((count, 6))
+            numbers = np.zeros((count, 12))
             z, y, x = np.nonzero(of_label)
             rows = of_label[z, y, x] - 1
             numbers[:, 0] = label
             numbers[:, 1] = np.bincount(rows, minlength=count)
             for column, values in enumerate((x, y, z + self._planes), start=2):
                 numbers[:, column] = np.bincount(rows, weights=values, minlength=count)
-            numbers[:, 5] = np.bincount(rows, weights=scores[z, y, x], minlength=count)
+            weights = None if scores is None else scores[z, y, x]
+            numbers[:, 5] = np.bincount(rows, weights=weights, minlength=count)
+            boxes = scipy.ndimage.find_objects(of_label)
+            numbers[:, 6:9] = [[side.start for side in box] for box in boxes]
+            numbers[:, 9:12] = [[side.stop for side in box] for box in boxes]
+            numbers[:, [6, 9]] += self._planes
             self._numbers.append(numbers)
             fragments[z, y, x] = rows + found + 1
             found += count
         self._count += found
         if self._count > MAX_FRAGMENTS:
             raise FailedPrecondition(
-                f"the features fall into more than {MAX_FRAGMENTS} parts: a higher threshold or a network trained on "
-                "more patches may help, and with picks=false no particles are made"
+                f"the labels fall into more than {MAX_FRAGMENTS} parts, as noise does: a higher threshold or a network "
+                "trained on more patches may help; annotating with picks=false makes no particles"
             )
         if self._last is not None and self._last_labels is not None:
             touching = (self._last_labels == labels[0]) & (labels[0] > 0)
@@ -104,15 +124,19 @@ class ConnectedParts:
 
     def parts(self) -> Parts:
         """The parts of all sections added."""
-        numbers = np.concatenate(self._numbers) if self._numbers else np.zeros((0, 6))
+        numbers = np.concatenate(self._numbers) if self._numbers else np.zeros((0, 12))
         joints = np.concatenate(self._joints) if self._joints else np.zeros((0, 2), np.int64)
         if not len(numbers):
-            return Parts(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3)), np.zeros(0))
+            none = np.zeros(0, np.int64)
+            return Parts(none, none, np.zeros((0, 3)), np.zeros(0), none.reshape(0, 3), none.reshape(0, 3))
         graph = coo_array((np.ones(len(joints), np.int8), (joints[:, 0], joints[:, 1])), shape=(len(numbers),) * 2)
         count, part_of = connected_components(graph, directed=False)
-        sums = np.stack([np.bincount(part_of, weights=column, minlength=count) for column in numbers[:, 1:].T], axis=1)
+        sums = np.stack([np.bincount(part_of, weights=column, minlength=count) for column in numbers[:, 1:6].T], axis=1)
         labels = np.zeros(count, np.int64)
         labels[part_of] = numbers[:, 0].astype(np.int64)
+        starts, stops = np.full((count, 3), np.inf), np.zeros((count, 3))
+        np.minimum.at(starts, part_of, numbers[:, 6:9])
+        np.maximum.at(stops, part_of, numbers[:, 9:12])
         order = np.lexsort((-sums[:, 0], labels))
         sums = sums[order]
         return Parts(
@@ -120,7 +144,23 @@ class ConnectedParts:
             voxels=sums[:, 0].astype(np.int64),
             centres=sums[:, 1:4] / sums[:, :1],
             scores=sums[:, 4] / sums[:, 0],
+            starts=starts[order].astype(np.int64),
+            stops=stops[order].astype(np.int64),
         )
+
+
+def typical_voxels(volumes: Sequence[Parts], features: int) -> NDArray[np.int64]:
+    """(features + 1,): of labels 0 to `features`, the size of the part that the middle one of their voxels lies in.
+
+    Unlike the middle one of the parts' sizes it is not moved by crumbs. 0 for a label without parts, and for 0.
+    """
+    typical = np.zeros(features + 1, np.int64)
+    for label in range(1, features + 1):
+        sizes = np.sort(np.concatenate([parts.voxels[parts.labels == label] for parts in volumes]))
+        if len(sizes):
+            sums = np.cumsum(sizes)
+            typical[label] = sizes[np.searchsorted(sums, (sums[-1] + 1) // 2)]
+    return typical
 
 
 def memory_bytes(slab_voxels: int, voxels: int) -> int:

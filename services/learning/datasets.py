@@ -151,6 +151,9 @@ class ArrayBatches:
     `arrays` have the boxes as first dimension: "boxes" (n, z, y, x) or (n, y, x) float32, which get a channel, and
     others that are handed out under their names, whole numbers as int64. `change` is applied to batches for training,
     on the device, with a generator that follows from seed, epoch and batch.
+
+    Arrays named in `unpaired` belong to none of the boxes: they have rows of their own, for training and for
+    validation, and an order of their own. An epoch is as long as the longest; those that are shorter repeat.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class ArrayBatches:
         seed: int,
         device: torch.device,
         change: Callable[[Batch, torch.Generator], Batch] | None = None,
+        unpaired: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None,
     ) -> None:
         self._arrays = arrays
         self.training_rows = training_rows
@@ -171,16 +175,25 @@ class ArrayBatches:
         self._seed = seed
         self._device = device
         self._change = change
+        self._unpaired = dict(unpaired or {})
 
     @property
     def training_batches(self) -> int:
         """Batches in an epoch; the last may be smaller."""
-        return -(-len(self.training_rows) // self._batch_size)
+        return -(-self._longest_training // self._batch_size)
+
+    @property
+    def _longest_training(self) -> int:
+        return max(len(self.training_rows), *(len(rows) for rows, _ in self._unpaired.values()), 0)
 
     def training(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0, from `first_batch` on."""
-        order = np.random.default_rng((self._seed, 1, epoch)).permutation(self.training_rows)
-        batches = self._batches(order[first_batch * self._batch_size :])
+        order = self._shuffled(self.training_rows, epoch)
+        others = {
+            name: self._shuffled(rows, epoch, number)
+            for number, (name, (rows, _)) in enumerate(self._unpaired.items(), start=1)
+        }
+        batches = self._batches(order, others, first_batch)
         for position, batch in enumerate(batches, start=first_batch):
             if self._change is None:
                 yield batch
@@ -189,15 +202,28 @@ class ArrayBatches:
 
     def validation(self) -> Iterator[Batch]:
         """The boxes held back, always in the same order and as they are."""
-        return self._batches(self.validation_rows)
+        return self._batches(self.validation_rows, {name: rows for name, (_, rows) in self._unpaired.items()})
 
-    def _batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+    def _shuffled(self, rows: NDArray[np.int64], *numbers: int) -> NDArray[np.int64]:
+        """The rows in an order that follows from seed and numbers, and again in others until an epoch is full."""
+        rng = np.random.default_rng((self._seed, 1, *numbers))
+        count = self._longest_training
+        return np.concatenate([rng.permutation(rows) for _ in range(0, count, len(rows))])[:count]
+
+    def _batches(
+        self, rows: NDArray[np.int64], others: Mapping[str, NDArray[np.int64]], first_batch: int = 0
+    ) -> Iterator[Batch]:
+        count = max(len(rows), *(len(each) for each in others.values()), 0)
+        rows_of = {name: np.resize(others.get(name, rows), count) for name in self._arrays}
+
         def load(first: int) -> Batch:
             # Sorted within the batch, so that a mapped file is read forwards; a batch has no order.
-            chosen = np.sort(rows[first : first + self._batch_size])
-            return {name: self._tensor(name, np.take(array, chosen, axis=0)) for name, array in self._arrays.items()}
+            chosen = {name: np.sort(each[first : first + self._batch_size]) for name, each in rows_of.items()}
+            return {
+                name: self._tensor(name, np.take(array, chosen[name], axis=0)) for name, array in self._arrays.items()
+            }
 
-        return ahead(load, range(0, len(rows), self._batch_size))
+        return ahead(load, range(first_batch * self._batch_size, count, self._batch_size))
 
     def _tensor(self, name: str, values: NDArray[Any]) -> Tensor:
         if np.issubdtype(values.dtype, np.integer):

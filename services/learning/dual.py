@@ -39,6 +39,11 @@ DEPTH = 2
 POOLING = 8
 """Sides of the subvolumes are multiples of this: encoder and discriminators halve them three times."""
 
+JOINT_SHARE = 0.25
+"""Of a training's steps, in which reconstructions teach all networks."""
+DECAY_FROM = 0.5
+"""Share of a training after which the learning rate falls: an adversarial training does not settle by itself."""
+
 USE = "Its denoiser takes noise from tomograms, its generators make tomograms of density maps."
 LIMITS = (
     "It was trained without any pair of a tomogram and its truth: structures that the density maps lack may be left "
@@ -49,13 +54,17 @@ LIMITS = (
 class Dual(nn.Module):
     """The six networks for subvolumes of `box_size` voxels, with `channels` at the U-Nets' full size.
 
-    Raises InvalidArgument for a side that is not a positive multiple of 8.
+    Raises InvalidArgument for a side that is no multiple of 8, or below 16.
     """
+
+    steps: Tensor
 
     def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if box_size < POOLING or box_size % POOLING:
-            raise InvalidArgument(f"subvolumes have sides of a multiple of {POOLING} voxels: not {box_size}")
+        if box_size < 2 * POOLING or box_size % POOLING:
+            raise InvalidArgument(
+                f"subvolumes have sides of a multiple of {POOLING} voxels, {2 * POOLING} at least: not {box_size}"
+            )
         self.box_size = box_size
         self.denoiser = UNet(channels, DEPTH, generator=generator)
         self.structural = UNet(channels, DEPTH, generator=generator)
@@ -63,6 +72,8 @@ class Dual(nn.Module):
         self.encoder = NoiseEncoder(box_size, channels, generator)
         self.of_tomograms = Discriminator(box_size, channels, generator)
         self.of_densities = Discriminator(box_size, channels, generator)
+        # Part of the state, so that a resumed training goes on as an undisturbed one.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def simulate(self, densities: Tensor, codes: Tensor, generator: torch.Generator) -> Tensor:
         """Made subvolumes t_f (batch, 1, n, n, n) of densities of that shape and noise codes (batch, code)."""
@@ -147,12 +158,16 @@ class Discriminator(nn.Module):
         # As many places of either kind count the same.
         return torch.cat([voxels, spectrum.mean(dim=1, keepdim=True).expand(-1, voxels.shape[1])], dim=1)
 
-    def spectra(self, volumes: Tensor) -> Tensor:
-        """(batch, 4, n, n, n // 2): log power, and where in Fourier space it is."""
+    def power(self, volumes: Tensor) -> Tensor:
+        """(batch, n, n, n // 2): the shifted half power spectrum of volumes (batch, 1, n, n, n), above zero."""
         windowed = volumes[:, 0].float() * self.window
         transform = torch.fft.rfftn(windowed, dim=(1, 2, 3), norm="ortho")[..., : volumes.shape[-1] // 2]
-        power = torch.log(transform.real**2 + transform.imag**2 + 1e-6)
-        power = torch.fft.fftshift(power, dim=(1, 2))[:, None]
+        power: Tensor = torch.fft.fftshift(transform.real**2 + transform.imag**2 + 1e-6, dim=(1, 2))
+        return power
+
+    def spectra(self, volumes: Tensor) -> Tensor:
+        """(batch, 4, n, n, n // 2): log power, and where in Fourier space it is."""
+        power = torch.log(self.power(volumes))[:, None]
         return torch.cat([power, self.places.expand(len(volumes), -1, -1, -1, -1)], dim=1)
 
 
@@ -178,6 +193,20 @@ class DualLoss:
     belong together. The discriminators learn in the same step as the others, each from its own loss: what was made is
     detached for theirs, and their weights are for the others'. The logarithms and the covariance are kept from what has
     none: a reconstruction is never better than `LEAST`, a batch's covariance is drawn towards the identity.
+
+    Three things stand beside the equations.
+
+    For `joint_steps` steps a reconstruction teaches all that takes part in it, which brings the networks together:
+    their contrasts and places agree. From then on it teaches what comes last: the denoiser the density maps, G_s and
+    the noise's networks the tomograms. For the logarithms make a reconstruction worth the more the better it is, until
+    it is had by making tomograms that are too easy to denoise.
+
+    All that a discriminator sees, real or made, has white noise of the deviation `BLUR` on it (Sonderby et al. 2017):
+    density maps are flat between structures, as nothing that is made can be.
+
+    And the mean power spectrum of the made tomograms of a batch is drawn to that of the real ones, place by place in
+    Fourier space (matched features, Salimans et al. 2016): without it the generators learn the noise late, and hide the
+    tomogram's own noise in what the denoiser makes, to have it back in the cycle.
     """
 
     NAME = "dual"
@@ -187,23 +216,30 @@ class DualLoss:
         reconstruction_weight: float = 1.0,
         adversarial_weight: float = 1.0,
         divergence_weight: float = 0.1,
+        matching_weight: float = 1.0,
+        joint_steps: int = 0,
     ) -> None:
         self.reconstruction_weight = reconstruction_weight
         self.adversarial_weight = adversarial_weight
         self.divergence_weight = divergence_weight
+        self.matching_weight = matching_weight
+        self.joint_steps = joint_steps
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Means over the batch: `loss`, its terms, and what shows a collapse: how real the discriminators find what is
         real and what is made, and the deviation of what the denoiser makes.
         """
         assert isinstance(model, Dual)
+        joint = int(model.steps) < self.joint_steps
+        if model.training:
+            model.steps += 1
         tomograms, densities = batch["boxes"], batch["densities"][:, None]
         codes = torch.randn(len(densities), CODE_SIZE, generator=generator).to(densities.device)
         made = model.simulate(densities, codes, generator)
         denoised = model.denoiser(tomograms)
         found_codes = model.encoder(tomograms)
-        remade = model.made(denoised + model.noise(found_codes))
-        restored = model.denoiser(made)
+        remade = model.made((denoised if joint else denoised.detach()) + model.noise(found_codes))
+        restored = model.denoiser(made if joint else made.detach())
         reconstruction = difference(densities, restored) + difference(tomograms, remade)
         divergence = divergence_of_codes(found_codes.float())
         values = {"reconstruction": reconstruction, "divergence": divergence}
@@ -213,6 +249,7 @@ class DualLoss:
             ("tomograms", model.of_tomograms, tomograms, made),
             ("densities", model.of_densities, densities, denoised),
         ):
+            real, fake = blurred(real, generator), blurred(fake, generator)
             fixed = {key: value.detach() for key, value in network.state_dict(keep_vars=True).items()}
             judged: Tensor = torch.func.functional_call(network, fixed, (fake,))
             adversarial = adversarial + functional.softplus(-judged.float()).mean()
@@ -220,16 +257,20 @@ class DualLoss:
             discrimination = discrimination + functional.softplus(-of_real).mean() + functional.softplus(of_fake).mean()
             values[f"real_{name}"] = of_real.detach().sigmoid().mean()
             values[f"made_{name}"] = of_fake.detach().sigmoid().mean()
+            values[f"spectra_{name}"] = difference_of_spectra(network.power(real), network.power(fake))
         values |= {"adversarial": adversarial, "discrimination": discrimination}
         values["deviation"] = denoised.detach().float().std()
         loss = (
             self.reconstruction_weight * reconstruction
             + self.adversarial_weight * (adversarial + discrimination)
             + self.divergence_weight * divergence
+            + self.matching_weight * values["spectra_tomograms"]
         )
         return {"loss": loss, **values}
 
 
+BLUR = 0.1
+"""Deviation of the noise on what discriminators see, in those of the tomograms and of the density maps."""
 LEAST = 1e-4
 """Of a mean squared difference and of 1 - correlation, before their logarithm."""
 
@@ -244,6 +285,19 @@ def difference(real: Tensor, made: Tensor) -> Tensor:
     a, b = real - real.mean(), made - made.mean()
     correlation = (a * b).mean() / torch.sqrt((a * a).mean() * (b * b).mean() + LEAST**2)
     return torch.log(squared + LEAST) + torch.log(1 - correlation + LEAST)
+
+
+def difference_of_spectra(real: Tensor, made: Tensor) -> Tensor:
+    """Mean squared difference of the logarithms of the batches' mean power (batch, z, y, x), place by place.
+
+    Both means are over as many boxes, so what the logarithm of a mean of few is off by cancels.
+    """
+    return functional.mse_loss(torch.log(made.mean(dim=0)), torch.log(real.mean(dim=0)))
+
+
+def blurred(volumes: Tensor, generator: torch.Generator) -> Tensor:
+    """With white noise of the deviation `BLUR`."""
+    return volumes + BLUR * torch.randn(volumes.shape, generator=generator).to(volumes.device)
 
 
 def divergence_of_codes(codes: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class Job:
     `network` is a config as `architectures.build` takes it, `objective` a spec as `architectures.objective` takes it;
     both are JSON. `stratify` names the array of classes that are split evenly between training and validation, ""
     for none. `augmentation` changes the batches of training alone. An epoch shows each labelled box `labelled_repeats`
-    times, where some of "labels" are -1 and these few would be rare among the others.
+    times, where some of "labels" are -1 and these few would be rare among the others. `held_back` names the array that
+    is 1 for the boxes of validation, "" where they are drawn. `unpaired` names arrays that have rows of their own and
+    belong to none of the boxes, as those of a second domain; they are split and shuffled by themselves.
     """
 
     network: Mapping[str, Any]
@@ -37,6 +39,8 @@ class Job:
     augmentation: Augmentation = field(default_factory=Augmentation)
     stratify: str = ""
     labelled_repeats: int = 1
+    held_back: str = ""
+    unpaired: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON."""
@@ -50,6 +54,7 @@ class Job:
         values = dict(document) | {
             "options": training.TrainingOptions(**options),
             "augmentation": Augmentation(**document["augmentation"]),
+            "unpaired": tuple(document["unpaired"]),
         }
         return Job(**values)
 
@@ -59,6 +64,9 @@ def split(job: Job, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], N
 
     Raises InvalidArgument where either would be empty.
     """
+    if job.held_back:
+        held_back = arrays[job.held_back] == 1
+        return np.flatnonzero(~held_back), np.flatnonzero(held_back)
     classes = arrays[job.stratify] if job.stratify else None
     return datasets.split_rows(len(arrays["boxes"]), job.validation_fraction, job.options.seed, classes)
 
@@ -85,9 +93,9 @@ def run_job(
     """Train as the job says; see `training.train`.
 
     `arrays` have the boxes as first dimension: "boxes" (n, z, y, x) or (n, y, x) float32, and what the objective needs
-    besides, as "labels" (n,) or "targets" (n, z, y, x), which batches hold as int64. `first_weights` replace those of
-    the same names that the network starts with, an earlier model's for instance. An objective with a method
-    `collapsed` is asked after each epoch whether the network must start again.
+    besides, as "labels" (n,) or "targets" (n, z, y, x), which batches hold as int64; unpaired ones have any number of
+    rows. `first_weights` replace those of the same names that the network starts with, an earlier model's for
+    instance. An objective with a method `collapsed` is asked after each epoch whether the network must start again.
 
     Where several GPUs are seen, all of them work, in processes of their own that share the job by a folder of
     `scratch`: figures then agree with those of one but for rounding.
@@ -140,6 +148,10 @@ def run_alone(
         seed=job.options.seed,
         device=device,
         change=None if job.augmentation.changes_nothing else job.augmentation,
+        unpaired={
+            name: datasets.split_rows(len(arrays[name]), job.validation_fraction, job.options.seed)
+            for name in job.unpaired
+        },
     )
     objective = architectures.objective(job.objective)
 

@@ -21,9 +21,20 @@ _DATA = {
     "subtomogram_voxel_size_angstrom": "Voxel size (Å)",
     "subtomogram_contrast": "Contrast of the subtomograms",
     "subtomogram_tilt_degrees": "Tilt range (degrees)",
+    "tomogram_subvolumes": "Subvolumes of tomograms",
+    "density_subvolumes": "Subvolumes of the second domain",
+    "tomogram_contrast": "Contrast of the tomograms",
+    "tomogram_tilt_degrees": "Tilt range of the tomograms (degrees)",
+    "transposed_pair": "Trained on tomograms and the same on their side",
+    "tomograms": "Tomograms",
+    "training_patches": "Patches trained on",
+    "validation_patches": "Patches held back for validation",
+    "patch_size_voxels": "Patch side (voxels)",
     "feature": "Feature",
     "voxel_size_angstrom": "Voxel size of the tomogram (Å)",
     "tomogram_digest": "Digest of the tomogram",
+    "tomogram_digests": "Digests of the tomograms",
+    "density_digests": "Digests of the second domain",
     "binning": "Binned by",
     "pose_normalisation": "Poses normalised",
     "contrast": "Contrast as the network takes it",
@@ -60,8 +71,15 @@ def card(config: Mapping[str, Any], network: Described) -> str:
     ]
     counts = config.get("class_counts")
     if isinstance(counts, Mapping) and counts:
-        rows = [f"| {_cell(name)} | {_cell(count)} |" for name, count in counts.items()]
-        sections += ["\n".join(["| Class | Boxes |", "| --- | ---: |", *rows])]
+        dice = config.get("class_dice") or {}
+        rows = [
+            f"| {_cell(name)} | {_cell(count)} |" + (f" {_cell(dice.get(name, ''))} |" if dice else "")
+            for name, count in counts.items()
+        ]
+        heading = (
+            ["| Class | Boxes | Dice |", "| --- | ---: | ---: |"] if dice else ["| Class | Boxes |", "| --- | ---: |"]
+        )
+        sections += ["\n".join([*heading, *rows])]
     if config.get("parameters"):
         sections += ["## Parameters", _list(_words(config["parameters"]))]
     if figures:

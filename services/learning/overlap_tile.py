@@ -5,8 +5,9 @@ says of the tile itself is kept (the overlap-tile strategy of Ronneberger et al.
 begin at multiples of the network's pooling, and end where the volume ends: so each voxel gets the very sums that it
 would get from the whole volume at once.
 
-The scale of intensities must not depend on where tiles lie either. The network is trained on boxes of one scale, that
-of their whole set. A tomogram has no boxes, so each of its voxels is taken relative to the mean and in units of the
+The scale of intensities must not depend on where tiles lie either. A network that was trained on patches of whole
+tomograms reads each in its own scale (`tomogram_scale`). EDSS3D is trained on boxes of one scale, that of their whole
+set. A tomogram has no boxes, so each of its voxels is taken relative to the mean and in units of the
 standard deviation of a window around it, `WINDOW_BOXES` times as wide as a box; at the volume's faces the window is
 mirrored. It follows carbon and ice, and must be so wide that no structure fills it. In a simulated tomogram (boxes of
 16^3, membranes and globules, labels without an error) Dice is 0.64 and 0.68 with windows of twice a box's side, 0.73
@@ -47,7 +48,7 @@ class Tiling:
     Attributes:
         tile: side of the tiles, voxels; a multiple of `multiple`.
         margin: voxels around a tile that the network sees, a multiple of `multiple`, at least its reach.
-        window: side of the window that a voxel is scaled by.
+        window: side of the window that a voxel is scaled by; 0 where `read` gives values in the network's scale.
         multiple: what the network's poolings must divide.
     """
 
@@ -77,12 +78,14 @@ class Slab:
 
     Attributes:
         labels: `[z, y, x]`, the likeliest class of each voxel; of equally likely ones the first.
+        scores: `[z, y, x]`, the probability of that class.
         probabilities: `[class, z, y, x]`, or None where they are not kept.
         sums: (classes,), the probabilities' sums over the slab.
     """
 
     start: int
     labels: NDArray[np.uint8]
+    scores: Array
     probabilities: Array | None
     sums: NDArray[np.float64]
 
@@ -116,24 +119,28 @@ def segment(
     plan = list(itertools.product(range(0, height, tiles.tile), range(0, width, tiles.tile)))
     layers = -(-depth // tiles.tile)
     for layer, z in enumerate(range(0, depth, tiles.tile)):
-        z_axis = _Span.of(z, depth, tiles)
+        z_axis = Span.of(z, depth, tiles)
         planes = read(z_axis.source.start, z_axis.source.stop)
         labels = np.empty((z_axis.length, height, width), np.uint8)
+        scores = np.empty(labels.shape, np.float32)
         kept = np.empty((classes, z_axis.length, height, width), np.float32) if keep_probabilities else None
         sums = np.zeros(classes)
         for number, (y, x) in enumerate(plan, start=1):
-            y_axis, x_axis = _Span.of(y, height, tiles), _Span.of(x, width, tiles)
+            y_axis, x_axis = Span.of(y, height, tiles), Span.of(x, width, tiles)
             axes = (z_axis, y_axis, x_axis)
-            scaled = standardise_locally(planes[:, y_axis.source, x_axis.source], tiles.half_window)
+            scaled = planes[:, y_axis.source, x_axis.source]
+            if tiles.window:
+                scaled = standardise_locally(scaled, tiles.half_window)
             region = np.pad(scaled[tuple(axis.seen for axis in axes)], [(0, axis.padding) for axis in axes])
             found = predict(region)[(slice(None), *(axis.kept for axis in axes))]
             place = (slice(None), slice(y, y + y_axis.length), slice(x, x + x_axis.length))
             labels[place] = found.argmax(axis=0)
+            scores[place] = found.max(axis=0)
             sums += found.sum(axis=(1, 2, 3), dtype=np.float64)
             if kept is not None:
                 kept[(slice(None), *place)] = found
             progress((layer + number / len(plan)) / layers, "segmenting", planes=z)
-        yield Slab(z, labels, kept, sums)
+        yield Slab(z, labels, scores, kept, sums)
 
 
 def standardise_locally(volume: Array, half_window: int) -> Array:
@@ -153,11 +160,12 @@ def standardise_locally(volume: Array, half_window: int) -> Array:
 def memory_bytes(shape: Shape, classes: int, tiles: Tiling, keep_probabilities: bool) -> int:
     """Memory of `segment` beside what `predict` takes: planes as read, labels, and the scaling of a tile.
 
-    Of the scaling: values, squares, means, deviations and two intermediate results as float64.
+    Of the scaling by windows: values, squares, means, deviations and two intermediate results as float64.
     """
-    planes = (tiles.slab_planes(shape[0]) * 4 + min(tiles.tile, shape[0])) * shape[1] * shape[2]
+    planes = (tiles.slab_planes(shape[0]) * 4 + 5 * min(tiles.tile, shape[0])) * shape[1] * shape[2]
     kept = 4 * classes * min(tiles.tile, shape[0]) * shape[1] * shape[2] if keep_probabilities else 0
-    return 2 * planes + kept + 7 * 8 * voxels(shape, tiles, 2 * tiles.half_window)
+    scaling = 7 * 8 * voxels(shape, tiles, 2 * tiles.half_window) if tiles.window else 8 * voxels(shape, tiles)
+    return 2 * planes + kept + scaling
 
 
 def voxels(shape: Shape, tiles: Tiling, around: int = 0) -> int:
@@ -167,7 +175,7 @@ def voxels(shape: Shape, tiles: Tiling, around: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """One tile along one axis.
 
     Attributes:
@@ -185,11 +193,11 @@ class _Span:
     kept: slice
 
     @staticmethod
-    def of(start: int, side: int, tiles: Tiling) -> _Span:
+    def of(start: int, side: int, tiles: Tiling) -> Span:
         stop = min(start + tiles.tile, side)
         first, last = max(start - tiles.margin, 0), min(start + tiles.tile + tiles.margin, side)
         low, high = max(first - tiles.half_window, 0), min(last + tiles.half_window, side)
-        return _Span(
+        return Span(
             length=stop - start,
             source=slice(low, high),
             seen=slice(first - low, last - low),

@@ -36,6 +36,15 @@ class Scale:
         return np.clip(scaled, -LIMIT, LIMIT, out=scaled)
 
 
+INTENSITY = "the tomogram has median 0, and its percentiles 16 and 84 are 2 apart"
+"""What a model's config says of it."""
+
+
+def scaled(read_slab: ReadSlab, scale: Scale) -> ReadSlab:
+    """`read_slab` with its values in the scale."""
+    return lambda first, last: scale(read_slab(first, last))
+
+
 def slab_sections(shape: tuple[int, int, int]) -> int:
     """Sections of a tomogram (z, y, x) that are read at once."""
     return max(1, min(shape[0], SLAB_BYTES // (4 * shape[1] * shape[2])))
@@ -58,12 +67,7 @@ def measure_scale(
     lowest, highest = np.inf, -np.inf
     for first in range(0, shape[0], step):
         slab = read_slab(first, min(first + step, shape[0]))
-        low, high = float(slab.min()), float(slab.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            z, y, x = np.unravel_index(int(np.argmin(np.isfinite(slab))), slab.shape)
-            raise InvalidArgument(
-                f"{name}: the voxel x={x}, y={y}, z={first + z} is {slab[z, y, x]}; all must be finite numbers"
-            )
+        low, high = check_finite(slab, first, name)
         lowest, highest = min(lowest, low), max(highest, high)
         samples.append(slab.reshape(-1)[::stride].copy())
         progress(min(1.0, (first + step) / shape[0]), "measuring the tomogram's scale")
@@ -76,3 +80,16 @@ def measure_scale(
         # Most voxels are of one value: a tomogram that was masked.
         spread = float(values.std(dtype=np.float64)) or highest - lowest
     return Scale(middle, -spread if contrast == "dark" else spread)
+
+
+def check_finite(slab: NDArray[np.float32], first: int, name: str) -> tuple[float, float]:
+    """The lowest and the highest value of sections (n, y, x) from `first` on. Raises InvalidArgument, naming the voxel,
+    for NaN and infinity.
+    """
+    low, high = float(slab.min()), float(slab.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        z, y, x = np.unravel_index(int(np.argmin(np.isfinite(slab))), slab.shape)
+        raise InvalidArgument(
+            f"{name}: the voxel x={x}, y={y}, z={first + z} is {slab[z, y, x]}; all must be finite numbers"
+        )
+    return low, high

@@ -120,10 +120,11 @@ class Alone:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. `betas` and `weight_decay` (added to the gradient) are those of Adam; the learning rate falls
-    linearly to nothing from the share `decay_from` of `max_epochs` on; `mixed_precision` computes in bfloat16 on a GPU,
-    with weights in float32, and changes nothing on a CPU; with `keep_last` the last epoch's weights count, whatever its
-    validation loss; a collapsed model is started again at most `max_restarts` times.
+    """How to train. `betas` and `weight_decay` are those of Adam, the decay added to the gradient, or of AdamW with
+    `decoupled_weight_decay`; the learning rate falls linearly to nothing from the share `decay_from` of `max_epochs`
+    on; `mixed_precision` computes in bfloat16 on a GPU, with weights in float32, and changes nothing on a CPU; with
+    `keep_last` the last epoch's weights count, whatever its validation loss; a collapsed model is started again at most
+    `max_restarts` times.
     """
 
     max_epochs: int
@@ -132,6 +133,7 @@ class TrainingOptions:
     seed: int
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
     decay_from: float = 1.0
     mixed_precision: bool = False
     keep_last: bool = False
@@ -290,6 +292,7 @@ class _Run:
             lr=self.options.learning_rate,
             betas=self.options.betas,
             weight_decay=self.options.weight_decay,
+            decoupled_weight_decay=self.options.decoupled_weight_decay,
             fused=True,
         )
 

@@ -41,7 +41,7 @@ async def test_clusters_can_be_used_on_further_subtomograms(channel: grpc.aio.Ch
     assert embedding["sampling"] == "all particles"
     assert embedding["explained_variance"][0] > embedding["explained_variance"][1] > 0
     classes = Particles.from_parquet(store.get(clusters.particles_uri)).table["class_id"].tolist()
-    assert embedding["cluster"] == classes
+    assert embedding["cluster"] == [number + 1 for number in classes]
     # Balls and shells lie apart on the first component.
     first = np.array(embedding["x"])
     assert abs(first[::2].mean() - first[1::2].mean()) > 3 * max(first[::2].std(), first[1::2].std())
@@ -108,7 +108,7 @@ async def test_clusters_joined_into_classes(channel: grpc.aio.Channel, store: St
     def select(*groups: str) -> learning_pb2.SelectClustersRequest:
         return learning_pb2.SelectClustersRequest(particles_uri=uri, groups=groups)
 
-    result = (await call_operation(channel, select("membrane:1,3-4", "globule:0"))).result
+    result = (await call_operation(channel, select("membrane:2,4-5", "globule:1"))).result
     assert list(result.names) == ["membrane", "globule"]
     assert list(result.sizes) == [4, 2]
     selected = Particles.from_parquet(store.get(result.particles_uri)).table
@@ -119,16 +119,17 @@ async def test_clusters_joined_into_classes(channel: grpc.aio.Channel, store: St
     assert [group["id"].tolist() for group in groups] == [[1, 3, 5, 7], [0, 4]]
 
     for texts, words in (
-        (["membrane:0,9"], "cluster 9 of 'membrane' is not there"),
-        (["membrane:0", "globule:0-1"], "cluster 0 is in 'membrane' and in 'globule'"),
-        ([":0"], "no name before the colon"),
-        (["membrane 0"], "as membrane:0,3,7-9"),
+        (["membrane:1,9"], "cluster 9 of 'membrane' is not there"),
+        (["membrane:1", "globule:1-2"], "cluster 1 is in 'membrane' and in 'globule'"),
+        (["membrane:0"], "cluster 0 of 'membrane' is not there: the clusters of"),
+        ([":1"], "no name before the colon"),
+        (["membrane 1"], "as membrane:1,4,8-10"),
     ):
         code, message = await refused(channel, select(*texts))
         assert code == STATUS.INVALID_ARGUMENT
         assert words in message
     store.put(uri, Particles.from_positions(np.zeros((2, 3)), 10.0, "t").to_parquet())
-    code, message = await refused(channel, select("membrane:0"))
+    code, message = await refused(channel, select("membrane:1"))
     assert code == STATUS.INVALID_ARGUMENT
     assert "has no column class_id" in message
 
@@ -144,18 +145,18 @@ async def test_the_weakest_of_the_others_as_background(channel: grpc.aio.Channel
         return learning_pb2.SelectClustersRequest(particles_uri=uri, groups=groups, weakest_background=count)
 
     put(score=scores)
-    result = (await call_operation(channel, select("globule:0"))).result
+    result = (await call_operation(channel, select("globule:1"))).result
     assert (list(result.names), list(result.sizes), result.count) == (["globule", "background"], [2, 2], 4)
     selected = Particles.from_parquet(store.get(result.particles_uri)).table
     assert selected["id"].tolist() == [0, 1, 3, 4], "3 is weaker than 4, but a globule"
     assert selected["class_name"].tolist() == ["globule", "background", "globule", "background"]
     assert Particles.from_parquet(store.get(result.group_uris[1])).table["id"].tolist() == [1, 4]
-    assert list((await call_operation(channel, select("globule:0", count=9))).result.sizes) == [2, 3]
+    assert list((await call_operation(channel, select("globule:1", count=9))).result.sizes) == [2, 3]
 
-    code, message = await refused(channel, select("globule:0", "background:1"))
+    code, message = await refused(channel, select("globule:1", "background:2"))
     assert (code, "weakest_background makes" in message) == (STATUS.INVALID_ARGUMENT, True)
     put()
-    code, message = await refused(channel, select("globule:0"))
+    code, message = await refused(channel, select("globule:1"))
     assert (code, "has no column score" in message) == (STATUS.INVALID_ARGUMENT, True)
 
 

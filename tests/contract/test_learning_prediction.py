@@ -114,6 +114,7 @@ async def test_labels_of_a_tomogram(channel: grpc.aio.Channel, store: Store) -> 
         expected = network.probabilities(torch.from_numpy(whole)[None, None])[0, :, :18, :, :30].numpy()
     chances = np.stack([open_volume(store, uri).read() for uri in result.probability_uris])
     np.testing.assert_allclose(chances, expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(open_volume(store, result.scores_uri).read(), chances.max(axis=0))
     assert sum(result.sizes) == voxels.size
     metrics = table(store, result.metrics_uri)
     assert metrics["mean_probabilities"] == pytest.approx(expected.mean(axis=(1, 2, 3)).tolist(), rel=1e-4)
@@ -126,6 +127,7 @@ async def test_a_tomogram_that_is_binned_for_the_network(channel: grpc.aio.Chann
     labels = open_volume(store, result.labels_uri)
     assert labels.info.shape == (17, 20, 24)
     assert sum(result.sizes) == 8 * 10 * 12
+    assert open_volume(store, result.scores_uri).info == labels.info
     found = labels.read()
     np.testing.assert_array_equal(found[0:16:2, ::2, ::2], found[1:16:2, 1::2, 1::2])
 

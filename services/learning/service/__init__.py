@@ -7,9 +7,12 @@ from services.learning.service import (
     classification,
     clusters,
     conformation,
+    dual_training,
+    dual_use,
     mapping,
     prediction,
     segmentation,
+    tomogram_segmentation,
 )
 from services.learning.service.registry import service
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.in_tomogram import tomogram_name
 from cryofleet.operations import parameters_of
 from cryofleet.particles import Particles
 from cryofleet.progress import Progress, part
@@ -135,7 +136,7 @@ def train_annotator(request: learning_pb2.TrainAnnotatorRequest, task: Task) -> 
         "feature": request.feature,
         "voxel_size_angstrom": volume.info.voxel_size_angstrom,
         "contrast": CONTRAST,
-        "intensity": "the tomogram has median 0, and its percentiles 16 and 84 are 2 apart",
+        "intensity": tomogram_scale.INTENSITY,
         "tomogram_digest": content_digest(task.store, volume.uri),
         "painted_digests": [content_digest(task.store, file.uri) for file in files],
         "parameters": parameters_of(request),
@@ -250,8 +251,7 @@ def annotate(request: learning_pb2.AnnotateRequest, task: Task) -> learning_pb2.
         kept = parts.at_least(request.min_diameter_angstrom, info.voxel_size_angstrom)
         for number, row in enumerate(metrics["features"], start=1):
             row |= {"parts": int((parts.labels == number).sum()), "particles": int((kept.labels == number).sum())}
-        # As picking calls it too: by what it holds, wherever it lies.
-        name = f"tomogram-{content_digest(task.store, volume.uri)[:12]}"
+        name = tomogram_name(task.store, volume)
         result.particles_uri = task.write_particles("particles.parquet", _particles(kept, features, info, name))
     result.metrics_uri = task.write_table("metrics.json", metrics)
     return result

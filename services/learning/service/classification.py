@@ -18,7 +18,6 @@ from cryofleet.progress import part
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.v1 import learning_pb2
 from services.learning import (
-    architectures,
     autoencoding_classifier,
     class_comparison,
     class_prediction,
@@ -123,12 +122,6 @@ def _box_bytes(side: int) -> int:
     return inputs.TRAINING_LAYERS * 4 * CHANNELS * side**3
 
 
-def _weight_bytes(config: dict[str, Any]) -> int:
-    """Size of a network's parameters as float32, without making them."""
-    with torch.device("meta"):
-        return 4 * classifiers.parameter_count(architectures.build(config))
-
-
 def _training_set(
     request: learning_pb2.TrainClassifierRequest, reader: Reader
 ) -> tuple[inputs.Chosen, Preparation, Labels, dict[str, Any]]:
@@ -154,7 +147,7 @@ def _train_needs(request: learning_pb2.TrainClassifierRequest, reader: Reader) -
         len(chosen),
         batch_size=views * request.batch_size,
         box_bytes=_box_bytes(preparation.prepared_size),
-        weight_bytes=_weight_bytes(config),
+        weight_bytes=inputs.weight_bytes(config),
         row_bytes=64,
     )
 
@@ -292,7 +285,7 @@ def _adapt_needs(request: learning_pb2.AdaptClassifierRequest, reader: Reader) -
         len(domains.source) + len(domains.target),
         batch_size=2 * request.batch_size,
         box_bytes=_box_bytes(preparation.prepared_size),
-        weight_bytes=_weight_bytes(domain_adaptation.config(config)),
+        weight_bytes=inputs.weight_bytes(domain_adaptation.config(config)),
         row_bytes=64,
     )
 

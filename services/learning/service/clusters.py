@@ -73,8 +73,8 @@ def cluster(request: learning_pb2.ClusterRequest, task: Task) -> learning_pb2.Cl
     # Names of an earlier classification say nothing of these classes.
     classified = what.chosen.particles.without_columns("class_name").with_columns(class_id=found.labels)
     largest = [
-        task.write_particles(f"cluster-{number:04d}.parquet", classified.select(found.labels == number))
-        for number in range(min(request.largest, request.clusters))
+        task.write_particles(f"cluster-{number:04d}.parquet", classified.select(found.labels == number - 1))
+        for number in range(1, min(request.largest, request.clusters) + 1)
     ]
     distances = cluster_model.Assignment(found.labels, clustering.distances(codes, found))
     quantiles = cluster_model.distance_quantiles(distances, request.clusters)
@@ -141,7 +141,7 @@ def _embedding(ids: NDArray[np.int64], codes: NDArray[np.float32], found: cluste
         "sampling": "all particles" if len(rows) == len(codes) else "rows of particles.parquet, evenly spaced",
         "explained_variance": components.explained.tolist(),
         "id": ids[rows].tolist(),
-        "cluster": found.labels[rows].tolist(),
+        "cluster": (found.labels[rows] + 1).tolist(),
         "x": points[:, 0].tolist(),
         "y": points[:, 1].tolist(),
         "centre_x": centres[:, 0].tolist(),
@@ -199,7 +199,7 @@ def assign_clusters(request: learning_pb2.AssignClustersRequest, task: Task) -> 
         "share_farther_than_95_percent_of_clustered_set": everywhere,
         "clusters": [
             {
-                "cluster": number,
+                "cluster": number + 1,
                 "subtomograms": sizes[number],
                 "distances": own["clusters"][number],
                 "distances_of_clustered_set": known["clusters"][number],
@@ -229,7 +229,7 @@ def select_clusters(request: learning_pb2.SelectClustersRequest, task: Task) -> 
         raise FailedPrecondition(f"{request.particles_uri} holds no particle")
     if "class_id" not in particles.table:
         raise InvalidArgument(f"{request.particles_uri} has no column class_id: give the particles of Cluster")
-    clusters = particles.table["class_id"].to_numpy()
+    clusters = particles.table["class_id"].to_numpy() + 1  # as reports number them
     numbers = cluster_groups.group_numbers(clusters, groups, request.particles_uri, request.allow_empty)
     names = [group.name for group in groups]
     if request.weakest_background:

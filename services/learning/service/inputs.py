@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -202,6 +202,12 @@ def data_facts(task: Task, chosen: Chosen, preparation: Preparation) -> dict[str
     return facts
 
 
+def weight_bytes(config: Mapping[str, Any]) -> int:
+    """Size of a network's parameters as float32, without making them."""
+    with torch.device("meta"):
+        return 4 * sum(weights.numel() for weights in architectures.build(config).parameters())
+
+
 def class_counts(labels: NDArray[np.integer[Any]], names: Mapping[int, str]) -> dict[str, int]:
     """How many boxes each class has, by its name, for `class_counts` in a config."""
     return {name: int((labels == number).sum()) for number, name in names.items()}
@@ -213,14 +219,20 @@ def run_job(
     arrays: Mapping[str, NDArray[Any]],
     progress: Progress,
     first_weights: Mapping[str, torch.Tensor] | None = None,
+    saved: Callable[[training.Checkpoint], object] = lambda files: None,
 ) -> training.Training:
-    """`jobs.run_job` on the task's device, with its checkpoints."""
+    """`jobs.run_job` on the task's device, with its checkpoints; `saved` is called with each."""
+
+    def save(files: training.Checkpoint) -> None:
+        task.save_checkpoint(files)
+        saved(files)
+
     return jobs.run_job(
         job,
         arrays,
         device=torch.device(task.device),
         progress=progress,
-        save_checkpoint=task.save_checkpoint,
+        save_checkpoint=save,
         checkpoint=task.load_checkpoint(),
         first_weights=first_weights,
         scratch=task.scratch,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
-from cryofleet.in_tomogram import Inside, particles_inside, volume_numbers
+from cryofleet.in_tomogram import Inside, particles_inside, volume_numbers, without_volume
 from cryofleet.numerics import object_distance
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import Progress, part
@@ -127,7 +127,9 @@ def _placed_volumes(
             "give one stack, or one volume of each class"
         )
     count = (volumes[0].info.count or 1) if stacks else len(volumes)
-    classes = volume_numbers(particles, count, bool(stacks), request.particles_uri)[chosen.rows]
+    classes = volume_numbers(particles, count, bool(stacks), request.particles_uri)
+    note = without_volume(particles, classes)
+    classes = classes[chosen.rows]
     if count > mapping.MAX_LABEL:
         raise InvalidArgument(f"volume_uris: {count} classes; labels go up to {mapping.MAX_LABEL}")
     classified = classes >= 0
@@ -150,6 +152,7 @@ def _placed_volumes(
         "without_class": int((~classified).sum()),
         "turned": rotations is not None,
         "by_label": dict(zip(numbers.tolist(), sizes.tolist(), strict=True)),
+        **({"note": note} if note else {}),
     }
     return slabs, counted
 
@@ -260,7 +263,7 @@ def enrichment(request: learning_pb2.EnrichmentRequest, task: Task) -> learning_
         "confidence": enriching.CONFIDENCE,
         "classes": [
             {
-                "class": each.number,
+                "class": each.number + 1,
                 "name": titles.get(each.number, ""),
                 "particles": each.particles,
                 "near": each.near,
@@ -275,7 +278,7 @@ def enrichment(request: learning_pb2.EnrichmentRequest, task: Task) -> learning_
         ],
     }
     return learning_pb2.EnrichmentResult(
-        classes=[each.number for each in found],
+        classes=[each.number + 1 for each in found],
         ratios=[each.ratio for each in found],
         p_values=[each.corrected_p_value for each in found],
         metrics_uri=task.write_table("metrics.json", metrics),

@@ -17,14 +17,17 @@ from services.learning import (
     class_prediction,
     clustering,
     datasets,
+    deepfinder,
     edss3d,
     open_set,
     overlap_tile,
     overlapping_boxes,
+    tomogram_scale,
     training,
 )
 from services.learning.architectures import CLASSIFIERS
 from services.learning.classifiers import Classifier
+from services.learning.deepfinder import DeepFinder
 from services.learning.edss3d import EDSS3D
 from services.learning.preparation import Preparation
 from services.learning.service import encoding, inputs, tomograms
@@ -32,7 +35,7 @@ from services.learning.service.registry import service
 
 Array = NDArray[np.float32]
 
-KNOWN = (*encoding.AUTOENCODERS, edss3d.NAME, *CLASSIFIERS)
+KNOWN = (*encoding.AUTOENCODERS, edss3d.NAME, deepfinder.NAME, *CLASSIFIERS)
 
 #: The same name that a segmentation network has for class 0.
 BACKGROUND = edss3d.BACKGROUND
@@ -52,6 +55,17 @@ def _config(request: learning_pb2.PredictRequest, reader: Reader) -> dict[str, A
         )
     if name == edss3d.NAME:
         edss3d.check_config(config)
+    if name == deepfinder.NAME:
+        deepfinder.check_config(config)
+        if request.subtomograms_uri:
+            raise InvalidArgument(
+                f"subtomograms_uri: {request.model_uri} segments tomograms, whose intensities it measures as a "
+                "whole; give tomogram_uri"
+            )
+        if request.overlapping_boxes:
+            raise InvalidArgument(
+                f"overlapping_boxes: {request.model_uri} learnt from patches of tomograms, not from boxes; leave it out"
+            )
     if request.tomogram_uri and request.particles_uri:
         raise InvalidArgument("particles_uri chooses among subtomograms; it can't be given with tomogram_uri")
     return config
@@ -67,6 +81,9 @@ def _boxes(
 
 
 def _tiling(request: learning_pb2.PredictRequest, config: dict[str, Any]) -> overlap_tile.Tiling:
+    if config["architecture"] == deepfinder.NAME:
+        tile = -(-request.tile_size_voxels // deepfinder.POOLING) * deepfinder.POOLING
+        return overlap_tile.Tiling(tile, deepfinder.MARGIN, window=0, multiple=deepfinder.POOLING)
     side = config["box_size"]
     if request.overlapping_boxes:
         # Tiles begin where boxes do, so no box that one of their voxels lies in reaches further out than half of it.
@@ -83,13 +100,19 @@ def _predict_needs(request: learning_pb2.PredictRequest, reader: Reader) -> Need
         tomogram = tomograms.open_tomogram(reader, request.tomogram_uri, config)
         binning = binned_volume.memory_bytes(tomogram.volume.info.shape, tomogram.binning) * (tomogram.binning > 1)
         plane = 16 * tomogram.volume.info.plane_bytes
-        side = config["box_size"]
-        if name == edss3d.NAME:
-            classes, tiles = len(config["class_names"]), _tiling(request, config)
+        classes = len(config["class_names"])
+        if name in (edss3d.NAME, deepfinder.NAME):
+            tiles = _tiling(request, config)
+            voxels = overlap_tile.voxels(tomogram.shape, tiles)
             work = overlap_tile.memory_bytes(tomogram.shape, classes, tiles, request.probabilities)
-            work += edss3d.inference_bytes(overlap_tile.voxels(tomogram.shape, tiles), classes)
+            if name == edss3d.NAME:
+                work += edss3d.inference_bytes(voxels, classes)
+            else:
+                scale = 16 * tomogram_scale.SAMPLES + 3 * tomogram_scale.SLAB_BYTES
+                work = max(work + deepfinder.inference_bytes(voxels, classes, config["channels"]), scale)
         else:
-            classes, batch = len(config["class_names"]), class_prediction.batch_size(side)
+            side = config["box_size"]
+            batch = class_prediction.batch_size(side)
             work = overlapping_boxes.memory_bytes(tomogram.shape, side, classes, batch) + _classifier_bytes(side)
         return Needs(base + plane + max(binning, work))
     chosen, preparation = _boxes(request, reader, config)
@@ -122,9 +145,10 @@ def predict(request: learning_pb2.PredictRequest, task: Task) -> learning_pb2.Pr
         return _encode(request, task)
     _, model = inputs.open_model(task, request.model_uri, name)
     model = model.to(torch.device(task.device)).eval()
+    if isinstance(model, DeepFinder) or (isinstance(model, EDSS3D) and request.tomogram_uri):
+        return _segment_tomogram(request, task, config, model)
     if isinstance(model, EDSS3D):
-        segment = _segment_tomogram if request.tomogram_uri else _segment_boxes
-        return segment(request, task, config, model)
+        return _segment_boxes(request, task, config, model)
     assert isinstance(model, Classifier)
     classify = _classify_tomogram if request.tomogram_uri else _classify_boxes
     return classify(request, task, config, model)
@@ -183,7 +207,7 @@ def _segment_boxes(
 
 
 def _segment_tomogram(
-    request: learning_pb2.PredictRequest, task: Task, config: dict[str, Any], model: EDSS3D
+    request: learning_pb2.PredictRequest, task: Task, config: dict[str, Any], model: EDSS3D | DeepFinder
 ) -> learning_pb2.PredictResult:
     """Labels of a tomogram by overlapping tiles."""
     tomogram = tomograms.open_tomogram(task, request.tomogram_uri, config)
@@ -192,7 +216,7 @@ def _segment_tomogram(
     def probabilities(region: Array) -> Array:
         values = torch.from_numpy(region).to(device)
         with torch.inference_mode():
-            if request.overlapping_boxes:
+            if request.overlapping_boxes and isinstance(model, EDSS3D):
                 found = model.probabilities_by_boxes(values, config["box_size"])
             else:
                 found = model.probabilities(values[None, None])[0]
@@ -200,19 +224,24 @@ def _segment_tomogram(
 
     sizes, sums = np.zeros(len(names), np.int64), np.zeros(len(names))
     volumes = tomograms.ClassVolumes(task, tomogram.volume.info, tomogram.binning, len(names), request.probabilities)
-    with volumes, tomograms.opened(task, tomogram, part(task.progress, 0.0, 0.1)) as read:
+    preparing = part(task.progress, 0.0, 0.1)
+    if isinstance(model, DeepFinder):
+        opened = tomograms.in_own_scale(tomogram, preparing)
+    else:
+        opened = tomograms.opened(task, tomogram, preparing)
+    with volumes, opened as read:
         for slab in overlap_tile.segment(
             probabilities,
             read,
             tomogram.shape,
             len(names),
             _tiling(request, config),
-            part(task.progress, 0.1 if tomogram.binning > 1 else 0.0, 1.0),
+            part(task.progress, 0.1, 1.0),
             request.probabilities,
         ):
             sizes += np.bincount(slab.labels.reshape(-1), minlength=len(names))
             sums += slab.sums
-            volumes.write_planes(slab.start, slab.labels, slab.probabilities)
+            volumes.write_planes(slab.start, slab.labels, slab.scores, slab.probabilities)
     return _volume_result(task, volumes, names, sizes, sums)
 
 
@@ -306,7 +335,7 @@ def _classify_tomogram(
                 ordered[label] += found[number]
             sizes += np.bincount(labels.reshape(-1), minlength=len(names))
             sums += ordered.sum(axis=(1, 2), dtype=np.float64)
-            volumes.write_planes(z, labels[np.newaxis], ordered[:, np.newaxis])
+            volumes.write_planes(z, labels[np.newaxis], ordered.max(axis=0)[np.newaxis], ordered[:, np.newaxis])
             task.progress(0.9 + 0.1 * (z + 1) / tomogram.shape[0], "joining boxes", planes=z + 1)
     return _volume_result(task, volumes, names, sizes, sums)
 
@@ -321,6 +350,7 @@ def _volume_result(
     metrics = _voxel_metrics(names, sizes, sums)
     return learning_pb2.PredictResult(
         labels_uri=volumes.labels_uri,
+        scores_uri=volumes.scores_uri,
         probability_uris=volumes.probability_uris,
         names=names,
         sizes=metrics["voxels"],

@@ -30,7 +30,7 @@ def test_names_numbers_and_ranges() -> None:
         (["  :1"], "no name before the colon"),
         (["a:"], r"'' in 'a:' is no cluster"),
         (["a:1,,2"], r"'' in 'a:1,,2' is no cluster"),
-        (["a:1;2"], r"'1;2' in 'a:1;2' is no cluster; it must be .*membrane:0,3,7-9"),
+        (["a:1;2"], r"'1;2' in 'a:1;2' is no cluster; it must be .*membrane:1,4,8-10"),
         (["a:-1"], "'-1' in"),
         (["a:1-2-3"], "'1-2-3' in"),
         (["a:1.5"], r"'1\.5' in"),

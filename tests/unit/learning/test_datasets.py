@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,31 @@ def test_what_belongs_to_the_boxes_comes_with_them() -> None:
         assert batch["labels"].tolist() == numbers(batch)
         assert batch["weights"].dtype == torch.float32
         assert batch["weights"].tolist() == numbers(batch)
+
+
+@pytest.mark.parametrize("other", [9, 23, 60])
+def test_what_is_unpaired_has_an_order_of_its_own_and_the_smaller_set_repeats(other: int) -> None:
+    rows, other_rows = datasets.split_rows(23, 0.2, 1), datasets.split_rows(other, 0.2, 1)
+    arrays: dict[str, NDArray[Any]] = {"boxes": numbered(23), "others": np.arange(other)}
+    batches = datasets.ArrayBatches(arrays, *rows, batch_size=4, seed=1, device=CPU, unpaired={"others": other_rows})
+
+    def seen(part: Iterable[Batch]) -> tuple[list[list[int]], list[list[int]]]:
+        found = list(part)
+        return [numbers(batch) for batch in found], [batch["others"].tolist() for batch in found]
+
+    own, others = seen(batches.training(0, 0))
+    longest = max(len(rows[0]), len(other_rows[0]))
+    assert len(own) == batches.training_batches == -(-longest // 4)
+    for parts, all_rows in ((own, rows[0]), (others, other_rows[0])):
+        counts = np.bincount(list(itertools.chain(*parts)), minlength=60)[all_rows]
+        assert counts.sum() == longest
+        assert np.ptp(counts) <= 1, "each as often as the others"
+    if other == 23:
+        assert own != others
+    assert seen(batches.training(0, 2)) == (own[2:], others[2:])
+    assert seen(batches.training(1, 0))[1] != others
+    held_back = seen(batches.validation())[1]
+    assert set(itertools.chain(*held_back)) == set(other_rows[1].tolist())
 
 
 def test_pictures_get_a_channel_too() -> None:

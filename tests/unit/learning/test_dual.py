@@ -106,7 +106,9 @@ def test_few_codes_have_a_divergence(count: int) -> None:
 def gradients(model: dual.Dual, **weights: float) -> dict[str, float]:
     """The norm of each network's gradient by the loss with these weights."""
     loss = dual.DualLoss(
-        **{"reconstruction_weight": 0.0, "adversarial_weight": 0.0, "divergence_weight": 0.0} | weights
+        **dict.fromkeys(("reconstruction_weight", "adversarial_weight", "divergence_weight", "matching_weight"), 0.0)
+        | weights,
+        joint_steps=2**31,
     )
     model.zero_grad()
     loss(model, batch(), generator_for(11))["loss"].backward()  # type: ignore[no-untyped-call]
@@ -130,10 +132,13 @@ def test_each_network_learns_from_its_own_losses(model: dual.Dual) -> None:
     assert all(by_adversaries[name] > 0 for name in judges | {"denoiser", "structural", "noise"})
     # E makes what is reconstructed, and nothing that is judged.
     assert by_adversaries["encoder"] == 0
+    by_matching = gradients(model, matching_weight=1.0)
+    assert {name for name, norm in by_matching.items() if norm} == {"structural", "noise"}
 
 
-def test_a_discriminator_learns_from_its_own_loss_alone(model: dual.Dual) -> None:
+def test_a_discriminator_learns_from_its_own_loss_alone(model: dual.Dual, monkeypatch: pytest.MonkeyPatch) -> None:
     """The makers' loss, which its answers decide, does not move it."""
+    monkeypatch.setattr(dual, "BLUR", 0.0)
     gradients(model, adversarial_weight=1.0)
     judge = model.of_densities
     found = [parameter.grad.clone() for parameter in judge.parameters() if parameter.grad is not None]
@@ -174,3 +179,44 @@ def test_a_config_gives_the_network_back(model: dual.Dual) -> None:
         with pytest.raises(FailedPrecondition):
             dual.from_config(config | broken)
     assert isinstance(architectures.objective({"name": dual.DualLoss.NAME}), dual.DualLoss)
+
+
+def test_the_difference_of_spectra_is_of_their_logarithms(model: dual.Dual) -> None:
+    """White noise of twice the amplitude differs by log 4 everywhere, whatever its phases, but for chance."""
+    generator = generator_for(5)
+    one, other = torch.randn(2, 512, 1, SIDE, SIDE, SIDE, generator=generator).unbind()
+    power = model.of_tomograms.power(one)
+    found = float(dual.difference_of_spectra(power, model.of_tomograms.power(2 * other)))
+    assert found == pytest.approx(math.log(4) ** 2, rel=0.05)
+    assert float(dual.difference_of_spectra(power, power)) == 0.0
+
+
+def test_what_a_discriminator_sees_is_blurred_by_its_noise() -> None:
+    flat = torch.zeros(8, 1, SIDE, SIDE, SIDE)
+    first = dual.blurred(flat, generator_for(1))
+    assert float(first.std()) == pytest.approx(dual.BLUR, rel=0.02)
+    assert torch.equal(first, dual.blurred(flat, generator_for(1)))
+
+
+def test_reconstructions_teach_all_makers_for_the_joint_steps_and_then_the_last_alone(model: dual.Dual) -> None:
+    """The denoiser's gradient is then that of the density maps' reconstruction from what was made, taken as data."""
+    loss = dual.DualLoss(adversarial_weight=0.0, divergence_weight=0.0, matching_weight=0.0, joint_steps=1)
+    found: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, batch(), generator_for(11))["loss"].backward()  # type: ignore[no-untyped-call]
+        found.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
+    assert int(model.steps) == 2
+    given, generator = batch(), generator_for(11)
+    densities = given["densities"][:, None]
+    with torch.no_grad():
+        made = model.simulate(densities, torch.randn(BATCH, dual.CODE_SIZE, generator=generator), generator)
+    model.zero_grad()
+    dual.difference(densities, model.denoiser(made)).backward()  # type: ignore[no-untyped-call]
+    for name, value in model.denoiser.named_parameters():
+        assert value.grad is not None
+        torch.testing.assert_close(found[1][f"denoiser.{name}"], value.grad, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found[0][f"denoiser.{name}"], value.grad, rtol=1e-2)
+    model.eval()
+    loss(model, batch(), generator_for(11))
+    assert int(model.steps) == 2, "validation is no step"

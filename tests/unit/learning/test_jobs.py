@@ -68,6 +68,12 @@ def test_rows_are_split_by_class_where_asked() -> None:
     assert sorted([*training_rows, *validation_rows]) == list(range(18))
 
 
+def test_rows_are_held_back_where_that_is_said() -> None:
+    arrays: dict[str, NDArray[Any]] = {"boxes": np.zeros((5, 1)), "apart": np.array([0, 1, 0, 0, 1], np.uint8)}
+    training_rows, validation_rows = split(replace(JOB, held_back="apart"), arrays)
+    assert (training_rows.tolist(), validation_rows.tolist()) == ([0, 2, 3], [1, 4])
+
+
 def test_labelled_rows_are_shown_more_often() -> None:
     few = {"labels": np.array([2, -1, -1, 0, -1, 1])}
     rows = np.array([1, 2, 3, 5])

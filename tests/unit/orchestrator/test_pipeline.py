@@ -88,6 +88,14 @@ def test_a_sound_pipeline() -> None:
     assert boxes.shards.reduce is not None
     assert boxes.shards.reduce.output == "subtomograms_uri"
     assert [str(reference) for reference in found.steps[3].references()] == ["${volumes}", "${diameter}"]
+    # Among the items of a list, a list stands for its items.
+    load(
+        GOOD.replace(
+            "particles_uris: ${each.find.particles_uri}",
+            'particles_uris: ["${truth}", "${each.find.particles_uri}"]',
+        ),
+        "sound.yaml",
+    )
     # Each of several conditions makes sure of its value.
     load(GOOD.replace("if: ${truth}", 'if: ["${diameter}", "${truth}"]'), "sound.yaml")
 
@@ -124,6 +132,12 @@ FAULTS = {
         "particles_uris: ${pick.particles_uri}",
         "particles_uris:",
         "takes a list of particles",
+    ),
+    "another kind among a list's items": (
+        "particles_uris: ${each.find.particles_uri}",
+        'particles_uris: ["${each.smooth.volume_uri}"]',
+        "particles_uris:",
+        "particles_uris[0] takes particles; ${each.smooth.volume_uri} is a list of volume",
     ),
     "duplicate id": ("- id: compare", "- id: pick", "- id: pick", "the name 'pick' is taken"),
     "duplicate key": ("    if: ${truth}", "    if: ${truth}\n    if: ${truth}", None, "'if' stands here twice"),

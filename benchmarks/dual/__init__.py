@@ -1,0 +1,1 @@
+"""What DUAL reaches, beside what other denoisers and simulations reach."""
