@@ -206,7 +206,7 @@ def groups(clusters: NDArray[np.int32], kind: NDArray[np.int64], size: Size) -> 
         largest = sorted(pure, key=lambda c: -int(members[c].sum()))[:count]
         if not largest:
             raise RuntimeError(f"no cluster is mostly of {name}: learn from more subtomograms, or longer")
-        texts.append(f"{name}:{','.join(map(str, sorted(largest)))}")
+        texts.append(f"{name}:{','.join(str(cluster + 1) for cluster in sorted(largest))}")
     return texts
 
 

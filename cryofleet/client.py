@@ -222,13 +222,21 @@ class RunHandle:
 class Client:
     """Talks to a platform: the one that CRYOFLEET_ORCHESTRATOR names, else this machine's own.
 
-    This machine's platform is started where it is not up, unless `start` is False.
+    This machine's platform is started where it is not up, unless `start` is False. Files of this machine that arguments
+    name are uploaded, unless `uploads` is False: whoever calls for somebody else must not read files for them.
     """
 
-    def __init__(self, settings: Settings | None = None, project: str = DEFAULT_PROJECT, start: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        project: str = DEFAULT_PROJECT,
+        start: bool = True,
+        uploads: bool = True,
+    ) -> None:
         self.settings = settings or Settings.from_environment()
         self.project = project
         self._start = start
+        self._uploads = uploads
         self._channels: dict[str, grpc.Channel] = {}
 
     def __enter__(self) -> Client:
@@ -295,6 +303,8 @@ class Client:
 
         Files are `Path`s and, where an artifact belongs, paths as text.
         """
+        if not self._uploads:
+            return value
         match value:
             case Path():
                 return self.upload(value)
@@ -510,6 +520,13 @@ class Client:
         stub = io_pb2_grpc.IoServiceStub(self._service("io"))
         with _failures():
             yield from stub.List(io_pb2.ListRequest(context=self._context(), uri=uri))
+
+    def cut_slice(self, request: io_pb2.CutSliceRequest) -> io_pb2.CutSliceResponse:
+        """One slice of a stored volume, as a small picture; its context is set here."""
+        request.context.CopyFrom(self._context())
+        stub = io_pb2_grpc.IoServiceStub(self._service("io"))
+        with _failures():
+            return stub.CutSlice(request, timeout=60)
 
     def store_root(self) -> str:
         """URI of the root that the platform keeps its results under."""

@@ -12,10 +12,16 @@ from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.particles import Particles
 from cryofleet.storage import Store
+from cryofleet.tomogram_names import plain_names
 from cryofleet.volumes import Volume
 
 _VOXEL_SIZE_TOLERANCE = 1e-3
 """Relative: files round their voxel size."""
+
+
+def tomogram_name(store: Store, tomogram: Volume) -> str:
+    """As particles call their tomogram: by the name it was ingested with or, without one, by its content."""
+    return tomogram.info.tomogram or f"tomogram-{content_digest(store, tomogram.uri)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,10 @@ def particles_inside(store: Store, particles: Particles, source: str, tomogram: 
     # Picks in a filtered copy name that copy, so one name is not compared; of several this tomogram's is taken.
     if "tomogram" in particles.table and particles.table["tomogram"].nunique() > 1:
         names = particles.table["tomogram"].to_numpy()
-        own = f"tomogram-{content_digest(store, tomogram.uri)[:12]}"
-        rows = np.flatnonzero(names == own)
+        own = tomogram_name(store, tomogram)
+        # as an exported and imported table calls it
+        plain = plain_names([own])[own]
+        rows = np.flatnonzero((names == own) | (names == plain))
         if not len(rows):
             raise FailedPrecondition(
                 f"{source} has particles of {len(set(names))} tomograms and none of {tomogram.uri}, "
@@ -86,7 +94,8 @@ def volume_numbers(particles: Particles, count: int, stack: bool, source: str) -
     """Which of `count` volumes each particle is an instance of; -1 for none.
 
     Boxes of a stack go by the classes' numbers. Single volumes go by the order of the numbers that there are where they
-    are as many, so that classes can begin at 1 or have gaps, and else by their numbers too. Raises InvalidArgument.
+    are as many, so that classes can begin at 1 or have gaps, and else by their numbers too; particles of a class beyond
+    the last volume are instances of none. Raises InvalidArgument.
     """
     if "class_id" not in particles.table:
         if count == 1:
@@ -98,10 +107,17 @@ def volume_numbers(particles: Particles, count: int, stack: bool, source: str) -
     numbers = np.unique(classes[classes >= 0])
     if not stack and len(numbers) == count:
         return np.where(classes >= 0, np.searchsorted(numbers, classes), -1)
-    if (classes >= count).any():
-        row = int(np.argmax(classes >= count))
-        raise InvalidArgument(
-            f"{source}: row {row} (id {particles.table['id'].iloc[row]}) is of class {classes[row]}, and there are "
-            f"volumes of {count} classes, 0 to {count - 1}: give one for each class"
-        )
-    return np.where(classes >= 0, classes, -1)
+    return np.where((classes >= 0) & (classes < count), classes, -1)
+
+
+def without_volume(particles: Particles, numbers: NDArray[np.int64]) -> str:
+    """One sentence about particles whose class has no volume, by what `volume_numbers` gave; empty where none has."""
+    if "class_id" not in particles.table:
+        return ""
+    classes = particles.table["class_id"].to_numpy(np.int64)
+    lacking = (classes >= 0) & (numbers < 0)
+    if not lacking.any():
+        return ""
+    which = np.unique(classes[lacking]) + 1
+    some = ", ".join(map(str, which[:10].tolist())) + (", ..." if len(which) > 10 else "")
+    return f"{int(lacking.sum())} particles are left out: there is no average of class{'es' * (len(which) > 1)} {some}"

@@ -19,6 +19,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 from google.protobuf.message import Message
 
 from cryofleet.errors import InvalidArgument
+from cryofleet.tomogram_names import file_stem
 from cryofleet.v1 import common_pb2, options_pb2
 from cryofleet.v1.buf.validate import validate_pb2
 
@@ -243,6 +244,9 @@ def _fill_in(message: Message) -> None:
     for name, value in _defaults(message.DESCRIPTOR):
         if not message.HasField(name):
             setattr(message, name, value)
+    for name, named_by in _default_names(message.DESCRIPTOR):
+        if not message.HasField(name):
+            setattr(message, name, file_stem(getattr(message, named_by)))
     for field in message.DESCRIPTOR.fields:
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
@@ -276,6 +280,13 @@ def _defaults(descriptor: Descriptor) -> tuple[tuple[str, object], ...]:
             value = json.loads(text)
         found.append((field.name, value))
     return tuple(found)
+
+
+@functools.cache
+def _default_names(descriptor: Descriptor) -> tuple[tuple[str, str], ...]:
+    """Fields that are by default the name of a file, each with the field of its URI."""
+    options = ((field.name, _options(field).default_name_of) for field in descriptor.fields)
+    return tuple((name, named_by) for name, named_by in options if named_by)
 
 
 @functools.cache

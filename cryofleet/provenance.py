@@ -44,12 +44,13 @@ class Origin:
         }
 
 
-def trace(client: Client, uri: str) -> Origin:
+def trace(client: Client, uri: str, seen: set[str] | None = None) -> Origin:
     """The whole ancestry of `uri`. A result that several others were made from is followed once.
 
-    Raises NotFound where nothing is stored at `uri`.
+    `seen` holds the keys of results that were followed before, where several artifacts are traced together. Raises
+    NotFound where nothing is stored at `uri`.
     """
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     match = _RESULT.match(uri)
     root = match["root"] if match else ""
 

@@ -51,6 +51,8 @@ class VolumeInfo:
     """The range of the tilt series; -90 to 90 where nothing is missing."""
     count: int | None = None
     """The number of boxes of a stack; None for a single volume."""
+    tomogram: str = ""
+    """What the tomogram that this is, or was made of in its frame, is called in the store (`tomogram_names`)."""
 
     def __post_init__(self) -> None:
         shape = tuple(int(side) for side in self.shape)
@@ -68,6 +70,8 @@ class VolumeInfo:
                 f"volume with tilts from {self.tilt_min_degrees}° to {self.tilt_max_degrees}°: "
                 "they must rise and lie within -90° and 90°"
             )
+        if self.tomogram and not _TOMOGRAM_LABEL.fullmatch(f"{_TOMOGRAM}{self.tomogram}"):
+            raise InvalidArgument(f"a tomogram called {self.tomogram!r}: a label of MRC can't hold that")
         if self.count is not None:
             object.__setattr__(self, "count", int(self.count))
             if self.count * shape[0] > 2**31 - 1 or self.count < 1:
@@ -99,6 +103,8 @@ _HEADER = struct.Struct("<10i6f3i3f2i8x4si84x3f4s4Bfi")
 _LABEL_BYTES = 80
 _LABELS = 10
 _LABEL = re.compile(r"cryofleet contrast=(\w+) tilt=([-+.e\d]+?)\.\.([-+.e\d]+) voxel=([-+.e\d]+)")
+_TOMOGRAM = "cryofleet tomogram="
+_TOMOGRAM_LABEL = re.compile(rf"{_TOMOGRAM}[!-~]{{1,60}}")
 
 
 def _number(value: float) -> str:
@@ -167,13 +173,14 @@ def _encode_header(info: VolumeInfo, statistics: _Statistics) -> bytes:
         b"MAP ",
         *(0x44, 0x44, 0, 0),  # MACHST: little-endian
         statistics.deviation,
-        1,  # NLABL
+        2 if info.tomogram else 1,  # NLABL
     )
     tilt = f"{_number(info.tilt_min_degrees)}..{_number(info.tilt_max_degrees)}"
-    label = f"cryofleet contrast={info.contrast} tilt={tilt} voxel={_number(size)}".encode()
+    label = f"cryofleet contrast={info.contrast} tilt={tilt} voxel={_number(size)}"
     if len(label) > _LABEL_BYTES:
-        raise InvalidArgument(f"{label.decode()!r} does not fit into a label of MRC; give fewer digits")
-    return (fixed + label.ljust(_LABEL_BYTES)).ljust(HEADER_BYTES, b"\0")
+        raise InvalidArgument(f"{label!r} does not fit into a label of MRC; give fewer digits")
+    labels = [label, f"{_TOMOGRAM}{info.tomogram}"] if info.tomogram else [label]
+    return (fixed + b"".join(each.encode().ljust(_LABEL_BYTES) for each in labels)).ljust(HEADER_BYTES, b"\0")
 
 
 def _decode_header(header: bytes, size_bytes: int, uri: str) -> tuple[VolumeInfo, int]:
@@ -204,10 +211,12 @@ def _decode_header(header: bytes, size_bytes: int, uri: str) -> tuple[VolumeInfo
     if not 1 <= depth <= _MAX_SIDE or (count is not None and count * depth != planes):
         raise DataLoss(f"{uri} has a damaged header: {planes} planes in boxes of {depth}")
     match = None
+    texts = []
     for index in range(min(max(labels, 0), _LABELS)):
         start = 224 + index * _LABEL_BYTES
         text = header[start : start + _LABEL_BYTES].decode("ascii", "replace").rstrip("\0 ")
         match = match or _LABEL.fullmatch(text)
+        texts.append(text)
     if match is None:
         raise FailedPrecondition(f"{uri} does not say its contrast and tilt range: ingest the file first")
     sizes = [side / count_ if count_ > 0 else math.nan for side, count_ in zip(cell, (mx, my, mz), strict=True)]
@@ -219,10 +228,16 @@ def _decode_header(header: bytes, size_bytes: int, uri: str) -> tuple[VolumeInfo
         low, high, exact = (float(match[group]) for group in (2, 3, 4))
         # The cell is rounded to float32 and may have been corrected by another program; then the cell is right.
         size = exact if math.isclose(exact, sizes[0], rel_tol=1e-5) else sizes[0]
-        info = VolumeInfo((depth, height, width), size, match[1], low, high, count)
+        info = VolumeInfo((depth, height, width), size, match[1], low, high, count, tomogram_of(texts))
     except (ValueError, InvalidArgument) as error:
         raise DataLoss(f"{uri} has a damaged label: {error}") from None
     return info, HEADER_BYTES + extended
+
+
+def tomogram_of(labels: Iterable[str]) -> str:
+    """What the tomogram of a file with these labels of MRC is called in the store; empty where none says it."""
+    found = (label for label in labels if _TOMOGRAM_LABEL.fullmatch(label))
+    return next(found, "").removeprefix(_TOMOGRAM)
 
 
 def _contiguous(array: NDArray[Any]) -> Array:
@@ -514,7 +529,7 @@ def write_subtomograms(
     (n, b, b, b) will do. No more than a shard of them is held. Raises InvalidArgument where boxes and rows differ
     in number.
     """
-    info = replace(info, count=None)
+    info = replace(info, count=None, tomogram="")
     per_shard = max(1, SHARD_BYTES // info.data_bytes)
     gathered: list[Array] = []
     shards: list[Shard] = []

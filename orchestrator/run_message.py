@@ -9,7 +9,9 @@ from typing import Any
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cryofleet.tomogram_names import file_stem
 from cryofleet.v1 import orchestrator_pb2 as pb
+from orchestrator.expressions import Reference
 from orchestrator.pipeline import Pipeline, Step
 from orchestrator.runs import (
     ACTIVE,
@@ -70,6 +72,8 @@ def run_message(
     )
     if pipeline is None:
         return message
+    for name, names in _output_names(pipeline, run.arguments).items():
+        message.output_names[name].names.extend(names)
     grouped: dict[str, dict[str, Unit]] = {}
     for name, unit in sorted((units or {}).items(), key=lambda item: _natural(item[0])):
         grouped.setdefault(unit.path, {})[name] = unit
@@ -88,6 +92,21 @@ def run_message(
         if step.repeat is not None and status.state == pb.STEP_STATE_RUNNING:
             repeats[path + "."] = status
     return message
+
+
+def _output_names(pipeline: Pipeline, arguments: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of each output of a step that a foreach maps over a list of files: its items' names, the files' without endings,
+    behind their numbers where two files have one name."""
+    over = {step.id: step.foreach.path for step in pipeline.steps if step.foreach is not None}
+    inputs = {argument.name for argument in pipeline.arguments if argument.is_input and argument.repeated}
+    found = {}
+    for output, expression in pipeline.outputs.items():
+        path = over.get(expression.root, ()) if isinstance(expression, Reference) else ()
+        if len(path) == 1 and path[0] in inputs and arguments.get(path[0]):
+            stems = [file_stem(str(uri)) for uri in arguments[path[0]]]
+            distinct = len(set(stems)) == len(stems)
+            found[output] = stems if distinct else [f"{i}_{stem}" for i, stem in enumerate(stems, start=1)]
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

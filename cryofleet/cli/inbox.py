@@ -120,7 +120,7 @@ def list_(project: str, as_json: bool) -> None:
         "folder",
         "problem",
     ]
-    print_table(headings, [_row(each) for each in found])
+    print_table(headings, [_row(each) for each in found], paragraphs=True)
 
 
 def _row(found: orchestrator_pb2.Inbox) -> list[object]:
@@ -162,7 +162,7 @@ def show(name: str, limit: int, state: str | None, project: str, as_json: bool) 
         ]
         for item in answer.items
     ]
-    print_table(["item", "state", "first seen", "size", "file", "run", "cause"], rows)
+    print_table(["item", "state", "first seen", "size", "file", "run", "cause"], rows, paragraphs=True)
 
 
 @inbox.command()

@@ -12,6 +12,7 @@ import click
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,6 +20,10 @@ from rich.text import Text
 
 from cryofleet.client import RunHandle, state_name
 from cryofleet.v1 import orchestrator_pb2
+
+_BETWEEN = 2
+"""Columns of a terminal between those of a table."""
+_LEAST_FOLDED = 20
 
 STATE_STYLES = {
     "succeeded": "green",
@@ -42,19 +47,35 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on a terminal, tab-separated lines without headings when piped."""
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], paragraphs: bool = False) -> None:
+    """A table on a terminal, tab-separated lines without headings when piped.
+
+    With `paragraphs`, where a terminal is too narrow for it, each row is one, a line for each heading.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        for row in rows:
-            click.echo("\t".join(str(cell) for cell in row))
+        for row in cells:
+            click.echo("\t".join(row))
+        return
+    console = Console()
+    widths = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
+    # The last column, of free text, may be folded.
+    needed = sum(width + _BETWEEN for width in widths[:-1]) + min(widths[-1], _LEAST_FOLDED)
+    if cells and needed > console.width and paragraphs:
+        for number, row in enumerate(cells):
+            record = Table(box=None, pad_edge=False, show_header=False)
+            for heading, cell in zip(headings, row, strict=True):
+                if cell:
+                    record.add_row(Text(heading, "bold"), Text(cell, overflow="fold"))
+            console.print(*([""] if number else []), record, sep="\n")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         table.add_column(heading, overflow="fold")
-    for row in rows:
+    for row in cells:
         # Text, not str: names come from outside and may hold what looks like markup.
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
 
 
 def size_text(size_bytes: float) -> str:
@@ -141,15 +162,22 @@ def follow(handle: RunHandle) -> orchestrator_pb2.Run:
                 state = step_state(step)
                 if seen.get(step.id, "waiting") != state:
                     took = f" after {seconds_text(step_seconds(step))}" if step.HasField("finished_at") else ""
-                    click.echo(f"{step.id} ({step.operation}): {state}{took}", err=True)
+                    what = f"{step.id} ({step.operation})" if step.operation else step.id
+                    click.echo(f"{what}: {state}{took}", err=True)
                     seen[step.id] = state
     return handle.record
+
+
+_NEVER_WORKS = "INVALID_ARGUMENT"
+"""Of an item that was set aside: trying it again will not do."""
 
 
 def report_end(run: orchestrator_pb2.Run) -> None:
     """The last lines of a run on stderr: its state, its causes where it did not go well."""
     for item in run.set_aside:
         what = f"{item.step}[{item.item}]" if item.item else item.step
+        if item.input_uri:
+            what += f" ({item.input_uri.rpartition('/')[2]})"
         click.echo(f"set aside: {what}: {item.status}: {item.cause}", err=True)
     if run.error:
         click.echo(f"error: {run.error}", err=True)
@@ -157,8 +185,35 @@ def report_end(run: orchestrator_pb2.Run) -> None:
     click.echo(
         f"run {run.id}: {state_name(run)} after {seconds_text(run_seconds(run))}{counts and ': '}{counts}", err=True
     )
-    if state_name(run) == "partial":
+    if state_name(run) == "partial" and any(item.status != _NEVER_WORKS for item in run.set_aside):
         click.echo(f"to try what was set aside once more, and only that: cryofleet retry {run.id}", err=True)
+
+
+def figure_lines(run: orchestrator_pb2.Run) -> list[str]:
+    """A run's numbers and texts, a line each; not its artifacts."""
+    return [line for line in output_lines(run) if "://" not in line]
+
+
+def output_lines(run: orchestrator_pb2.Run) -> list[str]:
+    """A run's outputs, a line each; of lists each item with the name of its file, where it is of one."""
+    lines = []
+    for name, value in sorted(json_format.MessageToDict(run.outputs).items()):
+        items = value if isinstance(value, list) else [value]
+        called = list(run.output_names[name].names) if name in run.output_names else []
+        texts = ["-" if item is None else _figure_text(item) for item in items]
+        if not set(texts) - {"", "-"}:
+            continue
+        if len(called) == len(texts) > 1:
+            texts = [f"{file} {text}" for file, text in zip(called, texts, strict=True) if text]
+        lines.append(f"{name}: {', '.join(texts)}")
+    return lines
+
+
+def _figure_text(value: Any) -> str:
+    """JSON has one kind of number: 12.0 is 12."""
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def set_aside_counts(run: orchestrator_pb2.Run) -> list[str]:

@@ -15,7 +15,9 @@ from rich.console import Console
 from cryofleet.cli.options import json_option, key_values, project_option
 from cryofleet.cli.output import (
     exit_code,
+    figure_lines,
     follow,
+    output_lines,
     print_json,
     print_table,
     report_end,
@@ -109,6 +111,9 @@ def _finish(handle: RunHandle, out: Path | None, as_json: bool) -> int:
     report_end(record)
     if as_json:
         print_json(record)
+    else:
+        for line in figure_lines(record):
+            click.echo(line)
     return exit_code(record)
 
 
@@ -175,15 +180,9 @@ def show(run_id: str, as_json: bool) -> None:
         return
     console = Console()
     console.print(steps_table(record))
-    for name, value in sorted(record.outputs.items()):
-        click.echo(f"{name}: {_output_text(value)}")
+    for line in output_lines(record):
+        click.echo(line)
     report_end(record)
-
-
-def _output_text(value: Any) -> str:
-    if hasattr(value, "values"):
-        return " ".join("-" if item is None else str(item) for item in value)
-    return str(value)
 
 
 @click.command()

@@ -9,8 +9,9 @@ import click
 
 from cryofleet.cli.options import json_option, project_option
 from cryofleet.cli.output import print_json, print_table, size_text
-from cryofleet.client import Client
+from cryofleet.client import Artifact, Client, RunHandle
 from cryofleet.provenance import Origin, trace
+from cryofleet.results import artifacts_of
 
 
 @click.command()
@@ -49,17 +50,42 @@ def put(path: Path, project: str) -> None:
 
 
 @click.command()
-@click.argument("uri")
+@click.argument("what")
 @project_option
 @json_option
-def provenance(uri: str, project: str, as_json: bool) -> None:
-    """Trace a result back to the raw data: every operation, its version, parameters and inputs."""
+def provenance(what: str, project: str, as_json: bool) -> None:
+    """Trace a result back to the raw data: every operation, its version, parameters and inputs.
+
+    WHAT is a URI, a run's id for all of its outputs, or a file or folder that a run's results were brought to.
+    """
     with Client(project=project, start=False) as client:
-        origin = trace(client, uri)
+        if "://" in what:
+            found = {what: what}
+        elif Path(what).exists():
+            found = artifacts_of(Path(what))
+        else:
+            found = _outputs_of(client.get(what))
+        seen: set[str] = set()
+        origins = {name: trace(client, uri, seen) for name, uri in found.items()}
     if as_json:
-        print_json(origin.to_mapping())
-    else:
-        _print_origin(origin, 0)
+        traced = {name: origin.to_mapping() for name, origin in origins.items()}
+        print_json(traced[what] if "://" in what else traced)
+        return
+    for name, origin in origins.items():
+        if name != origin.uri:
+            click.echo(f"{name}:")
+        _print_origin(origin, 0 if name == origin.uri else 1)
+
+
+def _outputs_of(run: RunHandle) -> dict[str, str]:
+    """URIs of a run's outputs, by their names and places."""
+    found = {}
+    for name, value in sorted(run.outputs.items()):
+        items = value if isinstance(value, list) else [value]
+        for number, item in enumerate(items, start=1):
+            if isinstance(item, Artifact):
+                found[f"{name} {number}" if isinstance(value, list) else name] = item.uri
+    return found
 
 
 def _print_origin(origin: Origin, depth: int) -> None:

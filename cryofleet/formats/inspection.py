@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cryofleet.formats.particles.catalogue import Format
     from cryofleet.formats.particles.table import ParticleTable
 
+# SerialEM's label of a tilt series
+_TILT_LABEL = re.compile(r"tilt axis angle|tilt series", re.IGNORECASE)
 _TOMOGRAMS_SHOWN = 20
 _SAMPLED_SECTIONS = 16
 _SAMPLED_BYTES = 256 << 20
@@ -251,13 +254,20 @@ def _described(
         warnings.append("the voxel size is taken to be Å, as TOM writes it; some programs write nm")
     if statistics is not None and statistics["not_finite"]:
         warnings.append("holds values that are not finite numbers")
-    beside, missing = _companions(Path(data.name), data.shape[0]) if data.kind == "stack" else ({}, [])
+    beside, missing, tilts = _companions(Path(data.name), data.shape[0])
+    kind: str = data.kind
+    if tilts or (kind == "stack" and any(_TILT_LABEL.search(label) for label in data.labels)):
+        kind = "tilt series"
+    elif kind == "volume":
+        # what lies beside a reconstruction is of its tilt series
+        beside, missing = {}, []
     return {
         "file": data.name,
-        "kind": data.kind,
+        "kind": kind,
         "format": which.name,
         "title": which.title,
         "count": data.shape[0],
+        **tilts,
         "shape_zyx": list(data.shape),
         "voxel_size_angstrom_xyz": None if sizes is None else list(sizes),
         "frame": asdict(data.frame),
@@ -270,8 +280,9 @@ def _described(
     }
 
 
-def _companions(stack: Path, images: int) -> tuple[dict[str, str], list[str]]:
-    said, warnings = {}, []
+def _companions(stack: Path, images: int) -> tuple[dict[str, str], list[str], dict[str, float]]:
+    """What lies beside a stack, warnings of it, and the tilt range of metadata that are of as many images."""
+    said, warnings, tilts = {}, [], {}
     for path in companions(stack):
         try:
             found = (_alignment if path.suffix.lower() == ALIGNMENT_ENDING else _tilt_series)(path, path.name)
@@ -281,7 +292,9 @@ def _companions(stack: Path, images: int) -> tuple[dict[str, str], list[str]]:
         said[path.name] = f"{found['title']}, {found['count']} images"
         if found["count"] != images:
             warnings.append(f"{path.name} is of {found['count']} images, the stack has {images}")
-    return said, warnings
+        elif "tilt_min_degrees" in found:
+            tilts = {name: found[name] for name in ("tilt_min_degrees", "tilt_max_degrees")}
+    return said, warnings, tilts
 
 
 def _statistics(

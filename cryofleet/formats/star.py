@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,17 @@ from cryofleet.errors import InvalidArgument
 from cryofleet.formats.euler import to_euler
 from cryofleet.formats.frames import CentreRule, tomogram_centre
 from cryofleet.formats.rows import Column, encode_rows, literal
+
+
+@dataclass(frozen=True)
+class Optics:
+    """What RELION's optics table says of a tilt series: all of it, for RELION completes none that it finds."""
+
+    tilt_series_pixel_size_angstrom: float
+    """Of the unbinned tilt images, which RELION turns coordinates in Å into pixels of."""
+    voltage_kv: float
+    spherical_aberration_mm: float
+    amplitude_contrast: float
 
 
 def encode_relion5_particles(
@@ -29,6 +41,7 @@ def encode_relion5_particles(
     scores: NDArray[np.float64] | None = None,
     class_numbers: NDArray[np.int64] | None = None,
     random_subsets: NDArray[np.int64] | None = None,
+    optics: Optics | None = None,
     centre_rule: CentreRule = "size/2",
 ) -> Iterator[bytes]:
     """The text of a particles.star as RELION 5 imports it, in pieces.
@@ -36,8 +49,8 @@ def encode_relion5_particles(
     Coordinates are ``rlnCenteredCoordinate[XYZ]Angst`` = (position + shift - centre) * voxel size. A shift moves the
     reference onto the particle, in the tomogram's frame, so it is part of where the particle is; RELION's own origins
     have the other sign (coordinate - origin) and are written as zero beside the angles. ``rlnAngle[Rot,Tilt,Psi]`` are
-    RELION's convention, those of the inverse rotation (`cryofleet.formats.euler`). What is not known of the microscope
-    is left out: RELION adds the optics table from its tomograms.star on import.
+    RELION's convention, those of the inverse rotation (`cryofleet.formats.euler`). Without `optics` there is no optics
+    table: RELION then makes it from its tomograms.star.
 
     Args:
         tomogram_name: rlnTomoName, without white space, as RELION's tomograms.star has it.
@@ -50,6 +63,7 @@ def encode_relion5_particles(
         scores: n figures of merit.
         class_numbers: n classes, from 1.
         random_subsets: n half sets, 1 or 2.
+        optics: one optics group, called as the tomogram, as RELION makes it.
         centre_rule: see `tomogram_centre`.
 
     Raises:
@@ -80,10 +94,25 @@ def encode_relion5_particles(
         columns.append(("rlnRandomSubset", ("%d", random_subsets)))
     if scores is not None:
         columns.append(("rlnAutopickFigureOfMerit", ("%.6f", scores)))
+    if optics is not None:
+        columns.append(("rlnOpticsGroup", ("%d", np.ones(count, np.int64))))
+        known = {
+            "rlnVoltage": f"{optics.voltage_kv:.6f}",
+            "rlnSphericalAberration": f"{optics.spherical_aberration_mm:.6f}",
+            "rlnAmplitudeContrast": f"{optics.amplitude_contrast:.6f}",
+            "rlnTomoTiltSeriesPixelSize": f"{optics.tilt_series_pixel_size_angstrom:.6f}",
+            "rlnOpticsGroup": "1",
+            "rlnOpticsGroupName": tomogram_name,
+        }
+        yield _head("optics", list(known)) + "\t".join(known.values()).encode() + b"\n\n"
 
     names = ["rlnTomoName", *(label for label, _ in columns)]
-    labels = "".join(f"_{label} #{i}\n" for i, label in enumerate(names, start=1))
-    yield f"\n# version 50001\n\ndata_particles\n\nloop_\n{labels}".encode()
+    yield _head("particles", names)
     # The tomogram's name stands in every row.
     yield from encode_rows([column for _, column in columns], "\t", f"{literal(tomogram_name)}\t")
     yield b"\n"
+
+
+def _head(block: str, labels: Sequence[str]) -> bytes:
+    listed = "".join(f"_{label} #{i}\n" for i, label in enumerate(labels, start=1))
+    return f"\n# version 50001\n\ndata_{block}\n\nloop_\n{listed}".encode()

@@ -238,12 +238,16 @@ class IngestRequest(_message.Message):
     TILT_MAX_DEGREES_FIELD_NUMBER: _builtins.int
     CONTRAST_FIELD_NUMBER: _builtins.int
     NAN_POLICY_FIELD_NUMBER: _builtins.int
+    OVERRULE_VOXEL_SIZE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     source_uri: _builtins.str
     voxel_size_angstrom: _builtins.float
     tilt_min_degrees: _builtins.float
     tilt_max_degrees: _builtins.float
     contrast: _common_pb2.Contrast.ValueType
     nan_policy: Global___NanPolicy.ValueType
+    overrule_voxel_size: _builtins.bool
+    name: _builtins.str
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -256,15 +260,21 @@ class IngestRequest(_message.Message):
         tilt_max_degrees: _builtins.float | None = ...,
         contrast: _common_pb2.Contrast.ValueType | None = ...,
         nan_policy: Global___NanPolicy.ValueType | None = ...,
+        overrule_voxel_size: _builtins.bool | None = ...,
+        name: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_nan_policy", b"_nan_policy", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "contrast", b"contrast", "nan_policy", b"nan_policy", "tilt_max_degrees", b"tilt_max_degrees", "tilt_min_degrees", b"tilt_min_degrees", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_name", b"_name", "_nan_policy", b"_nan_policy", "_overrule_voxel_size", b"_overrule_voxel_size", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "contrast", b"contrast", "name", b"name", "nan_policy", b"nan_policy", "overrule_voxel_size", b"overrule_voxel_size", "tilt_max_degrees", b"tilt_max_degrees", "tilt_min_degrees", b"tilt_min_degrees", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_nan_policy", b"_nan_policy", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "contrast", b"contrast", "nan_policy", b"nan_policy", "source_uri", b"source_uri", "tilt_max_degrees", b"tilt_max_degrees", "tilt_min_degrees", b"tilt_min_degrees", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_name", b"_name", "_nan_policy", b"_nan_policy", "_overrule_voxel_size", b"_overrule_voxel_size", "_tilt_max_degrees", b"_tilt_max_degrees", "_tilt_min_degrees", b"_tilt_min_degrees", "_voxel_size_angstrom", b"_voxel_size_angstrom", "context", b"context", "contrast", b"contrast", "name", b"name", "nan_policy", b"nan_policy", "overrule_voxel_size", b"overrule_voxel_size", "source_uri", b"source_uri", "tilt_max_degrees", b"tilt_max_degrees", "tilt_min_degrees", b"tilt_min_degrees", "voxel_size_angstrom", b"voxel_size_angstrom"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
     _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
     _WhichOneofReturnType__nan_policy: _TypeAlias = _typing.Literal["nan_policy"]  # noqa: Y015
     _WhichOneofArgType__nan_policy: _TypeAlias = _typing.Literal["_nan_policy", b"_nan_policy"]  # noqa: Y015
+    _WhichOneofReturnType__overrule_voxel_size: _TypeAlias = _typing.Literal["overrule_voxel_size"]  # noqa: Y015
+    _WhichOneofArgType__overrule_voxel_size: _TypeAlias = _typing.Literal["_overrule_voxel_size", b"_overrule_voxel_size"]  # noqa: Y015
     _WhichOneofReturnType__tilt_max_degrees: _TypeAlias = _typing.Literal["tilt_max_degrees"]  # noqa: Y015
     _WhichOneofArgType__tilt_max_degrees: _TypeAlias = _typing.Literal["_tilt_max_degrees", b"_tilt_max_degrees"]  # noqa: Y015
     _WhichOneofReturnType__tilt_min_degrees: _TypeAlias = _typing.Literal["tilt_min_degrees"]  # noqa: Y015
@@ -274,7 +284,11 @@ class IngestRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__contrast) -> _WhichOneofReturnType__contrast | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__nan_policy) -> _WhichOneofReturnType__nan_policy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overrule_voxel_size) -> _WhichOneofReturnType__overrule_voxel_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tilt_max_degrees) -> _WhichOneofReturnType__tilt_max_degrees | None: ...
     @_typing.overload
@@ -1632,6 +1646,36 @@ class EstimateContrastResponse(_message.Message):
 Global___EstimateContrastResponse: _TypeAlias = EstimateContrastResponse  # noqa: Y015
 
 @_typing.final
+class Optics(_message.Message):
+    """Of a tilt series, as RELION's optics table has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TILT_SERIES_PIXEL_SIZE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    VOLTAGE_KV_FIELD_NUMBER: _builtins.int
+    SPHERICAL_ABERRATION_MM_FIELD_NUMBER: _builtins.int
+    AMPLITUDE_CONTRAST_FIELD_NUMBER: _builtins.int
+    tilt_series_pixel_size_angstrom: _builtins.float
+    voltage_kv: _builtins.float
+    spherical_aberration_mm: _builtins.float
+    amplitude_contrast: _builtins.float
+    def __init__(
+        self,
+        *,
+        tilt_series_pixel_size_angstrom: _builtins.float = ...,
+        voltage_kv: _builtins.float = ...,
+        spherical_aberration_mm: _builtins.float = ...,
+        amplitude_contrast: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amplitude_contrast", b"amplitude_contrast", "spherical_aberration_mm", b"spherical_aberration_mm", "tilt_series_pixel_size_angstrom", b"tilt_series_pixel_size_angstrom", "voltage_kv", b"voltage_kv"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Optics: _TypeAlias = Optics  # noqa: Y015
+
+@_typing.final
 class ExportRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1641,6 +1685,7 @@ class ExportRequest(_message.Message):
     VOLUME_URI_FIELD_NUMBER: _builtins.int
     TOMOGRAM_NAME_FIELD_NUMBER: _builtins.int
     MRC_MODE_FIELD_NUMBER: _builtins.int
+    OPTICS_FIELD_NUMBER: _builtins.int
     format: Global___ExportFormat.ValueType
     particles_uri: _builtins.str
     volume_uri: _builtins.str
@@ -1648,6 +1693,8 @@ class ExportRequest(_message.Message):
     mrc_mode: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def optics(self) -> Global___Optics: ...
     def __init__(
         self,
         *,
@@ -1657,10 +1704,11 @@ class ExportRequest(_message.Message):
         volume_uri: _builtins.str = ...,
         tomogram_name: _builtins.str | None = ...,
         mrc_mode: _builtins.int | None = ...,
+        optics: Global___Optics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mrc_mode", b"_mrc_mode", "_tomogram_name", b"_tomogram_name", "context", b"context", "mrc_mode", b"mrc_mode", "tomogram_name", b"tomogram_name"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mrc_mode", b"_mrc_mode", "_tomogram_name", b"_tomogram_name", "context", b"context", "mrc_mode", b"mrc_mode", "optics", b"optics", "tomogram_name", b"tomogram_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mrc_mode", b"_mrc_mode", "_tomogram_name", b"_tomogram_name", "context", b"context", "format", b"format", "mrc_mode", b"mrc_mode", "particles_uri", b"particles_uri", "tomogram_name", b"tomogram_name", "volume_uri", b"volume_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mrc_mode", b"_mrc_mode", "_tomogram_name", b"_tomogram_name", "context", b"context", "format", b"format", "mrc_mode", b"mrc_mode", "optics", b"optics", "particles_uri", b"particles_uri", "tomogram_name", b"tomogram_name", "volume_uri", b"volume_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mrc_mode: _TypeAlias = _typing.Literal["mrc_mode"]  # noqa: Y015
     _WhichOneofArgType__mrc_mode: _TypeAlias = _typing.Literal["_mrc_mode", b"_mrc_mode"]  # noqa: Y015
@@ -1744,6 +1792,7 @@ class ReportRequest(_message.Message):
     LABELS_URI_FIELD_NUMBER: _builtins.int
     LABEL_NAMES_FIELD_NUMBER: _builtins.int
     EMBEDDING_URI_FIELD_NUMBER: _builtins.int
+    PICTURE_URIS_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     tomogram_uri: _builtins.str
     particles_uri: _builtins.str
@@ -1765,6 +1814,8 @@ class ReportRequest(_message.Message):
     def average_particles_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def label_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def picture_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -1782,10 +1833,11 @@ class ReportRequest(_message.Message):
         labels_uri: _builtins.str = ...,
         label_names: _abc.Iterable[_builtins.str] | None = ...,
         embedding_uri: _builtins.str = ...,
+        picture_uris: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "context", b"context", "particle_diameter_angstrom", b"particle_diameter_angstrom"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_particles_uris", b"average_particles_uris", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "embedding_uri", b"embedding_uri", "fsc_uris", b"fsc_uris", "label_names", b"label_names", "labels_uri", b"labels_uri", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom", "average_particles_uris", b"average_particles_uris", "average_uris", b"average_uris", "centres_uri", b"centres_uri", "cluster_sizes", b"cluster_sizes", "context", b"context", "embedding_uri", b"embedding_uri", "fsc_uris", b"fsc_uris", "label_names", b"label_names", "labels_uri", b"labels_uri", "metrics_uris", b"metrics_uris", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri", "picture_uris", b"picture_uris", "title", b"title", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["particle_diameter_angstrom"]  # noqa: Y015
     _WhichOneofArgType__particle_diameter_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_angstrom", b"_particle_diameter_angstrom"]  # noqa: Y015
@@ -2579,12 +2631,14 @@ class MakeSceneResult(_message.Message):
     WITHOUT_CLASS_FIELD_NUMBER: _builtins.int
     OUTSIDE_FIELD_NUMBER: _builtins.int
     TRIANGLES_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     scene_uri: _builtins.str
     placed: _builtins.int
     left_out: _builtins.int
     without_class: _builtins.int
     outside: _builtins.int
     triangles: _builtins.int
+    note: _builtins.str
     def __init__(
         self,
         *,
@@ -2594,10 +2648,11 @@ class MakeSceneResult(_message.Message):
         without_class: _builtins.int = ...,
         outside: _builtins.int = ...,
         triangles: _builtins.int = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "outside", b"outside", "placed", b"placed", "scene_uri", b"scene_uri", "triangles", b"triangles", "without_class", b"without_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "note", b"note", "outside", b"outside", "placed", b"placed", "scene_uri", b"scene_uri", "triangles", b"triangles", "without_class", b"without_class"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2813,3 +2868,198 @@ class ListResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListResponse: _TypeAlias = ListResponse  # noqa: Y015
+
+@_typing.final
+class SliceRegion(_message.Message):
+    """A part of a slice in voxels. Rows run along y of a slice perpendicular to z, along z of the others; columns along x, of
+    a slice perpendicular to x along y.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_COLUMN_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    first_column: _builtins.int
+    first_row: _builtins.int
+    columns: _builtins.int
+    rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        first_column: _builtins.int = ...,
+        first_row: _builtins.int = ...,
+        columns: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "first_column", b"first_column", "first_row", b"first_row", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SliceRegion: _TypeAlias = SliceRegion  # noqa: Y015
+
+@_typing.final
+class CutSliceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    VOLUME_URI_FIELD_NUMBER: _builtins.int
+    AXIS_FIELD_NUMBER: _builtins.int
+    POSITION_VOXELS_FIELD_NUMBER: _builtins.int
+    PLANES_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    BLACK_PERCENTILE_FIELD_NUMBER: _builtins.int
+    WHITE_PERCENTILE_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    MAX_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    KNOWN_ETAG_FIELD_NUMBER: _builtins.int
+    volume_uri: _builtins.str
+    axis: Global___Axis.ValueType
+    """That the slice is perpendicular to; z where left out."""
+    position_voxels: _builtins.int
+    """Where along the axis, from 0; the middle where left out."""
+    planes: _builtins.int
+    """The mean of so many planes around the position, as far as the volume goes; 1 where zero."""
+    black_percentile: _builtins.float
+    """Of the values drawn: black and white; 0.5 and 99.5 where left out."""
+    white_percentile: _builtins.float
+    black_value: _builtins.float
+    """The values of black and white, instead of percentiles."""
+    white_value: _builtins.float
+    max_side_pixels: _builtins.int
+    """A larger slice is averaged down to so many pixels along its longer side; 512 where zero."""
+    max_bytes: _builtins.int
+    """The picture is made coarser until it takes no more; 110,000 where zero."""
+    labels: _builtins.bool
+    """The volume holds labels, 0 for none: the middle plane in their colours, the rest transparent."""
+    known_etag: _builtins.str
+    """The etag of a picture that the caller has."""
+    @_builtins.property
+    def context(self) -> _common_pb2.Context: ...
+    @_builtins.property
+    def region(self) -> Global___SliceRegion:
+        """All of the slice where left out."""
+
+    def __init__(
+        self,
+        *,
+        context: _common_pb2.Context | None = ...,
+        volume_uri: _builtins.str = ...,
+        axis: Global___Axis.ValueType = ...,
+        position_voxels: _builtins.int | None = ...,
+        planes: _builtins.int = ...,
+        region: Global___SliceRegion | None = ...,
+        black_percentile: _builtins.float | None = ...,
+        white_percentile: _builtins.float | None = ...,
+        black_value: _builtins.float | None = ...,
+        white_value: _builtins.float | None = ...,
+        max_side_pixels: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        labels: _builtins.bool = ...,
+        known_etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_position_voxels", b"_position_voxels", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "position_voxels", b"position_voxels", "region", b"region", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile", "_black_value", b"_black_value", "_position_voxels", b"_position_voxels", "_white_percentile", b"_white_percentile", "_white_value", b"_white_value", "axis", b"axis", "black_percentile", b"black_percentile", "black_value", b"black_value", "context", b"context", "known_etag", b"known_etag", "labels", b"labels", "max_bytes", b"max_bytes", "max_side_pixels", b"max_side_pixels", "planes", b"planes", "position_voxels", b"position_voxels", "region", b"region", "volume_uri", b"volume_uri", "white_percentile", b"white_percentile", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__black_percentile: _TypeAlias = _typing.Literal["black_percentile"]  # noqa: Y015
+    _WhichOneofArgType__black_percentile: _TypeAlias = _typing.Literal["_black_percentile", b"_black_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__black_value: _TypeAlias = _typing.Literal["black_value"]  # noqa: Y015
+    _WhichOneofArgType__black_value: _TypeAlias = _typing.Literal["_black_value", b"_black_value"]  # noqa: Y015
+    _WhichOneofReturnType__position_voxels: _TypeAlias = _typing.Literal["position_voxels"]  # noqa: Y015
+    _WhichOneofArgType__position_voxels: _TypeAlias = _typing.Literal["_position_voxels", b"_position_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__white_percentile: _TypeAlias = _typing.Literal["white_percentile"]  # noqa: Y015
+    _WhichOneofArgType__white_percentile: _TypeAlias = _typing.Literal["_white_percentile", b"_white_percentile"]  # noqa: Y015
+    _WhichOneofReturnType__white_value: _TypeAlias = _typing.Literal["white_value"]  # noqa: Y015
+    _WhichOneofArgType__white_value: _TypeAlias = _typing.Literal["_white_value", b"_white_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_percentile) -> _WhichOneofReturnType__black_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__black_value) -> _WhichOneofReturnType__black_value | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__position_voxels) -> _WhichOneofReturnType__position_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_percentile) -> _WhichOneofReturnType__white_percentile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__white_value) -> _WhichOneofReturnType__white_value | None: ...
+
+Global___CutSliceRequest: _TypeAlias = CutSliceRequest  # noqa: Y015
+
+@_typing.final
+class CutSliceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ETAG_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    PREPARING_FRACTION_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    POSITION_VOXELS_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    BLACK_VALUE_FIELD_NUMBER: _builtins.int
+    WHITE_VALUE_FIELD_NUMBER: _builtins.int
+    SIZE_X_FIELD_NUMBER: _builtins.int
+    SIZE_Y_FIELD_NUMBER: _builtins.int
+    SIZE_Z_FIELD_NUMBER: _builtins.int
+    VOXEL_SIZE_ANGSTROM_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    TOMOGRAM_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """Stands for the volume's content and all that was asked for."""
+    unchanged: _builtins.bool
+    """The caller has this picture: it is not sent again."""
+    preparing_fraction: _builtins.float
+    """Slices along x and y are cut from a copy on the service's disk, which is being made: so much of it is there, and
+    there is no picture. Ask again.
+    """
+    picture: _builtins.bytes
+    media_type: _builtins.str
+    """image/jpeg, or image/png of labels."""
+    position_voxels: _builtins.int
+    black_value: _builtins.float
+    white_value: _builtins.float
+    size_x: _builtins.int
+    """Of the whole volume."""
+    size_y: _builtins.int
+    size_z: _builtins.int
+    voxel_size_angstrom: _builtins.float
+    contrast: _common_pb2.Contrast.ValueType
+    """How protein stands out."""
+    tomogram: _builtins.str
+    """As particles call it that lie in it; empty for a file that nobody ingested."""
+    @_builtins.property
+    def region(self) -> Global___SliceRegion: ...
+    def __init__(
+        self,
+        *,
+        etag: _builtins.str = ...,
+        unchanged: _builtins.bool = ...,
+        preparing_fraction: _builtins.float | None = ...,
+        picture: _builtins.bytes = ...,
+        media_type: _builtins.str = ...,
+        position_voxels: _builtins.int = ...,
+        region: Global___SliceRegion | None = ...,
+        black_value: _builtins.float = ...,
+        white_value: _builtins.float = ...,
+        size_x: _builtins.int = ...,
+        size_y: _builtins.int = ...,
+        size_z: _builtins.int = ...,
+        voxel_size_angstrom: _builtins.float = ...,
+        contrast: _common_pb2.Contrast.ValueType = ...,
+        tomogram: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_preparing_fraction", b"_preparing_fraction", "preparing_fraction", b"preparing_fraction", "region", b"region"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preparing_fraction", b"_preparing_fraction", "black_value", b"black_value", "contrast", b"contrast", "etag", b"etag", "media_type", b"media_type", "picture", b"picture", "position_voxels", b"position_voxels", "preparing_fraction", b"preparing_fraction", "region", b"region", "size_x", b"size_x", "size_y", b"size_y", "size_z", b"size_z", "tomogram", b"tomogram", "unchanged", b"unchanged", "voxel_size_angstrom", b"voxel_size_angstrom", "white_value", b"white_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__preparing_fraction: _TypeAlias = _typing.Literal["preparing_fraction"]  # noqa: Y015
+    _WhichOneofArgType__preparing_fraction: _TypeAlias = _typing.Literal["_preparing_fraction", b"_preparing_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preparing_fraction) -> _WhichOneofReturnType__preparing_fraction | None: ...
+
+Global___CutSliceResponse: _TypeAlias = CutSliceResponse  # noqa: Y015

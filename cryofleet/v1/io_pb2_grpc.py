@@ -139,6 +139,11 @@ class IoServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_io__pb2.ListRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_io__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.CutSlice = channel.unary_unary(
+                '/cryofleet.v1.IoService/CutSlice',
+                request_serializer=cryofleet_dot_v1_dot_io__pb2.CutSliceRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_io__pb2.CutSliceResponse.FromString,
+                _registered_method=True)
 
 
 class IoServiceServicer:
@@ -273,6 +278,13 @@ class IoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CutSlice(self, request, context):
+        """Cuts one slice out of a stored volume for a screen: small, in 8 bits, and nothing is kept of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -380,6 +392,11 @@ def add_IoServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=cryofleet_dot_v1_dot_io__pb2.ListRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_io__pb2.ListResponse.SerializeToString,
+            ),
+            'CutSlice': grpc.unary_unary_rpc_method_handler(
+                    servicer.CutSlice,
+                    request_deserializer=cryofleet_dot_v1_dot_io__pb2.CutSliceRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_io__pb2.CutSliceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -949,6 +966,33 @@ class IoService:
             '/cryofleet.v1.IoService/List',
             cryofleet_dot_v1_dot_io__pb2.ListRequest.SerializeToString,
             cryofleet_dot_v1_dot_io__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CutSlice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.IoService/CutSlice',
+            cryofleet_dot_v1_dot_io__pb2.CutSliceRequest.SerializeToString,
+            cryofleet_dot_v1_dot_io__pb2.CutSliceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,8 @@ class IoServiceStub:
     """Streams one stored object, verified against its manifest, or a byte range of it."""
     List: _grpc.UnaryStreamMultiCallable[_io_pb2.ListRequest, _io_pb2.ListResponse]
     """Lists stored objects under a URI, in order of their names."""
+    CutSlice: _grpc.UnaryUnaryMultiCallable[_io_pb2.CutSliceRequest, _io_pb2.CutSliceResponse]
+    """Cuts one slice out of a stored volume for a screen: small, in 8 bits, and nothing is kept of it."""
 
 @_typing.type_check_only
 class IoServiceAsyncStub(IoServiceStub):
@@ -83,6 +85,8 @@ class IoServiceAsyncStub(IoServiceStub):
     """Streams one stored object, verified against its manifest, or a byte range of it."""
     List: _aio.UnaryStreamMultiCallable[_io_pb2.ListRequest, _io_pb2.ListResponse]  # type: ignore[assignment]
     """Lists stored objects under a URI, in order of their names."""
+    CutSlice: _aio.UnaryUnaryMultiCallable[_io_pb2.CutSliceRequest, _io_pb2.CutSliceResponse]  # type: ignore[assignment]
+    """Cuts one slice out of a stored volume for a screen: small, in 8 bits, and nothing is kept of it."""
 
 class IoServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -234,5 +238,13 @@ class IoServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_io_pb2.ListResponse], _abc.AsyncIterator[_io_pb2.ListResponse]]:
         """Lists stored objects under a URI, in order of their names."""
+
+    @_abc_1.abstractmethod
+    def CutSlice(
+        self,
+        request: _io_pb2.CutSliceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_io_pb2.CutSliceResponse, _abc.Awaitable[_io_pb2.CutSliceResponse]]:
+        """Cuts one slice out of a stored volume for a screen: small, in 8 bits, and nothing is kept of it."""
 
 def add_IoServiceServicer_to_server(servicer: IoServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

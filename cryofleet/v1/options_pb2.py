@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/options.proto\x12\x0c\x63ryofleet.v1\x1a google/protobuf/descriptor.proto\"l\n\tParameter\x12\x0c\n\x04help\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x15\n\rdefault_value\x18\x03 \x01(\t\x12,\n\x08\x61rtifact\x18\x04 \x01(\x0e\x32\x1a.cryofleet.v1.ArtifactKind\"i\n\tOperation\x12\x0c\n\x04help\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12 \n\x04pool\x18\x03 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x1b\n\x13stall_limit_seconds\x18\x04 \x01(\x01*\xe8\x01\n\x0c\x41rtifactKind\x12\x1d\n\x19\x41RTIFACT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41RTIFACT_KIND_FILE\x10\x01\x12\x18\n\x14\x41RTIFACT_KIND_VOLUME\x10\x02\x12\x1e\n\x1a\x41RTIFACT_KIND_SUBTOMOGRAMS\x10\x03\x12\x1b\n\x17\x41RTIFACT_KIND_PARTICLES\x10\x04\x12\x17\n\x13\x41RTIFACT_KIND_MODEL\x10\x05\x12\x17\n\x13\x41RTIFACT_KIND_TABLE\x10\x06\x12\x18\n\x14\x41RTIFACT_KIND_REPORT\x10\x07*8\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x0c\n\x08POOL_CPU\x10\x01\x12\x0c\n\x08POOL_GPU\x10\x02:K\n\tparameter\x12\x1d.google.protobuf.FieldOptions\x18\xfd\x88\x03 \x01(\x0b\x32\x17.cryofleet.v1.Parameter:L\n\toperation\x12\x1e.google.protobuf.MethodOptions\x18\xfe\x88\x03 \x01(\x0b\x32\x17.cryofleet.v1.Operationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63ryofleet/v1/options.proto\x12\x0c\x63ryofleet.v1\x1a google/protobuf/descriptor.proto\"\x85\x01\n\tParameter\x12\x0c\n\x04help\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x15\n\rdefault_value\x18\x03 \x01(\t\x12,\n\x08\x61rtifact\x18\x04 \x01(\x0e\x32\x1a.cryofleet.v1.ArtifactKind\x12\x17\n\x0f\x64\x65\x66\x61ult_name_of\x18\x05 \x01(\t\"i\n\tOperation\x12\x0c\n\x04help\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12 \n\x04pool\x18\x03 \x01(\x0e\x32\x12.cryofleet.v1.Pool\x12\x1b\n\x13stall_limit_seconds\x18\x04 \x01(\x01*\xe8\x01\n\x0c\x41rtifactKind\x12\x1d\n\x19\x41RTIFACT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41RTIFACT_KIND_FILE\x10\x01\x12\x18\n\x14\x41RTIFACT_KIND_VOLUME\x10\x02\x12\x1e\n\x1a\x41RTIFACT_KIND_SUBTOMOGRAMS\x10\x03\x12\x1b\n\x17\x41RTIFACT_KIND_PARTICLES\x10\x04\x12\x17\n\x13\x41RTIFACT_KIND_MODEL\x10\x05\x12\x17\n\x13\x41RTIFACT_KIND_TABLE\x10\x06\x12\x18\n\x14\x41RTIFACT_KIND_REPORT\x10\x07*8\n\x04Pool\x12\x14\n\x10POOL_UNSPECIFIED\x10\x00\x12\x0c\n\x08POOL_CPU\x10\x01\x12\x0c\n\x08POOL_GPU\x10\x02:K\n\tparameter\x12\x1d.google.protobuf.FieldOptions\x18\xfd\x88\x03 \x01(\x0b\x32\x17.cryofleet.v1.Parameter:L\n\toperation\x12\x1e.google.protobuf.MethodOptions\x18\xfe\x88\x03 \x01(\x0b\x32\x17.cryofleet.v1.Operationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cryofleet.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ARTIFACTKIND']._serialized_start=296
-  _globals['_ARTIFACTKIND']._serialized_end=528
-  _globals['_POOL']._serialized_start=530
-  _globals['_POOL']._serialized_end=586
-  _globals['_PARAMETER']._serialized_start=78
-  _globals['_PARAMETER']._serialized_end=186
-  _globals['_OPERATION']._serialized_start=188
-  _globals['_OPERATION']._serialized_end=293
+  _globals['_ARTIFACTKIND']._serialized_start=322
+  _globals['_ARTIFACTKIND']._serialized_end=554
+  _globals['_POOL']._serialized_start=556
+  _globals['_POOL']._serialized_end=612
+  _globals['_PARAMETER']._serialized_start=79
+  _globals['_PARAMETER']._serialized_end=212
+  _globals['_OPERATION']._serialized_start=214
+  _globals['_OPERATION']._serialized_end=319
 # @@protoc_insertion_point(module_scope)

@@ -93,6 +93,7 @@ class Parameter(_message.Message):
     UNIT_FIELD_NUMBER: _builtins.int
     DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
+    DEFAULT_NAME_OF_FIELD_NUMBER: _builtins.int
     help: _builtins.str
     unit: _builtins.str
     """The unit of the number, "Å" or "voxels"; empty for none."""
@@ -102,6 +103,8 @@ class Parameter(_message.Message):
     """Set on fields that hold artifact URIs. In a request such a field is an input: its content's digest,
     never its URI, goes into the result's identity.
     """
+    default_name_of: _builtins.str
+    """Another field, with a file's URI: where this one is left out, it is that file's name without its ending."""
     def __init__(
         self,
         *,
@@ -109,10 +112,11 @@ class Parameter(_message.Message):
         unit: _builtins.str = ...,
         default_value: _builtins.str = ...,
         artifact: Global___ArtifactKind.ValueType = ...,
+        default_name_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "default_value", b"default_value", "help", b"help", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "default_name_of", b"default_name_of", "default_value", b"default_value", "help", b"help", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

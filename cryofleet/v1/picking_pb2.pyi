@@ -100,6 +100,7 @@ class DifferenceOfGaussiansRequest(_message.Message):
     PARTICLE_DIAMETER_MAX_ANGSTROM_FIELD_NUMBER: _builtins.int
     PREVIEW_Z_FIELD_NUMBER: _builtins.int
     PREVIEW_PLANES_FIELD_NUMBER: _builtins.int
+    MIN_PICKS_FIELD_NUMBER: _builtins.int
     tomogram_uri: _builtins.str
     particle_diameter_angstrom: _builtins.float
     sigma_ratio: _builtins.float
@@ -110,6 +111,7 @@ class DifferenceOfGaussiansRequest(_message.Message):
     particle_diameter_max_angstrom: _builtins.float
     preview_z: _builtins.int
     preview_planes: _builtins.int
+    min_picks: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -126,10 +128,11 @@ class DifferenceOfGaussiansRequest(_message.Message):
         particle_diameter_max_angstrom: _builtins.float | None = ...,
         preview_z: _builtins.int | None = ...,
         preview_planes: _builtins.int | None = ...,
+        min_picks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_min_picks", b"_min_picks", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "min_picks", b"min_picks", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast", b"_contrast", "_max_picks", b"_max_picks", "_min_distance_angstrom", b"_min_distance_angstrom", "_min_picks", b"_min_picks", "_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom", "_preview_planes", b"_preview_planes", "_preview_z", b"_preview_z", "_sigma_ratio", b"_sigma_ratio", "_threshold", b"_threshold", "context", b"context", "contrast", b"contrast", "max_picks", b"max_picks", "min_distance_angstrom", b"min_distance_angstrom", "min_picks", b"min_picks", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particle_diameter_max_angstrom", b"particle_diameter_max_angstrom", "preview_planes", b"preview_planes", "preview_z", b"preview_z", "sigma_ratio", b"sigma_ratio", "threshold", b"threshold", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contrast: _TypeAlias = _typing.Literal["contrast"]  # noqa: Y015
     _WhichOneofArgType__contrast: _TypeAlias = _typing.Literal["_contrast", b"_contrast"]  # noqa: Y015
@@ -137,6 +140,8 @@ class DifferenceOfGaussiansRequest(_message.Message):
     _WhichOneofArgType__max_picks: _TypeAlias = _typing.Literal["_max_picks", b"_max_picks"]  # noqa: Y015
     _WhichOneofReturnType__min_distance_angstrom: _TypeAlias = _typing.Literal["min_distance_angstrom"]  # noqa: Y015
     _WhichOneofArgType__min_distance_angstrom: _TypeAlias = _typing.Literal["_min_distance_angstrom", b"_min_distance_angstrom"]  # noqa: Y015
+    _WhichOneofReturnType__min_picks: _TypeAlias = _typing.Literal["min_picks"]  # noqa: Y015
+    _WhichOneofArgType__min_picks: _TypeAlias = _typing.Literal["_min_picks", b"_min_picks"]  # noqa: Y015
     _WhichOneofReturnType__particle_diameter_max_angstrom: _TypeAlias = _typing.Literal["particle_diameter_max_angstrom"]  # noqa: Y015
     _WhichOneofArgType__particle_diameter_max_angstrom: _TypeAlias = _typing.Literal["_particle_diameter_max_angstrom", b"_particle_diameter_max_angstrom"]  # noqa: Y015
     _WhichOneofReturnType__preview_planes: _TypeAlias = _typing.Literal["preview_planes"]  # noqa: Y015
@@ -153,6 +158,8 @@ class DifferenceOfGaussiansRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_picks) -> _WhichOneofReturnType__max_picks | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_distance_angstrom) -> _WhichOneofReturnType__min_distance_angstrom | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_picks) -> _WhichOneofReturnType__min_picks | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__particle_diameter_max_angstrom) -> _WhichOneofReturnType__particle_diameter_max_angstrom | None: ...
     @_typing.overload
@@ -173,10 +180,12 @@ class DifferenceOfGaussiansResult(_message.Message):
     PARTICLES_URI_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     PARTICLE_DIAMETER_ANGSTROM_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     METRICS_URI_FIELD_NUMBER: _builtins.int
     particles_uri: _builtins.str
     count: _builtins.int
     particle_diameter_angstrom: _builtins.float
+    advice: _builtins.str
     metrics_uri: _builtins.str
     def __init__(
         self,
@@ -184,11 +193,12 @@ class DifferenceOfGaussiansResult(_message.Message):
         particles_uri: _builtins.str = ...,
         count: _builtins.int = ...,
         particle_diameter_angstrom: _builtins.float = ...,
+        advice: _builtins.str = ...,
         metrics_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "metrics_uri", b"metrics_uri", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "count", b"count", "metrics_uri", b"metrics_uri", "particle_diameter_angstrom", b"particle_diameter_angstrom", "particles_uri", b"particles_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

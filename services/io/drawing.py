@@ -19,6 +19,8 @@ from services.io.figures import Circle, Picture, grey, scale_bar_nm
 LEAST_SIDE = 512
 _LONGEST_NAME = 60
 _CIRCLES_AT_ONCE = 256
+_LEAST_FOOTER_LETTERS = 18
+"""Where fewer have room beside each other, caption and scale stand below each other."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +92,36 @@ def draw(
 
 
 def with_footer(image: Image.Image, pixel_size_angstrom: float, footer: Footer) -> Image.Image:
-    """The picture with its footer below: the caption, a scale bar of a round length, and the legend."""
+    """The picture with its footer below: the caption, a scale bar of a round length, and the legend.
+
+    Below a narrow picture each has a line of its own. The sheet is as wide as the picture, unless the scale's words are
+    wider.
+    """
     size = round(min(max(max(image.size) / 45, 13), 40))
     font = ImageFont.load_default(size)
     height, gap = round(1.7 * size), round(0.6 * size)
-    width = max(image.width, 18 * size)
-    entries = [(colour, printable(name)) for colour, name in footer.legend]
-    places, lines = _legend_places([font.getlength(name) for _, name in entries], size, width - 2 * gap)
-    mode = "RGB" if entries or image.mode == "RGB" else "L"
-    sheet = Image.new(mode, (width, image.height + height * (1 + lines)))
-    sheet.paste(image, (0, 0))
-    pen = ImageDraw.Draw(sheet)
-    middle = image.height + height // 2
     bar_nm = scale_bar_nm(image.width * pixel_size_angstrom / 10)
     bar = max(1, round(bar_nm * 10 / pixel_size_angstrom))
     words = f"{bar_nm:g} nm"
+    scale_width = math.ceil(font.getlength(words)) + bar + 3 * gap
+    width = max(image.width, scale_width)
+    narrow = width < _LEAST_FOOTER_LETTERS * size
+    first = 2 if narrow and footer.caption else 1
+    entries = [(colour, fitting(printable(name), font, width - 2 * gap - size)) for colour, name in footer.legend]
+    places, lines = _legend_places([font.getlength(name) for _, name in entries], size, width - 2 * gap)
+    mode = "RGB" if entries or image.mode == "RGB" else "L"
+    sheet = Image.new(mode, (width, image.height + height * (first + lines)))
+    sheet.paste(image, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    middle = image.height + height // 2
     left = width - gap - bar
     pen.rectangle((left, middle - size // 8, left + bar - 1, middle + size // 8), fill="white")
     pen.text((left - gap, middle), words, fill="white", font=font, anchor="rm")
-    room = left - 3 * gap - font.getlength(words)
-    pen.text((gap, middle), fitting(printable(footer.caption), font, room), fill="white", font=font, anchor="lm")
-    for (colour, name), (x, line) in zip(entries, places, strict=True):
-        y = middle + height * (1 + line)
+    room = width - 2 * gap if narrow else left - 3 * gap - font.getlength(words)
+    caption, line = fitting(printable(footer.caption), font, room), middle + (height if narrow else 0)
+    pen.text((gap, line), caption, fill="white", font=font, anchor="lm")
+    for (colour, name), (x, row) in zip(entries, places, strict=True):
+        y = middle + height * (first + row)
         pen.rectangle((gap + x, y - size // 3, gap + x + 2 * (size // 3), y + size // 3), fill=colour)
         pen.text((gap + x + size, y), name, fill="white", font=font, anchor="lm")
     return sheet

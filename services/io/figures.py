@@ -86,6 +86,11 @@ def picture(pixels: NDArray[np.uint8], alt: str) -> str:
     return f'<img src="{data_uri(pixels)}" alt="{escape(alt)}">'
 
 
+def embedded_png(data: bytes, alt: str) -> str:
+    """A picture that is a PNG already, as it is."""
+    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}" alt="{escape(alt)}">'
+
+
 def scale_bar_nm(width_nm: float) -> float:
     """A length of 1, 2 or 5 times a power of ten, at most a quarter of the width."""
     power = 10.0 ** math.floor(math.log10(width_nm / 4))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cryofleet.errors import FailedPrecondition
+from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.statistics import RunningStatistics, Statistics
 from cryofleet.formats.volume import VolumeFile
 from cryofleet.formats.volumes.frame import slab_thickness
@@ -19,7 +19,7 @@ from cryofleet.progress import Progress, no_progress
 NanPolicy = Literal["refuse", "fill_mean"]
 
 SLAB_BYTES = 16 << 20
-_ANISOTROPY_LIMIT = 0.01
+_VOXEL_SIZE_TOLERANCE = 0.01
 _LARGEST_VOXEL_ANGSTROM = 1000.0
 
 
@@ -32,25 +32,36 @@ class Measured:
     non_finite_voxels: int
 
 
-def voxel_size(volume: VolumeFile, given_angstrom: float | None) -> float:
-    """The voxel size in Å: the given one, or else the file's, where it has a usable one.
+def voxel_size(volume: VolumeFile, given_angstrom: float = 0, overrule: bool = False) -> float:
+    """The voxel size in Å: the given one, or the file's where 0 is given.
+
+    A file that says its voxel size is believed: a given one that differs is taken with `overrule` alone.
 
     Raises:
         FailedPrecondition: the file has none, an impossible one, or sides that differ by more than 1%.
+        InvalidArgument: the given one differs from the file's by more than 1%.
     """
-    if given_angstrom is not None:
+    sizes = volume.voxel_size_angstrom
+    if given_angstrom > 0 and (overrule or sizes is None or max(sizes) > _LARGEST_VOXEL_ANGSTROM):
         return given_angstrom
     advice = "give it with --set voxel_size_angstrom=..."
-    sizes = volume.voxel_size_angstrom
+    overruling = "--set overrule_voxel_size=true"
     if sizes is None:
         raise FailedPrecondition(f"{volume.name}: the file does not say its voxel size: {advice}")
-    said = " x ".join(f"{size:.4g}" for size in sizes)
+    said = f"{sizes[0]:.5g}" if len({f"{size:.5g}" for size in sizes}) == 1 else " x ".join(f"{s:.5g}" for s in sizes)
     if max(sizes) > _LARGEST_VOXEL_ANGSTROM:
         raise FailedPrecondition(f"{volume.name}: the file says a voxel of {said} Å, which cannot be: {advice}")
-    if max(sizes) / min(sizes) > 1 + _ANISOTROPY_LIMIT:
+    if given_angstrom > 0:
+        if any(abs(size / given_angstrom - 1) > _VOXEL_SIZE_TOLERANCE for size in sizes):
+            raise InvalidArgument(
+                f"{volume.name}: the file says a voxel of {said} Å, voxel_size_angstrom is {given_angstrom:.5g}: "
+                f"leave voxel_size_angstrom out or, if the file is wrong, add {overruling}"
+            )
+        return given_angstrom
+    if max(sizes) / min(sizes) > 1 + _VOXEL_SIZE_TOLERANCE:
         raise FailedPrecondition(
             f"{volume.name}: the file says a voxel of {said} Å (x, y, z); its sides must be equal: "
-            f"resample the volume or, if the file is wrong, {advice}"
+            f"resample the volume or, if the file is wrong, {advice} {overruling}"
         )
     # Headers hold the cell in float32: its seventh digit is noise.
     return round(math.fsum(sizes) / 3, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,12 +48,17 @@ class ClassColours:
         return entries + ([(self.other, f"{len(rest)} others", sum(rest))] if rest else [])
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts class 10 behind class 9."""
+    return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", name)]
+
+
 def class_colours(classes: Iterable[str], palette: Sequence[str], other: str) -> ClassColours:
     """Colours of the classes of picks, whose names these are."""
     counts: dict[str, int] = {}
     for name in classes:
         counts[name] = counts.get(name, 0) + 1
-    ranked = sorted(counts, key=lambda name: (-counts[name], name))
+    ranked = sorted(counts, key=lambda name: (-counts[name], _natural(name)))
     return ClassColours(
         dict(zip(ranked[: len(palette)], palette, strict=False)), other, {name: counts[name] for name in ranked}
     )

@@ -71,7 +71,7 @@ class Embedding:
     x: Sequence[float]
     y: Sequence[float]
     clusters: Sequence[int]
-    """The cluster of each, from 0."""
+    """The cluster of each, from 1."""
     centres: Sequence[tuple[float, float]]
     """Of each cluster."""
     explained: Sequence[float]
@@ -99,7 +99,15 @@ class Average:
     particles: int | None = None
     fsc: FscCurve | None = None
     cluster: int | None = None
-    """From 0, in the order of the centres; None where it is not of one cluster."""
+    """From 1, in the order of the centres; None where it is not of one cluster."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that an operation drew."""
+
+    heading: str
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -177,12 +185,12 @@ def central_labels(
 def embedding_of(table: Mapping[str, Any]) -> Embedding | None:
     """The embedding of a clustering's table; None where it has none.
 
-    Reads `x`, `y` and `cluster` of some particles, `centre_x` and `centre_y` of all clusters, `explained_variance` and
-    the number of all `particles`.
+    Reads `x`, `y` and `cluster`, from 1, of some particles, `centre_x` and `centre_y` of all clusters,
+    `explained_variance` and the number of all `particles`.
     """
     x, y, clusters = (numbers(table.get(name)) for name in ("x", "y", "cluster"))
     centres = list(zip(numbers(table.get("centre_x")), numbers(table.get("centre_y")), strict=False))
-    if not 0 < len(x) == len(y) == len(clusters) or not centres:
+    if not 0 < len(x) == len(y) == len(clusters) or not centres or min(clusters) < 1:
         return None
     stated = table.get("particles")
     return Embedding(
@@ -204,6 +212,7 @@ def build(
     tables: Sequence[Figures] = (),
     labels: LabelView | None = None,
     embedding: Embedding | None = None,
+    pictures: Sequence[Drawn] = (),
 ) -> str:
     """The page as text.
 
@@ -217,6 +226,7 @@ def build(
         _centres(centres),
         "" if embedding is None else _embedding(embedding),
         _averages(averages),
+        _pictures(pictures),
         figures_section(tables),
     ]
     page = Template(_TEMPLATE.read_text(encoding="utf-8"))
@@ -317,7 +327,7 @@ def _centres(centres: Sequence[Centre]) -> str:
         return ""
     total = sum(centre.particles or 0 for centre in centres)
     cards = []
-    for number, centre in sorted(enumerate(centres), key=lambda each: -(each[1].particles or 0)):
+    for number, centre in sorted(enumerate(centres, start=1), key=lambda each: -(each[1].particles or 0)):
         caption = f"<b>Cluster {number}</b>"
         if centre.particles is not None:
             caption += f"{centre.particles:,} particle{'' if centre.particles == 1 else 's'}"
@@ -354,17 +364,17 @@ def _embedding(embedding: Embedding) -> str:
     groups = []
     # Those without a colour of their own first, so that they lie beneath.
     if coloured < len(embedding.centres):
-        rest = [row for row, number in enumerate(members) if number >= coloured]
+        rest = [row for row, number in enumerate(members) if number > coloured]
         groups.append(Dots("others", [x[row] for row in rest], [y[row] for row in rest], _COLOURED_CLASSES))
-    for number in range(coloured):
+    for number in range(1, coloured + 1):
         rows = [row for row, member in enumerate(members) if member == number]
-        groups.append(Dots(f"cluster {number}", [x[row] for row in rows], [y[row] for row in rows], number))
+        groups.append(Dots(f"cluster {number}", [x[row] for row in rows], [y[row] for row in rows], number - 1))
     shares = [f" ({percent(share)} of the variance)" for share in embedding.explained] + ["", ""]
     drawing = figures.scatter(
         groups,
         f"first principal component{shares[0]}",
         f"second principal component{shares[1]}",
-        marks=[(*centre, str(number)) for number, centre in enumerate(embedding.centres[:_NUMBERED_CLUSTERS])],
+        marks=[(*xy, str(number)) for number, xy in enumerate(embedding.centres[:_NUMBERED_CLUSTERS], start=1)],
     )
     shown = f"{len(x):,} of {embedding.particles:,}" if len(x) < embedding.particles else f"All {len(x):,}"
     note = f"{shown} particles by their codes; a number lies at its cluster's centre. Near to each other here is alike."
@@ -406,6 +416,17 @@ def _averages(averages: Sequence[Average]) -> str:
         "Fourier shell correlation of its two half maps and where it falls below 0.143.</p>"
         f"{''.join(cards)}</section>"
     )
+
+
+def _pictures(pictures: Sequence[Drawn]) -> str:
+    if not pictures:
+        return ""
+    drawn = "".join(
+        f"<figure>{figures.embedded_png(each.png, each.heading)}"
+        f"<figcaption>{escape(each.heading)}</figcaption></figure>"
+        for each in pictures
+    )
+    return f"<section><h2>Pictures</h2>{drawn}</section>"
 
 
 def _fsc_chart(fsc: FscCurve) -> str:

@@ -14,9 +14,19 @@ from services.io.figures import Line
 
 LONGEST_TABLE, _LONGEST_LIST = 40, 12
 #: What tables keep for the charts made of it.
-_DRAWN = ("peak_heights", "curve", "confusion_matrix")
+_DRAWN = ("peak_heights", "curve", "confusion_matrix", "surfaces")
+#: Columns that others are drawn over.
+_ALONG = ("epoch", "iteration", "round", "step", "angle_degrees", "frequency_per_angstrom")
 _ABBREVIATIONS = {"ctf", "f1", "fsc", "id", "snr"}
-_UNITS = {"angstrom": "Å", "degrees": "°", "seconds": "s", "bytes": "B", "nm": "nm", "voxels": "voxels"}
+_UNITS = {
+    "angstrom": "Å",
+    "pixels": "pixels",
+    "degrees": "°",
+    "seconds": "s",
+    "bytes": "B",
+    "nm": "nm",
+    "voxels": "voxels",
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ def _confusion(table: Mapping[str, Any]) -> list[str]:
 
 def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:
     """Line charts of columns that go along with an epoch or iteration: one of the losses, one of each other unit."""
-    along = next((name for name in ("epoch", "iteration", "round", "step") if name in columns), None)
+    along = next((name for name in _ALONG if name in columns), None)
     if along is None:
         return []
     x = [float(value) for value in columns[along]]
@@ -141,7 +151,7 @@ def _curves(columns: Mapping[str, Sequence[float]]) -> list[str]:
         values = [y for line in lines for y in line.y]
         logarithmic = min(values) > 0 and max(values) > 20 * min(values)
         label = "loss" if group == "loss" else _words(group)
-        charts.append(figures.chart(lines[:8], along, label, logarithmic=logarithmic))
+        charts.append(figures.chart(lines[:8], _words(along), label, logarithmic=logarithmic))
     return charts
 
 
@@ -163,11 +173,30 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _single_values(values: Mapping[str, Any]) -> str:
+    errors = {key: _error_of(key) for key in values if _error_of(key) in values}
+    shown = {key: value for key, value in values.items() if key not in errors.values()}
     rows = "".join(
-        f'<tr><th scope="row">{escape(_words(key))}</th>{_cell(value)}</tr>'
-        for key, value in list(values.items())[:LONGEST_TABLE]
+        f'<tr><th scope="row">{escape(_words(key))}</th>{_cell(value, values.get(errors.get(key, "")))}</tr>'
+        for key, value in list(shown.items())[:LONGEST_TABLE]
     )
-    return f"<table><tbody>{rows}</tbody></table>{left_out(len(values))}"
+    return f"<table><tbody>{rows}</tbody></table>{left_out(len(shown))}"
+
+
+def _error_of(key: str) -> str:
+    """What the error of a figure is called: thickness_error_angstrom of thickness_angstrom."""
+    words = key.split("_")
+    place = len(words) - (len(words) > 1 and words[-1] in _UNITS)
+    return "_".join([*words[:place], "error", *words[place:]])
+
+
+def _with_error(value: float, error: float) -> str:
+    """Both to the second digit of the error."""
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return f"{_text(value)} ± {_text(error)}"
+    digits = 1 - math.floor(math.log10(error))
+    if not -3 < digits < 9:
+        return f"{value:.4g} ± {error:.2g}"
+    return f"{round(value, digits):,.{max(0, digits)}f} ± {round(error, digits):,.{max(0, digits)}f}"
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -191,8 +220,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share >= 0.001 else "under 0.1%"
 
 
-def _cell(value: object) -> str:
-    return f"<td{' class=n' if is_number(value) else ''}>{escape(_text(value))}</td>"
+def _cell(value: object, error: object = None) -> str:
+    text = _with_error(value, error) if is_number(value) and is_number(error) else _text(value)
+    return f"<td{' class=n' if is_number(value) else ''}>{escape(text)}</td>"
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,9 @@ mean, with half the noise, twice that (Frank & Al-Ali 1975, Nature 256, 376).
 From a single tomogram: the noise of a weighted back-projection has the power r g(r) h(k_y), r the distance from the
 tilt axis (the ramp), g and h smooth (the detector, interpolation). log g and log h are taken as parabolas of r^2 and
 k_y^2 and fitted where details are finest, and there is no signal to speak of; what the tomogram has above them is
-signal. That is a model, so its error is stated with it: at an SNR of 0.01 it says no more than that the SNR is low.
+signal. Spectra are of boxes, which see the middle of a tomogram; reconstructions have less noise at their border, by a
+share that is measured in the finest details. That is a model, so its error is stated with it: at an SNR of 0.01 it says
+no more than that the SNR is low.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ _COLUMNS = 4
 _SHELLS = 48
 #: Noise is fitted beyond this, cycles per voxel, and up to where interpolation has left something of it.
 _FINE, _FINEST = 0.33, 0.48
+_FINEST_ORDER = 6
 #: The part of the noise that the model is off by; benchmarks/estimate.py measures it.
-MODEL_ERROR = 0.025
+MODEL_ERROR = 0.02
 #: Towards the wedge's border slices thin out.
 _BORDER_DEGREES = 4.0
 _LEAST_SIDE = 16
@@ -145,13 +148,16 @@ def snr_of_spectrum(
     copies = np.full(kept.shape, 2.0)
     copies[..., 0] = copies[..., -1] = 1.0
     groups = min(8, len(starts))
+    finest = 0.0
     sums = np.zeros((groups, int(np.count_nonzero(kept))))
     by_shell = np.zeros((groups, _SHELLS + 1))
     for number, boxed in enumerate(welch.tapered_boxes(read, starts, box, part(progress, 0.0, 0.7))):
         power = welch.power(boxed, workers)
+        # a tapered box ends in nothing
+        finest += _finest(boxed) / boxed.size / len(starts)
         sums[number % groups] += power[kept]
         by_shell[number % groups] += np.bincount(all_shells, (power * copies).ravel(), _SHELLS + 1)
-    variance = _variance(read, shape, part(progress, 0.7, 1.0))
+    variance, finest_everywhere = _variance(read, shape, part(progress, 0.7, 1.0))
     boxes = np.bincount(np.arange(len(starts)) % groups, minlength=groups)
 
     def noise(power: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -182,9 +188,9 @@ def snr_of_spectrum(
         # What was not looked at, the wedge and its border and the axis, is taken to be as the rest of its shell.
         there = np.flatnonzero(level > 0)
         share = 1 / (1 + np.interp(np.arange(_SHELLS), there, spectral[there]))
-        # Boxes see the middle of the volume more than its border, of which noise knows nothing, but signal does: its
-        # variance is that of all voxels less that of noise.
-        noise_power = float((shells[:_SHELLS] * share).sum() + shells[_SHELLS])
+        # Boxes see the middle of the volume more than its border, where there is less signal, and a little less noise:
+        # signal's variance is that of all voxels less that of noise.
+        noise_power = float((shells[:_SHELLS] * share).sum() + shells[_SHELLS]) * finest_everywhere / finest
         return variance * math.prod(box) * count / noise_power - 1, spectral
 
     snr, spectral = ratio(total, by_shell.sum(axis=0), len(starts))
@@ -197,13 +203,21 @@ def snr_of_spectrum(
     return TomogramSnr(snr, math.hypot(scatter, MODEL_ERROR * (1 + snr)), None, None, _frequencies(), spectral)
 
 
-def _variance(read: ReadSlab, shape: Shape, progress: Progress) -> float:
-    running = RunningStatistics()
+def _variance(read: ReadSlab, shape: Shape, progress: Progress) -> tuple[float, float]:
+    """Of all voxels, and how much there is of the finest details."""
+    running, finest = RunningStatistics(), 0.0
     step = max(1, _SLAB_BYTES // (4 * shape[1] * shape[2]))
     for start in range(0, shape[0], step):
-        running.update(read(start, min(start + step, shape[0])))
+        slab = read(start, min(start + step, shape[0]))
+        running.update(slab)
+        finest += _finest(slab) / (shape[0] * (shape[1] - _FINEST_ORDER) * shape[2])
         progress(start / shape[0], "measuring variance")
-    return running.result().standard_deviation ** 2
+    return running.result().standard_deviation ** 2, finest
+
+
+def _finest(voxels: Array) -> float:
+    """The sum of the squares of differences of a high order along y: of the finest details, which are noise."""
+    return float(np.sum(np.square(np.diff(voxels, _FINEST_ORDER, axis=1)), dtype=np.float64))
 
 
 def _ratio(correlation: float) -> float:

@@ -590,7 +590,7 @@ async def test_the_command_line(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
         return await asyncio.to_thread(invoke, *words)
 
     pipeline = ("--pipeline", str(tmp_path / "ingest.yaml"))
-    said = await command("add", str(folder), *pipeline, "--set", "voxel_size_angstrom=7", "--settle-seconds", "0.1")
+    said = await command("add", str(folder), *pipeline, "--set", "voxel_size_angstrom=10.05", "--settle-seconds", "0.1")
     assert said == f"inbox krios-1 watches {file_uri(folder)} for ingest; see: cryofleet inbox show krios-1\n"
     (folder / "a.mrc").write_bytes(tomogram(site.home / "t.mrc"))
     (folder / "b.mrc").write_bytes(b"nothing " * 200)
@@ -604,7 +604,7 @@ async def test_the_command_line(site: Site, monkeypatch: pytest.MonkeyPatch, tmp
     assert "text that begins 'nothing" in rows[0][6]
     assert (await command("show", "krios-1", "--state", "done")).count("\t") == 6
     (run,) = await site.runs()
-    assert run.arguments["voxel_size_angstrom"] == 7
+    assert run.arguments["voxel_size_angstrom"] == 10.05
     assert await command("pause", "krios-1") == "inbox krios-1 is paused\n"
     assert await command("retry", "krios-1", "2") == "inbox krios-1 tries 1 items once more\n"
     assert json.loads(await command("resume", "krios-1", "--json"))["state"] == "INBOX_STATE_ACTIVE"

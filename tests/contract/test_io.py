@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import io
 import json
@@ -22,6 +23,7 @@ import pytest
 import scipy.ndimage
 import starfile
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from cryofleet.artifacts import BLOCK_BYTES, ResultWriter, content_digest, digest_of, manifest_for
@@ -35,7 +37,7 @@ from cryofleet.volumes import VolumeInfo, encode_volume, open_volume
 from services.io.service import service
 from tests.contract.conftest import channel_to
 
-GOLDEN = ["74eae3e2bb049dc2", "ff23fbbd53bcdafa", "bbd3fc94cb244950", "d032527e954f1591"]
+GOLDEN = ["4ada150ab0db05bf", "ff23fbbd53bcdafa", "bbd3fc94cb244950", "7e550b02f993457d"]
 """Of an ingested volume, particles as STAR and CSV, a volume of mode 0: the digests' first 16 digits."""
 
 RNG = np.random.default_rng(21)
@@ -111,11 +113,25 @@ async def test_ingest_keeps_voxels_and_adds_what_the_file_lacks(
     assert result.statistics.standard_deviation == pytest.approx(stored.std(), rel=1e-9)
     assert (result.statistics.minimum, result.statistics.maximum) == (stored.min(), stored.max())
     volume = open_volume(store, result.tomogram_uri)
-    assert volume.info == VolumeInfo((20, 30, 40), 13.48, "light", -51, 60)
+    called = f"my_tomo~{content_digest(store, uri)[:12]}"
+    assert volume.info == VolumeInfo((20, 30, 40), 13.48, "light", -51, 60, tomogram=called)
     np.testing.assert_array_equal(volume.read(), stored)
     again = await call_operation(channel, request)
     assert again.provenance.cached
     assert again.result == result
+    # of the same bytes under another name another tomogram is made, with its own
+    other = await call_operation(channel, io_pb2.IngestRequest(source_uri=write_mrc(settings, "b.mrc", stored, 13.48)))
+    assert open_volume(store, other.result.tomogram_uri).info.tomogram == called.replace("my_tomo", "b")
+
+
+async def test_ingest_refuses_a_voxel_size_that_the_file_denies(channel: grpc.aio.Channel, settings: Settings) -> None:
+    uri = write_mrc(settings, "a.mrc", TOMOGRAM, 10.0)
+    request = io_pb2.IngestRequest(source_uri=uri, voxel_size_angstrom=13.6)
+    message = await refused(channel, request, grpc.StatusCode.INVALID_ARGUMENT)
+    assert "a.mrc: the file says a voxel of 10 Å, voxel_size_angstrom is 13.6" in message
+    request.overrule_voxel_size = True
+    assert (await call_operation(channel, request)).result.voxel_size_angstrom == 13.6
+    assert (await call_operation(channel, io_pb2.IngestRequest(source_uri=uri, voxel_size_angstrom=0))).result
 
 
 async def test_ingest_of_gzip_tiff_and_given_voxel_size(
@@ -303,13 +319,44 @@ async def test_export_of_one_tomogram_of_several(channel: grpc.aio.Channel, stor
     np.testing.assert_allclose(read["rlnCenteredCoordinateXAngst"], [(1 - 20) * 7.84])
 
 
+async def test_exports_call_tomograms_by_their_files(channel: grpc.aio.Channel, store: Store, tmp_path: Path) -> None:
+    """As they were ingested; with the digest only where two files have one name."""
+    star, csv = io_pb2.EXPORT_FORMAT_RELION5_STAR, io_pb2.EXPORT_FORMAT_CSV
+    names = ["TS_01~0123456789ab", "TS_02~0123456789ab", "TS_02~ba9876543210"]
+    parts = [Particles.from_positions([[1.0, 2.0, 3.0]], 7.84, name, (20, 30, 40)) for name in names]
+    volume = put(store, "tomogram.mrc", encode_volume(TOMOGRAM, INFO))
+    optics = io_pb2.Optics(
+        tilt_series_pixel_size_angstrom=1.96, voltage_kv=300, spherical_aberration_mm=2.7, amplitude_contrast=0.07
+    )
+    one = put(store, "one.parquet", parts[0].to_parquet())
+    request = io_pb2.ExportRequest(format=star, particles_uri=one, volume_uri=volume, optics=optics)
+    (tmp_path / "a.star").write_bytes(store.get((await call_operation(channel, request)).result.file_uri))
+    tables = starfile.read(tmp_path / "a.star")
+    assert list(tables["particles"]["rlnTomoName"]) == ["TS_01"]
+    assert list(tables["particles"]["rlnOpticsGroup"]) == [1]
+    assert tables["optics"].iloc[0].to_dict() == {
+        "rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.07,
+        "rlnTomoTiltSeriesPixelSize": 1.96, "rlnOpticsGroup": 1, "rlnOpticsGroupName": "TS_01",
+    }  # fmt: skip
+    several = put(store, "several.parquet", Particles.concat(parts).to_parquet())
+    request = io_pb2.ExportRequest(format=csv, particles_uri=several)
+    read = pd.read_csv(io.BytesIO(store.get((await call_operation(channel, request)).result.file_uri)))
+    assert list(read["tomogram"]) == ["TS_01", *names[1:]]
+    request = io_pb2.ExportRequest(format=star, particles_uri=several, volume_uri=volume, tomogram_name="TS_01")
+    (tmp_path / "b.star").write_bytes(store.get((await call_operation(channel, request)).result.file_uri))
+    assert list(starfile.read(tmp_path / "b.star")["rlnTomoParticleName"]) == ["TS_01/0"]
+
+
 async def test_export_to_csv_and_mrc(channel: grpc.aio.Channel, store: Store, tmp_path: Path) -> None:
-    particles = put(store, "picks.parquet", picks(score=[3.0, 2.0, 1.0]).to_parquet())
+    classes = np.array([0, 4, -1], np.int32)
+    particles = put(store, "picks.parquet", picks(score=[3.0, 2.0, 1.0], class_id=classes).to_parquet())
     request = io_pb2.ExportRequest(format=io_pb2.EXPORT_FORMAT_CSV, particles_uri=particles)
     csv = store.get((await call_operation(channel, request)).result.file_uri)
     read = pd.read_csv(io.BytesIO(csv))
     np.testing.assert_allclose(read[["x", "y", "z"]], picks().positions())
     assert list(read["score"]) == [3.0, 2.0, 1.0]
+    assert list(read["class_number"]) == [1, 5, 0], "as RELION counts"
+    assert "class_id" not in read
 
     volume = put(store, "tomogram.mrc", encode_volume(TOMOGRAM, INFO))
     for mode, error in ((0, 0.02), (1, 1e-4), (2, 0.0), (12, 2e-3)):
@@ -395,8 +442,8 @@ async def test_averages_are_named_by_their_clusters(channel: grpc.aio.Channel, s
     page = store.get((await call_operation(channel, request)).result.report_uri).decode()
     headings = re.findall(r"<h3>(.*?) <span>· (.*?) ·", page)
     assert headings == [
-        ("Average of cluster 0", "3 particles"),
-        ("Average of cluster 2", "2 particles"),
+        ("Average of cluster 1", "3 particles"),
+        ("Average of cluster 3", "2 particles"),
         ("Average 3", "3 particles"),
         ("Average 4", "3 particles"),
     ]
@@ -415,10 +462,22 @@ async def test_report_with_the_tomogram_alone_and_with_too_much(channel: grpc.ai
     assert "1 fsc_uris for 0 average_uris" in message
 
 
+async def test_report_with_pictures(channel: grpc.aio.Channel, store: Store) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.eye(4, dtype=np.uint8)).save(buffer, "PNG")
+    request = io_pb2.ReportRequest(title="Drawn", picture_uris=[put(store, "<a>.png", buffer.getvalue())])
+    page = store.get((await call_operation(channel, request)).result.report_uri).decode()
+    assert base64.b64encode(buffer.getvalue()).decode() in page
+    assert "<a>" not in page
+    request.picture_uris.append(put(store, "page.png", b"<svg onload='alert(1)'/>"))
+    message = await refused(channel, request, grpc.StatusCode.INVALID_ARGUMENT)
+    assert "page.png is no PNG picture" in message
+
+
 async def test_report_with_labels_and_codes(channel: grpc.aio.Channel, store: Store) -> None:
     labels = np.zeros(INFO.shape, np.float32)
     labels[:, 1:3] = 2
-    codes = {"x": [0, 1.0], "y": [0, 2.0], "cluster": [0, 1], "centre_x": [0, 1], "centre_y": [0, 2]}
+    codes = {"x": [0, 1.0], "y": [0, 2.0], "cluster": [1, 2], "centre_x": [0, 1], "centre_y": [0, 2]}
     request = io_pb2.ReportRequest(
         title="Labels",
         tomogram_uri=put(store, "tomogram.mrc", encode_volume(TOMOGRAM, INFO)),
@@ -659,8 +718,9 @@ async def test_list_names_objects_in_order(stub: Any, store: Store) -> None:
 
 async def test_golden_outputs(channel: grpc.aio.Channel, settings: Settings, store: Store) -> None:
     """The same bytes as ever: where one of these digests changes, the operation's version must rise."""
-    array = (np.arange(6 * 5 * 4).reshape(6, 5, 4) * 37 % 101).astype(np.int16)
-    ingested = await call_operation(channel, io_pb2.IngestRequest(source_uri=write_mrc(settings, "a.mrc", array, 8.0)))
+    array = (np.arange(6 * 5 * 4).reshape(6, 5, 4) * 37 % 101).astype(np.float32)
+    source = put_file(settings, "a.mrc", encode_volume(array, VolumeInfo((6, 5, 4), 8.0, "dark")))
+    ingested = await call_operation(channel, io_pb2.IngestRequest(source_uri=source))
     tomogram = ingested.result.tomogram_uri
     positions = [[1.25, 2.5, 3.0], [0.0, 4.0, 5.0]]
     rotations = Rotation.from_quat([[0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5]])

@@ -76,8 +76,8 @@ async def test_snr_of_halves_and_of_one(channel: grpc.aio.Channel, store: Store)
     assert result.correlation == pytest.approx(1 / 3, rel=0.1)
     assert result.reliable
     spectral = table(store, result.metrics_uri)["spectral"]
-    assert len(spectral["frequency"]) == len(spectral["snr"]) == 48
-    assert max(spectral["frequency"]) == pytest.approx(0.05, rel=0.02)
+    assert len(spectral["frequency_per_angstrom"]) == len(spectral["snr"]) == 48
+    assert max(spectral["frequency_per_angstrom"]) == pytest.approx(0.05, rel=0.02)
 
     single = (await call_operation(channel, io_pb2.EstimateTomogramSnrRequest(tomogram_uri=even))).result
     assert single.method == io_pb2.SNR_METHOD_SPECTRUM

@@ -322,14 +322,14 @@ async def test_averages_at_their_particles(channel: grpc.aio.Channel, store: Sto
     result = (await call_operation(channel, request)).result
     assert (result.placed, result.left_out, result.without_class, result.outside) == (3, 1, 1, 1)
     scene = trimesh.load_scene(io.BytesIO(store.get(result.scene_uri)), file_type="glb")
-    assert set(scene.geometry) == {"ribosome", "class 7", "tomogram"}
-    for row, name in ((0, "ribosome"), (1, "class 7"), (5, "class 7")):
+    assert set(scene.geometry) == {"ribosome", "class 8", "tomogram"}
+    for row, name in ((0, "ribosome"), (1, "class 8"), (5, "class 8")):
         matrix, mesh = scene.graph.get(f"particle {row}")
         assert mesh == name
         np.testing.assert_allclose(np.asarray(matrix)[:3, 3], (positions[row] + [0.5, 0, 0]) * VOXEL, atol=1e-3)
         np.testing.assert_allclose(np.asarray(matrix)[:3, :3], rotations[row].as_matrix(), atol=1e-6)
-    faces = {name: len(scene.geometry[name].faces) for name in ("ribosome", "class 7")}
-    assert result.triangles == faces["ribosome"] + 2 * faces["class 7"]
+    faces = {name: len(scene.geometry[name].faces) for name in ("ribosome", "class 8")}
+    assert result.triangles == faces["ribosome"] + 2 * faces["class 8"]
 
     # Without the tomogram all places are the table's; unturned, all lie as they are, and a stack goes by numbers.
     stack = put_volume(store, np.stack([ball(radius, 16) for radius in range(1, 9)]), 20.0, "light", stack=True)
@@ -337,7 +337,7 @@ async def test_averages_at_their_particles(channel: grpc.aio.Channel, store: Sto
     result = (await call_operation(channel, loose)).result
     assert (result.placed, result.outside) == (5, 0)
     scene = trimesh.load_scene(io.BytesIO(store.get(result.scene_uri)), file_type="glb")
-    np.testing.assert_allclose(scene.geometry["class 7"].bounds[1], top_of(8), rtol=0.02)
+    np.testing.assert_allclose(scene.geometry["class 8"].bounds[1], top_of(8), rtol=0.02)
     assert np.array_equal(np.asarray(scene.graph.get("particle 2")[0])[:3, :3], np.eye(3))
 
 
@@ -354,15 +354,17 @@ async def test_scenes_that_cannot_be(
     average = put_volume(store, ball(5, 16), contrast="light")
     flat = put_volume(store, np.ones((8, 8, 8)))
     noise = put_volume(store, VOXELS[:12, :12, :12])
+    classes = put_particles(store, [[50.0, 60.0, 10.0]] * 2, class_id=np.array([0, 5], np.int32))
+    some = (await call_operation(channel, ask(particles_uri=classes, volume_uris=[average]))).result
+    assert (some.placed, some.without_class) == (1, 1)
+    assert some.note == "1 particles are left out: there is no average of class 6"
     monkeypatch.setattr(isosurface, "MOST_VERTICES", 300)
     plain = put_particles(store, [[50.0, 60.0, 10.0]])
-    classes = put_particles(store, [[50.0, 60.0, 10.0]] * 2, class_id=np.array([0, 5], np.int32))
     nameless = put_particles(store, [[50.0, 60.0, 10.0]], class_id=np.array([-1], np.int32))
     mixed = put_particles(store, [[5.0, 6.0, 1.0]] * 2, tomogram=np.array(["a", "b"], object))
     for request, status, words in (
         (ask(particles_uri=plain, volume_uris=[]), "INVALID_ARGUMENT", "volume_uris"),
         (ask(particles_uri=plain, volume_uris=[average, average]), "INVALID_ARGUMENT", "has no classes"),
-        (ask(particles_uri=classes, volume_uris=[average]), "INVALID_ARGUMENT", "is of class 5"),
         (ask(particles_uri=plain, volume_uris=[average], thresholds=[1, 2]), "INVALID_ARGUMENT", "2 values for 1"),
         (ask(particles_uri=nameless, volume_uris=[average]), "FAILED_PRECONDITION", "nothing to place"),
         (ask(particles_uri=mixed, volume_uris=[average]), "FAILED_PRECONDITION", "of 2 tomograms: give tomogram_uri"),

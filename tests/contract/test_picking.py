@@ -122,6 +122,19 @@ class TestDifferenceOfGaussians:
         other = await picks_of(channel, store, dog(tomogram, contrast=common_pb2.CONTRAST_LIGHT))
         assert not {*map(tuple, other.positions())} & {*map(tuple, PLANTED)}
 
+    async def test_too_few_picks_say_what_is_likely_wrong(
+        self, channel: grpc.aio.Channel, store: Store, tomogram: str
+    ) -> None:
+        wrong = dog(tomogram, contrast=common_pb2.CONTRAST_LIGHT, threshold=6.0)
+        reply = await call_operation(channel, wrong)
+        assert reply.result.count == 0
+        assert "if protein is dark in it, give contrast=dark" in reply.result.advice
+        wrong.min_picks = 2
+        await refused(channel, wrong, STATUS.FAILED_PRECONDITION, "0 picks with contrast light", "give contrast=dark")
+        right = dog(tomogram, min_picks=5)
+        await refused(channel, right, STATUS.FAILED_PRECONDITION, "4 picks with contrast dark", "the diameter may be")
+        assert not (await call_operation(channel, dog(tomogram))).result.advice
+
     async def test_the_tomogram_s_contrast_counts_where_none_is_given(
         self, channel: grpc.aio.Channel, store: Store
     ) -> None:

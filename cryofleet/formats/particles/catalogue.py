@@ -18,6 +18,7 @@ from cryofleet.formats.particles.files import MAX_BINARY_BYTES, MAX_TEXT_BYTES, 
 from cryofleet.formats.particles.table import ParticleTable, rescaled, scaled_shape
 from cryofleet.formats.star_tables import parse_star
 from cryofleet.particles import QUATERNION, Particles
+from cryofleet.tomogram_names import plain_names
 
 _HEAD_BYTES = 1 << 16
 _SAID = {"rotation": "rotations", "class": "classes", "half": "half sets", "filament": "filaments", "score": "scores"}
@@ -58,7 +59,8 @@ class Format:
 def _read_parquet(path: Path, source: str) -> ParticleTable:
     particles = Particles.from_parquet(read_file(path, source, MAX_BINARY_BYTES), source)
     table = ParticleTable.in_frame(particles, Frame())
-    return replace(table, found=tuple(particles.table.columns))
+    plain = plain_names(table.tomograms)
+    return replace(table, tomograms=[plain[name] for name in table.tomograms], found=tuple(particles.table.columns))
 
 
 def _write_parquet(path: Path, table: ParticleTable) -> tuple[str, ...]:

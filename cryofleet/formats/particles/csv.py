@@ -23,11 +23,13 @@ from cryofleet.formats.frames import Frame
 from cryofleet.formats.particles.files import MAX_TEXT_BYTES, read_file, text_of
 from cryofleet.formats.particles.table import (
     ParticleTable,
+    class_ids,
     distinct_ids,
     finite_numbers,
     whole_numbers,
 )
-from cryofleet.particles import COLUMNS, POSITION, QUATERNION, SHIFT
+from cryofleet.particles import COLUMNS, POSITION, QUATERNION, SHIFT, Particles
+from cryofleet.tomogram_names import plain_names
 
 FRAME = Frame()
 
@@ -101,6 +103,8 @@ def read(path: Path, source: str) -> ParticleTable:
     for name in ("class_id", "half", "filament"):
         if name in names:
             columns[name] = whole_numbers(numbers(name), f"column {name!r}", source)
+    if "class_number" in names:
+        columns["class_id"] = class_ids(numbers("class_number"), source)
     if "id" in names:
         columns |= distinct_ids(numbers("id"), "column 'id'", source)
     if "class_name" in names:
@@ -112,7 +116,7 @@ def read(path: Path, source: str) -> ParticleTable:
         if sizes[0] <= 0 or not np.all(sizes == sizes[0]):
             raise InvalidArgument(f"{source}: voxel_size_angstrom must be one number above 0 in all rows")
         size = float(sizes[0])
-    read_names = {*COLUMNS, *_WRITTEN_BESIDE, "voxel_size_angstrom"}
+    read_names = {*COLUMNS, *_WRITTEN_BESIDE, "class_number", "voxel_size_angstrom"}
     return ParticleTable(
         Frame(voxel_size_angstrom=size),
         positions,
@@ -154,13 +158,24 @@ def write(path: Path, table: ParticleTable) -> tuple[str, ...]:
     return ()
 
 
+def plainly_named(particles: Particles) -> tuple[pd.DataFrame, str]:
+    """A table and its tomogram's name as other programs are told them (`tomogram_names.plain_names`)."""
+    table, tomogram = particles.table, particles.tomogram
+    if "tomogram" in table:
+        table = table.assign(tomogram=table["tomogram"].map(plain_names(table["tomogram"])))
+    return table, plain_names([tomogram])[tomogram]
+
+
 def encode_csv(table: pd.DataFrame, tomogram: str, voxel_size_angstrom: float) -> Iterator[bytes]:
     """The text of a particle table as CSV, in pieces, with nothing left to guess.
 
     To the table's own columns (x, y, z in voxels from the first voxel's centre, the quaternion that takes the reference
     onto the particle, shifts in voxels) come `x_angstrom`, `y_angstrom`, `z_angstrom` (shift included, from the same
-    origin), the tomogram's name and its voxel size. Numbers keep all their digits.
+    origin), the tomogram's name and its voxel size. Numbers keep all their digits. For `class_id` stands
+    `class_number`, from 1 with 0 for none, as other programs count.
     """
+    if "class_id" in table:
+        table = table.assign(class_id=table["class_id"] + 1).rename(columns={"class_id": "class_number"})
     placed = table[["x", "y", "z"]].to_numpy(np.float64)
     if "shift_x" in table:
         placed = placed + table[["shift_x", "shift_y", "shift_z"]].to_numpy(np.float64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def estimate_tomogram_snr(request: io_pb2.EstimateTomogramSnrRequest, task: Task
         "method": "spectrum" if request.tomogram_uri else "halves",
         "voxel_size_angstrom": info.voxel_size_angstrom,
         "spectral": {
-            "frequency": _listed(found.frequency / info.voxel_size_angstrom),
+            "frequency_per_angstrom": _listed(found.frequency / info.voxel_size_angstrom),
             "snr": _listed(found.spectral_snr),
         },
     }
@@ -129,6 +130,14 @@ def estimate_wedge(request: io_pb2.EstimateWedgeRequest, task: Task) -> io_pb2.E
 # --- Slab ----------------------------------------------------------------------------------------------------------
 
 
+def _plane(plane: slab.Plane) -> dict[str, float]:
+    return {
+        "z_at_centre_voxels": plane.centre,
+        "slope_x_degrees": math.degrees(math.atan(plane.slope_x)),
+        "slope_y_degrees": math.degrees(math.atan(plane.slope_y)),
+    }
+
+
 def _slab_needs(request: io_pb2.FindSlabRequest, reader: Reader) -> Needs:
     return Needs(BASE_BYTES + slab.memory_bytes(single(reader, request.tomogram_uri).info.shape))
 
@@ -141,7 +150,7 @@ def find_slab(request: io_pb2.FindSlabRequest, task: Task) -> io_pb2.FindSlabRes
     size = info.voxel_size_angstrom
     patch = request.patch_angstrom / size if request.HasField("patch_angstrom") else None
     found = slab.find_slab(volume.slab, info.shape, size, patch, part(task.progress, 0.0, 0.9))
-    planes = {"bottom": asdict(found.bottom), "top": asdict(found.top)} if found.found else {}
+    planes = {"bottom": _plane(found.bottom), "top": _plane(found.top)} if found.found else {}
     thickness = {
         "thickness_angstrom": found.thickness * size,
         "thickness_error_angstrom": found.thickness_error * size,

@@ -8,12 +8,13 @@ import numpy as np
 
 from cryofleet.errors import FailedPrecondition
 from cryofleet.formats import mrc, star
-from cryofleet.formats.particles.csv import encode_csv
+from cryofleet.formats.particles.csv import encode_csv, plainly_named
 from cryofleet.formats.volumes import catalogue
 from cryofleet.formats.volumes.frame import LAYER_BYTES, VolumeData, VolumeFrame
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import part
 from cryofleet.server import Needs, Reader, Task
+from cryofleet.tomogram_names import plain_names
 from cryofleet.v1 import io_pb2
 from cryofleet.volumes import VolumeInfo
 from services.io.service.inputs import BASE_BYTES, ROW_BYTES, single, slab_bytes
@@ -48,7 +49,8 @@ def export(request: io_pb2.ExportRequest, task: Task) -> io_pb2.ExportResult:
     particles = task.read_particles(request.particles_uri)
     task.progress(0.3, "writing", particles=float(len(particles)))
     if request.format == io_pb2.EXPORT_FORMAT_CSV:
-        csv = encode_csv(particles.table, particles.tomogram, particles.voxel_size_angstrom)
+        table, tomogram = plainly_named(particles)
+        csv = encode_csv(table, tomogram, particles.voxel_size_angstrom)
         return io_pb2.ExportResult(file_uri=task.write_bytes("particles.csv", csv))
     info = single(task, request.volume_uri).info
     name, particles = _of_one_tomogram(particles, request.tomogram_name, request.particles_uri)
@@ -66,8 +68,15 @@ def export(request: io_pb2.ExportRequest, task: Task) -> io_pb2.ExportResult:
         # RELION counts classes from 1; what is in none is 0.
         class_numbers=np.maximum(table["class_id"].to_numpy(np.int64) + 1, 0) if "class_id" in table else None,
         random_subsets=table["half"].to_numpy(np.int64) if "half" in table else None,
+        optics=_optics(request.optics) if request.HasField("optics") else None,
     )
     return io_pb2.ExportResult(file_uri=task.write_bytes("particles.star", text))
+
+
+def _optics(said: io_pb2.Optics) -> star.Optics:
+    return star.Optics(
+        said.tilt_series_pixel_size_angstrom, said.voltage_kv, said.spherical_aberration_mm, said.amplitude_contrast
+    )
 
 
 def _export_volume(request: io_pb2.ExportRequest, task: Task) -> str:
@@ -95,20 +104,21 @@ def _export_volume(request: io_pb2.ExportRequest, task: Task) -> str:
 def _of_one_tomogram(particles: Particles, asked_name: str, uri: str) -> tuple[str, Particles]:
     """The name for the file and the rows of that tomogram, of a table that may have rows of several."""
     if "tomogram" not in particles.table:
-        name = asked_name or particles.tomogram
+        name = asked_name or plain_names([particles.tomogram])[particles.tomogram]
         if not name:
             raise FailedPrecondition(f"{uri} does not name its tomogram: give it with --set tomogram_name=...")
         return name, particles
-    names = list(dict.fromkeys(particles.table["tomogram"]))
+    plain = plain_names(particles.table["tomogram"])
+    names = list(plain.values())
     if len(names) == 1:
-        return asked_name or str(names[0]), particles
+        return asked_name or names[0], particles
     if asked_name not in names:
-        some = ", ".join(str(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
+        some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise FailedPrecondition(
             f"{uri} has particles of {len(names)} tomograms ({some}); "
             "name the one of volume_uri with --set tomogram_name=..."
         )
-    return asked_name, particles.select((particles.table["tomogram"] == asked_name).to_numpy())
+    return asked_name, particles.select((particles.table["tomogram"].map(plain) == asked_name).to_numpy())
 
 
 def _check_same_frame(particles: Particles, info: VolumeInfo, request: io_pb2.ExportRequest) -> None:

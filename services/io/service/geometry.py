@@ -82,7 +82,8 @@ def crop(request: io_pb2.CropRequest, task: Task) -> io_pb2.CropResult:
     z, y, x = (_kept(request, axis, side) for axis, side in zip("zyx", info.shape, strict=True))
     shape = (z.stop - z.start, y.stop - y.start, x.stop - x.start)
     step = max(1, SLAB_BYTES // (4 * info.shape[1] * info.shape[2]))
-    with task.volume_writer("volume.mrc", replace(info, shape=shape)) as writer:
+    # other coordinates: particles in it are not the tomogram's
+    with task.volume_writer("volume.mrc", replace(info, shape=shape, tomogram="")) as writer:
         for start in range(z.start, z.stop, step):
             stop = min(start + step, z.stop)
             writer.write(volume.slab(start, stop)[:, y, x])
@@ -116,7 +117,8 @@ def rotate(request: io_pb2.RotateRequest, task: Task) -> io_pb2.RotateResult:
     rotation = _rotation(request)
     tilts = rotating.rotated_tilt_range(info.tilt_min_degrees, info.tilt_max_degrees, rotation)
     low, high = tilts or (-90.0, 90.0)
-    with task.volume_writer("volume.mrc", replace(info, tilt_min_degrees=low, tilt_max_degrees=high)) as writer:
+    made = replace(info, tilt_min_degrees=low, tilt_max_degrees=high, tomogram="")
+    with task.volume_writer("volume.mrc", made) as writer:
         order: rotating.Order = 3 if request.spline_order == 3 else 1 if request.spline_order == 1 else 0
         rotating.rotate(volume.slab, info.shape, rotation, order, writer.write, task.scratch, task.progress)
     return io_pb2.RotateResult(volume_uri=writer.uri, tilt_range_known=tilts is not None)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
-from cryofleet.in_tomogram import particles_inside, volume_numbers
+from cryofleet.in_tomogram import particles_inside, volume_numbers, without_volume
 from cryofleet.numerics.label_colours import CLASS_COLOURS, label_colour
 from cryofleet.particles import Particles, row_count
 from cryofleet.progress import Progress, part
@@ -139,11 +139,15 @@ def make_scene(request: io_pb2.MakeSceneRequest, task: Task) -> io_pb2.MakeScene
 
     particles = task.read_particles(request.particles_uri)
     chosen = _chosen(request, task, particles)
-    numbers = volume_numbers(particles, count, bool(stacks), request.particles_uri)[chosen.rows]
+    numbers = volume_numbers(particles, count, bool(stacks), request.particles_uri)
+    note = without_volume(particles, numbers)
+    numbers = numbers[chosen.rows]
     kept = numbers >= 0
     without_class = int((~kept).sum())
     if not kept.any():
-        raise FailedPrecondition(f"no particle of {request.particles_uri} has a class: there is nothing to place")
+        raise FailedPrecondition(
+            f"no particle of {request.particles_uri} has a class with an average: there is nothing to place"
+        )
     places = np.flatnonzero(kept)
     if len(places) > request.max_particles and "score" in particles.table:
         scores = particles.table["score"].to_numpy(np.float64)[chosen.rows[places]]
@@ -184,6 +188,7 @@ def make_scene(request: io_pb2.MakeSceneRequest, task: Task) -> io_pb2.MakeScene
         without_class=without_class,
         outside=chosen.outside,
         triangles=int(sum(len(meshes[shape].triangles) for shape in shapes)),
+        note=note,
     )
 
 
@@ -223,4 +228,4 @@ def _rule_of(request: io_pb2.MakeSceneRequest, number: int) -> tuple[Rule, float
 def _name(particles: Particles, rows: NDArray[np.int64]) -> str:
     """What particles of one average are called."""
     names = set(class_names(particles.select(rows)) or ["average"])
-    return names.pop() if len(names) == 1 else f"class {particles.table['class_id'].iloc[rows[0]]}"
+    return names.pop() if len(names) == 1 else f"class {particles.table['class_id'].iloc[rows[0]] + 1}"

@@ -19,10 +19,10 @@ def picks_in(reader: Reader, uri: str, tomogram: Volume, diameter_angstrom: floa
 
 
 def class_names(particles: Particles) -> list[str] | None:
-    """The class of each particle by name, or by number where there are no names; None without classes."""
+    """The class of each particle by name, or by number, from 1, where there are no names; None without classes."""
     table = particles.table
     if "class_name" in table and any(table["class_name"]):
         return [str(name) or "no class" for name in table["class_name"]]
     if "class_id" in table:
-        return [f"class {number}" if number >= 0 else "no class" for number in table["class_id"]]
+        return [f"class {number + 1}" if number >= 0 else "no class" for number in table["class_id"]]
     return None

@@ -19,6 +19,9 @@ from services.io.service.inputs import BASE_BYTES, ROW_BYTES, single, slab_bytes
 from services.io.service.picks import class_names
 from services.io.service.registry import service
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
+LARGEST_PICTURE_BYTES = 8 << 20
+
 
 def _report_needs(request: io_pb2.ReportRequest, reader: Reader) -> Needs:
     needed = BASE_BYTES
@@ -28,6 +31,8 @@ def _report_needs(request: io_pb2.ReportRequest, reader: Reader) -> Needs:
         needed += 3 * reader.open_volume(uri).info.data_bytes if uri else 0
     # A JSON table as text and as Python's numbers.
     needed += 20 * reader.open_blob(request.embedding_uri).size_bytes if request.embedding_uri else 0
+    # A picture as bytes and as text, and in the page.
+    needed += 5 * sum(reader.open_blob(uri).size_bytes for uri in request.picture_uris)
     for uri in (request.particles_uri, *request.average_particles_uris):
         needed += ROW_BYTES * row_count(reader.open_blob(uri), uri) if uri else 0
     return Needs(needed)
@@ -80,6 +85,7 @@ def report(request: io_pb2.ReportRequest, task: Task) -> io_pb2.ReportResult:
         [Figures(_origin(task.store, uri), task.read_table(uri)) for uri in request.metrics_uris],
         labels,
         _embedding(task, request.embedding_uri) if request.embedding_uri else None,
+        [_drawn(task, uri) for uri in request.picture_uris],
     )
     return io_pb2.ReportResult(report_uri=task.write_bytes("report.html", page.encode()))
 
@@ -89,9 +95,9 @@ def _contrast(volume: Volume) -> reporting.Contrast:
 
 
 def _cluster(particles: Particles) -> int | None:
-    """The cluster, from 0, that all of the particles are of."""
+    """The cluster, from 1, that all of the particles are of."""
     classes = set(particles.table["class_id"].tolist()) if "class_id" in particles.table else set()
-    return int(min(classes)) if len(classes) == 1 and min(classes) >= 0 else None
+    return int(min(classes)) + 1 if len(classes) == 1 and min(classes) >= 0 else None
 
 
 def _particle_count(table: dict[str, object], otherwise: int | None) -> int | None:
@@ -138,8 +144,20 @@ def _labels(task: Task, request: io_pb2.ReportRequest, shape: tuple[int, int, in
 def _embedding(task: Task, uri: str) -> reporting.Embedding:
     embedding = reporting.embedding_of(task.read_table(uri))
     if embedding is None:
-        raise InvalidArgument(f"{uri} holds no codes: it must have x, y and cluster, centre_x and centre_y")
+        raise InvalidArgument(f"{uri} holds no codes: it must have x, y and cluster, from 1, centre_x and centre_y")
     return embedding
+
+
+def _drawn(task: Task, uri: str) -> reporting.Drawn:
+    blob = task.open_blob(uri)
+    if blob.size_bytes > LARGEST_PICTURE_BYTES:
+        raise InvalidArgument(
+            f"{uri} has {blob.size_bytes} bytes; pictures on a page have {LARGEST_PICTURE_BYTES} at most"
+        )
+    data = blob.read()
+    if not data.startswith(PNG_START):
+        raise InvalidArgument(f"{uri} is no PNG picture")
+    return reporting.Drawn(_origin(task.store, uri), data)
 
 
 def _origin(store: Store, uri: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.particles import Particles, row_count
 from cryofleet.server import Reader, Task
@@ -32,11 +31,6 @@ def open_tomogram(reader: Reader, uri: str) -> Volume:
 def count_rows(reader: Reader, uri: str) -> int:
     """Of a table of particles, which is not read."""
     return row_count(reader.open_blob(uri), uri)
-
-
-def name_of(tomogram_uri: str, task: Task) -> str:
-    """As particles call their tomogram: by what it holds, wherever it lies."""
-    return f"tomogram-{content_digest(task.store, tomogram_uri)[:12]}"
 
 
 def chosen_particles(request: picking_pb2.ExtractRequest | picking_pb2.RefinePicksRequest, task: Task) -> Particles:
@@ -81,10 +75,11 @@ def true_positions(particles: Particles) -> NDArray[np.float64]:
 
 
 def classes_of(particles: Particles) -> list[str] | None:
-    """The class of each row, by name or else by number; None where the table has neither."""
-    for column in ("class_name", "class_id"):
-        if column in particles.table:
-            return [str(value) for value in particles.table[column]]
+    """The class of each row, by name or else by number, from 1 and 0 for none; None where the table has neither."""
+    if "class_name" in particles.table:
+        return [str(name) for name in particles.table["class_name"]]
+    if "class_id" in particles.table:
+        return [str(number + 1) for number in particles.table["class_id"]]
     return None
 
 

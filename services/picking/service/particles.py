@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
+from cryofleet.in_tomogram import tomogram_name
 from cryofleet.numerics import object_distance
 from cryofleet.particles import Particles
 from cryofleet.server import Needs, Reader, Task
@@ -22,7 +23,6 @@ from services.picking.service.inputs import (
     ROW_BYTES,
     classes_of,
     count_rows,
-    name_of,
     open_tomogram,
     true_positions,
 )
@@ -144,7 +144,8 @@ def _grid_needs(request: picking_pb2.SampleGridRequest, reader: Reader) -> Needs
 @service.operation(needs=_grid_needs)
 def sample_grid(request: picking_pb2.SampleGridRequest, task: Task) -> picking_pb2.SampleGridResult:
     """Lay out a regular grid of particles."""
-    info = open_tomogram(task, request.tomogram_uri).info
+    tomogram = open_tomogram(task, request.tomogram_uri)
+    info = tomogram.info
     read_mask = None
     if request.mask_uri:
         mask = open_tomogram(task, request.mask_uri)
@@ -156,7 +157,7 @@ def sample_grid(request: picking_pb2.SampleGridRequest, task: Task) -> picking_p
     spacing = request.spacing_angstrom / info.voxel_size_angstrom
     positions = surface_sampling.grid(info.shape, spacing, read_mask, task.progress)
     particles = Particles.from_positions(
-        positions, info.voxel_size_angstrom, name_of(request.tomogram_uri, task), info.shape
+        positions, info.voxel_size_angstrom, tomogram_name(task.store, tomogram), info.shape
     )
     return picking_pb2.SampleGridResult(
         particles_uri=task.write_particles("grid.parquet", particles), count=len(particles)

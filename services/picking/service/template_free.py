@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from cryofleet.errors import InvalidArgument
+from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.in_tomogram import tomogram_name
 from cryofleet.particles import Particles
 from cryofleet.progress import part
 from cryofleet.requests import CONTRASTS
 from cryofleet.server import Needs, Reader, Task
+from cryofleet.tomogram_names import plain_names
 from cryofleet.v1 import picking_pb2
 from cryofleet.volumes import Volume
 from services.picking import difference_of_gaussians as dog
+from services.picking import few_picks, scale_space
 from services.picking import saliency as salience
-from services.picking import scale_space
-from services.picking.service.inputs import BASE_BYTES, name_of, open_tomogram
+from services.picking.service.inputs import BASE_BYTES, open_tomogram
 from services.picking.service.registry import service
 from services.picking.slabs import ReadSlab
+
+_FEW_PICKS = 2
 
 
 def _dog_needs(request: picking_pb2.DifferenceOfGaussiansRequest, reader: Reader) -> Needs:
@@ -74,10 +78,19 @@ def difference_of_gaussians(
     else:
         picks = dog.difference_of_gaussians(read, shape, info.voxel_size_angstrom, diameter, **common)
         positions, scores = picks.positions, picks.scores
+    advice = ""
+    if len(positions) < max(_FEW_PICKS, request.min_picks) and first is None:
+        inverted = common | {"contrast": few_picks.opposite(contrast)}
+        others = dog.difference_of_gaussians(read, shape, info.voxel_size_angstrom, diameter, **inverted)
+        advice = few_picks.advice(len(positions), len(others.positions), contrast, diameter, request.threshold)
+        metrics["advice"] = advice
+        if len(positions) < request.min_picks:
+            called = plain_names([info.tomogram])[info.tomogram] or request.tomogram_uri
+            raise FailedPrecondition(f"{called}: {advice}")
     particles = Particles.from_positions(
         positions,
         info.voxel_size_angstrom,
-        tomogram=name_of(request.tomogram_uri, task),
+        tomogram=tomogram_name(task.store, tomogram),
         tomogram_shape=info.shape,
         score=scores,
         **columns,
@@ -87,6 +100,7 @@ def difference_of_gaussians(
         count=len(particles),
         particle_diameter_angstrom=diameter,
         metrics_uri=task.write_table("metrics.json", {"picks": len(particles), **metrics}),
+        advice=advice,
     )
 
 
@@ -134,7 +148,7 @@ def saliency(request: picking_pb2.SaliencyRequest, task: Task) -> picking_pb2.Sa
     particles = Particles.from_positions(
         found.positions,
         info.voxel_size_angstrom,
-        name_of(request.tomogram_uri, task),
+        tomogram_name(task.store, volume),
         info.shape,
         score=found.scores,
     )

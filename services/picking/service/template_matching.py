@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cryofleet.artifacts import content_digest
 from cryofleet.errors import FailedPrecondition, InvalidArgument
+from cryofleet.in_tomogram import tomogram_name
 from cryofleet.numerics.rotations import rotation_grid
 from cryofleet.progress import part
 from cryofleet.scratch_array import ScratchVolume
@@ -23,7 +24,7 @@ from services.picking import template as templates
 from services.picking import template_matching as matching
 from services.picking import tiles
 from services.picking.score_maps import MapPiece, ScoreMaps
-from services.picking.service.inputs import BASE_BYTES, asked_rows, name_of, open_tomogram
+from services.picking.service.inputs import BASE_BYTES, asked_rows, open_tomogram
 from services.picking.service.peaks import MATCH_FORMAT, peaks_bytes, pick, write_map
 from services.picking.service.registry import service
 from services.picking.service.templates import (
@@ -202,7 +203,7 @@ def template_match(request: picking_pb2.TemplateMatchRequest, task: Task) -> pic
     )
     about = {
         "format": MATCH_FORMAT,
-        "tomogram": name_of(request.tomogram_uri, task),
+        "tomogram": tomogram_name(task.store, volume),
         "tomogram_shape": list(info.shape),
         "voxel_size_angstrom": info.voxel_size_angstrom,
         "tilt_degrees": [info.tilt_min_degrees, info.tilt_max_degrees],

@@ -139,6 +139,17 @@ def test_the_scale_bar_has_its_length(pixel_angstrom: float, longest: int, bar: 
     assert int(np.argmax(runs)) > 300 * longest / 400
 
 
+@pytest.mark.parametrize("width", [120, 60])
+def test_a_footer_is_no_wider_than_its_picture(width: int) -> None:
+    values = np.zeros((512, width), np.float32)
+    footer = Footer("along x, x 90 to 110", [("#e69f00", "a class of a long name")])
+    image = drawing.draw(values, LEVELS, 10.0, footer=footer)
+    # the scale's words need some 70 pixels
+    assert image.width == max(width, image.width if width < 80 else width) <= max(width, 80)
+    other = drawing.draw(values, LEVELS, 10.0, footer=Footer("along x, x 9 to 11", footer.legend))
+    assert other.size == image.size, "all pictures of a movie are of one size"
+
+
 def test_any_name_is_written_as_text_on_one_line() -> None:
     assert drawing.printable("<b>a</b>\n\x1b[31m") == "<b>a</b>  [31m"
     assert len(drawing.printable("a" * 1000)) == 60

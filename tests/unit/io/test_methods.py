@@ -12,7 +12,7 @@ import pytest
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from cryofleet.errors import FailedPrecondition
+from cryofleet.errors import FailedPrecondition, InvalidArgument
 from cryofleet.formats.particles.csv import encode_csv
 from cryofleet.numerics import fourier
 from services.io import filter as filters
@@ -111,18 +111,31 @@ def test_volumes_without_content_are_refused(array: Volume, message: str) -> Non
 
 def test_the_voxel_size_given_or_in_the_file() -> None:
     array = noise(3, 3, 3)
-    assert ingest.voxel_size(Memory(array, (13.48, 13.48, 13.5)), None) == pytest.approx(13.48667)
+    assert ingest.voxel_size(Memory(array, (13.48, 13.48, 13.5))) == pytest.approx(13.48667)
     # float32 noise of a header's cell is not kept
-    assert ingest.voxel_size(Memory(array, (2.7000002, 2.7000002, 2.7000002)), None) == 2.7
+    assert ingest.voxel_size(Memory(array, (2.7000002, 2.7000002, 2.7000002))) == 2.7
     assert ingest.voxel_size(Memory(array, None), 7.5) == 7.5
-    assert ingest.voxel_size(Memory(array, (10.0, 10.0, 20.0)), 10.0) == 10.0
+    assert ingest.voxel_size(Memory(array, (10.0, 10.0, 20.0)), 10.0, overrule=True) == 10.0
     for sizes, message in (
         (None, "does not say its voxel size: give it with --set voxel_size_angstrom="),
         ((10.0, 10.0, 10.2), r"a voxel of 10 x 10 x 10.2 Å \(x, y, z\); its sides must be equal"),
-        ((7840.0, 7840.0, 7840.0), "7840 x 7840 x 7840 Å, which cannot be: give it with"),
+        ((7840.0, 7840.0, 7840.0), "a voxel of 7840 Å, which cannot be: give it with"),
     ):
         with pytest.raises(FailedPrecondition, match=f"tomo.mrc: .*{message}"):
-            ingest.voxel_size(Memory(array, sizes), None)
+            ingest.voxel_size(Memory(array, sizes))
+
+
+def test_a_file_s_voxel_size_is_overruled_only_where_that_is_said() -> None:
+    tomogram = Memory(noise(3, 3, 3), (10.0, 10.0, 10.0))
+    assert ingest.voxel_size(tomogram, 10.09) == 10.09, "files round"
+    with pytest.raises(
+        InvalidArgument, match=r"tomo.mrc: the file says a voxel of 10 Å, voxel_size_angstrom is 13.6: "
+    ):
+        ingest.voxel_size(tomogram, 13.6)
+    assert ingest.voxel_size(tomogram, 13.6, overrule=True) == 13.6
+    assert ingest.voxel_size(Memory(noise(3, 3, 3), (7840.0,) * 3), 7.84) == 7.84, "what cannot be is not believed"
+    with pytest.raises(InvalidArgument, match="10 x 10 x 20 Å"):
+        ingest.voxel_size(Memory(noise(3, 3, 3), (10.0, 10.0, 20.0)), 10.0)
 
 
 # --- Filters -------------------------------------------------------------------------------------------------------

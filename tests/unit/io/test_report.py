@@ -239,9 +239,9 @@ def test_clusters_are_shown_by_the_numbers_they_are_chosen_by() -> None:
     centres = [report.Centre(np.random.default_rng(n).random((8, 8, 8), np.float32), "light", n) for n in sizes]
     text = whole_page(centres=centres)
     # The largest first, each with the number of its place in the stack.
-    assert re.findall(r"<b>Cluster (\d+)</b>(\d+) particles", text) == [("1", "40"), ("2", "9"), ("0", "5")]
+    assert re.findall(r"<b>Cluster (\d+)</b>(\d+) particles", text) == [("2", "40"), ("3", "9"), ("1", "5")]
     alts = [image["alt"] for image in Page(text).all("img")]
-    for number in range(3):
+    for number in range(1, 4):
         shown = [f"{name} slice of the centre of cluster {number}" for name in ("xy", "xz", "yz")]
         assert [alt for alt in alts if alt in shown] == shown
     assert "Average of cluster 2" in whole_page(
@@ -280,14 +280,14 @@ def test_labels_are_coloured_over_the_slices_with_a_legend() -> None:
 
 def test_codes_are_drawn_as_dots_with_their_clusters_numbers() -> None:
     rng = np.random.default_rng(0)
-    clusters = rng.integers(0, 12, 9000)
+    clusters = rng.integers(1, 13, 9000)
     table = {
         "particles": 12345,
         "explained_variance": [0.5, 0.25],
         "cluster": clusters.tolist(),
         "x": (clusters + rng.normal(0, 0.1, 9000)).tolist(),
         "y": rng.normal(0, 1, 9000).tolist(),
-        "centre_x": list(map(float, range(12))),
+        "centre_x": list(map(float, range(1, 13))),
         "centre_y": [0.0] * 12,
     }
     found = report.embedding_of(table)
@@ -299,15 +299,15 @@ def test_codes_are_drawn_as_dots_with_their_clusters_numbers() -> None:
     groups = [path for path in page.all("path") if str(path.get("class")).startswith("dots c")]
     assert [path["class"] for path in groups] == ["dots c7", *(f"dots c{n}" for n in range(7))]
     assert sum(str(path["d"]).count("M") for path in groups) == 3000
-    assert str(groups[3]["d"]).count("M") == (clusters[::3] == 2).sum()
-    # Cluster 2's dots lie about its number, which lies at its centre.
+    assert str(groups[3]["d"]).count("M") == (clusters[::3] == 3).sum()
+    # Cluster 3's dots lie about its number, which lies at its centre.
     places = re.findall(r'class="mark" x="([\d.]+)" y="([\d.]+)"[^>]*>(\d+)<', text)
-    assert [number for *_, number in places] == [str(n) for n in range(12)]
+    assert [number for *_, number in places] == [str(n) for n in range(1, 13)]
     columns = [float(place) for place in re.findall(r"M([\d.]+) ", str(groups[3]["d"]))]
     assert np.mean(columns) == pytest.approx(float(places[2][0]), abs=2)
     (drawing,) = [svg for svg in page.all("svg") if "plane" in str(svg.get("class"))]
-    assert "cluster 0: " in str(drawing["aria-label"])
-    few = report.embedding_of({"x": [1.0], "y": [1.0], "cluster": [0], "centre_x": [1.0], "centre_y": [1.0]})
+    assert "cluster 1: " in str(drawing["aria-label"])
+    few = report.embedding_of({"x": [1.0], "y": [1.0], "cluster": [1], "centre_x": [1.0], "centre_y": [1.0]})
     assert "All 1 particles" in Page(whole_page(embedding=few)).text()
     for lacking in ("x", "cluster", "centre_y"):
         assert report.embedding_of({**table, lacking: []}) is None
@@ -329,3 +329,21 @@ def test_a_confusion_matrix_is_a_table_shaded_by_rows() -> None:
     broken: Any
     for broken in ({"counts": [[1, 2]]}, {"names": ["a"], "counts": [[1, 2]]}, {"names": "a", "counts": 3}, [1], None):
         assert "Confusion" not in whole_page(tables=[Figures("t", {"confusion_matrix": broken, "f1": 1.0})])
+
+
+def test_figures_stand_with_their_errors_and_units() -> None:
+    table = {
+        "thickness_angstrom": 1503.26,
+        "thickness_error_angstrom": 12.4,
+        "snr": 0.01234,
+        "snr_error": 0.00051,
+        "error_rate": 0.5,
+        "power_by_angle": {"angle_degrees": [-60.0, 0.0, 60.0], "power": [1.0, 2.0, 1.5]},
+        "surfaces": [{"x": 1.0, "bottom": 2.0}],
+    }
+    page = Page(whole_page(tables=[Figures("io.FindSlab", table)], averages=()))
+    assert "thickness (Å) 1,503 ± 12" in page.text()
+    assert "SNR 0.01234 ± 0.00051" in page.text()
+    assert "error rate 0.5" in page.text()
+    assert "surfaces" not in page.text()
+    assert len(page.all("polyline")) == 1, "the power over the angle"

@@ -15,7 +15,8 @@ from cryofleet.cli.options import key_values
 from cryofleet.cli.output import seconds_text, size_text
 from cryofleet.cli.runs import _folders
 from cryofleet.client import Artifact, Client, RunHandle
-from cryofleet.results import RUN_DETAILS_MARK, save_outputs
+from cryofleet.errors import NotFound
+from cryofleet.results import RUN_DETAILS_MARK, artifacts_of, save_outputs
 from cryofleet.v1 import orchestrator_pb2
 
 
@@ -91,6 +92,22 @@ def test_outputs_become_files_named_by_output_and_place(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["f1"] == 0.5
     page = (tmp_path / "report.html").read_text()
     assert "picking.&lt;b&gt;" in page, "names are shown, not run"
+
+
+def test_outputs_of_several_files_are_called_by_them(tmp_path: Path) -> None:
+    handle = _handle(picks=["file:///k/a.star", None, "file:///k/c.star"], average=["file:///k/a.mrc"])
+    handle.record.output_names["picks"].names.extend(["TS_01", "TS_02", "TS_03"])
+    save_outputs(handle, tmp_path)
+    names = {"picks_TS_01.star", "picks_TS_03.star", "average_1.mrc"}
+    assert {p.name for p in tmp_path.iterdir()} == {*names, "metrics.json"}
+    assert artifacts_of(tmp_path / "picks_TS_03.star") == {"picks_TS_03.star": "file:///k/c.star"}
+    assert set(artifacts_of(tmp_path)) == names
+    (tmp_path / "mine.txt").write_text("the user's own")
+    with pytest.raises(NotFound, match=r"mine\.txt is no result of the run"):
+        artifacts_of(tmp_path / "mine.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFound, match="there is no metrics"):
+        artifacts_of(tmp_path / "empty")
 
 
 def test_files_of_an_earlier_run_are_not_left_to_be_taken_for_this_ones(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.in_tomogram import inside, volume_numbers
+from cryofleet.in_tomogram import inside, volume_numbers, without_volume
 from cryofleet.particles import Particles
 
 
@@ -22,8 +22,11 @@ def test_volumes_go_by_the_classes_numbers() -> None:
     assert volume_numbers(particles, 2, False, "p").tolist() == [1, -1, 0, 1]
     assert volume_numbers(particles, 6, False, "p").tolist() == [5, -1, 2, 5]
     assert volume_numbers(particles, 6, True, "p").tolist() == [5, -1, 2, 5]
-    with pytest.raises(InvalidArgument, match=r"p: row 0 \(id 0\) is of class 5, and there are volumes of 3 classes"):
-        volume_numbers(particles, 3, False, "p")
+    # What has no volume is said by the numbers that reports show.
+    numbers = volume_numbers(particles, 3, False, "p")
+    assert numbers.tolist() == [-1, -1, 2, -1]
+    assert without_volume(particles, numbers) == "2 particles are left out: there is no average of class 6"
+    assert not without_volume(particles, volume_numbers(particles, 2, False, "p"))
     plain = Particles.from_positions(np.zeros((4, 3)), 10.0)
     assert volume_numbers(plain, 1, False, "p").tolist() == [0, 0, 0, 0]
     with pytest.raises(InvalidArgument, match="p has no classes, and there are 2 volumes"):

@@ -15,7 +15,7 @@ from cryofleet.operations import (
     result_from_mapping,
     result_to_mapping,
 )
-from cryofleet.v1 import picking_pb2, simulation_pb2
+from cryofleet.v1 import io_pb2, picking_pb2, simulation_pb2
 
 
 def test_every_operation_is_documented() -> None:
@@ -52,6 +52,12 @@ def test_defaults_fill_only_what_was_left_out() -> None:
     assert resolved.threshold == 0
     assert resolved.sigma_ratio == 1.1
     assert not request.HasField("sigma_ratio")
+
+
+def test_a_name_left_out_is_that_of_the_file_and_counts() -> None:
+    ingest = io_pb2.IngestRequest(source_uri="s3://bucket/raw/TS 01.mrc.gz")
+    assert parameters_of(ingest)["name"] == "TS_01"
+    assert parameters_of(io_pb2.IngestRequest(source_uri=ingest.source_uri, name="a"))["name"] == "a"
 
 
 def test_identity_has_no_uris_and_no_context() -> None:

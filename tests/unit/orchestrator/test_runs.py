@@ -45,6 +45,45 @@ def states(run: pb.Run) -> list[str]:
     return [pb.StepState.Name(step.state).removeprefix("STEP_STATE_") for step in run.steps]
 
 
+FILES = """
+name: files
+inputs:
+  tomograms: {kind: file, list: true}
+parameters:
+  numbers: {type: list, default: [1, 2]}
+steps:
+  - id: tomogram
+    foreach: ${tomograms}
+    as: file
+    steps:
+      - id: ingest
+        op: io.Ingest
+        with: {source_uri: "${file}"}
+  - id: other
+    foreach: ${numbers}
+    as: number
+    op: runtime.SelfTest
+    with: {index: "${number}"}
+outputs:
+  volumes: ${tomogram.ingest.tomogram_uri}
+  indices: ${other.index}
+"""
+
+
+@pytest.mark.parametrize(
+    ("uris", "names"),
+    [
+        (["file:///a/TS_01.mrc", "s3://b/TS_02.mrc.gz"], ["TS_01", "TS_02"]),
+        (["file:///a/rec.mrc", "file:///b/rec.mrc"], ["1_rec", "2_rec"]),
+    ],
+)
+def test_outputs_of_each_file_are_called_by_it(uris: list[str], names: list[str]) -> None:
+    run = RunRow("r", "default", "files", "files.yaml", FILES, {"tomograms": uris, "numbers": [1, 2]}, 1.0)
+    attempt = AttemptRow("r", 1, "running", "", {}, 1.0, 2.0, None)
+    found = run_message(run, attempt, load(FILES, "files.yaml"), {})
+    assert {name: list(each.names) for name, each in found.output_names.items()} == {"volumes": names}
+
+
 def test_a_step_is_the_sum_of_its_units() -> None:
     units = {
         "item": Unit("item", "running", total=12),

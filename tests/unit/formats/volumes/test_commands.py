@@ -107,7 +107,8 @@ def test_a_stack_takes_what_lies_beside_it_along(tmp_path: Path, shared_data: Pa
     (tmp_path / "TS_01.tlt").write_bytes((real / "uermel_tilt_1.tlt").read_bytes())
     (tmp_path / "TS_01.st.mdoc").write_text("ImageFile = TS_01.st\n\n[ZValue = 0]\nTiltAngle = 1.5\n")
     seen = json.loads(run("inspect", stack, "--json").stdout)
-    assert (seen["kind"], seen["count"]) == ("stack", count)
+    assert (seen["kind"], seen["count"]) == ("tilt series", count)
+    assert seen["tilt_max_degrees"] - seen["tilt_min_degrees"] > 90
     assert seen["beside"] == {
         "TS_01.st.mdoc": "SerialEM metadata, 1 images",
         "TS_01.tlt": f"tilt angles, {count} images",
@@ -119,6 +120,15 @@ def test_a_stack_takes_what_lies_beside_it_along(tmp_path: Path, shared_data: Pa
     assert (tmp_path / "b.tlt").exists()
     assert (tmp_path / "b.mrc.mdoc").read_text().startswith("ImageFile = b.mrc\n")
     assert isinstance(run("convert", stack, tmp_path / "b.zarr").exception, FailedPrecondition)
+    # a reconstruction beside the same files is none, nor is a stack of which nothing says it
+    whole = written(tmp_path, "mrc", volume_of(noise(count + 3, 6, 8))).rename(tmp_path / "TS_01.rec")
+    seen = json.loads(run("inspect", whole, "--json").stdout)
+    assert (seen["kind"], seen["beside"], seen["warnings"]) == ("volume", {}, [])
+    alone = stack.rename(tmp_path / "alone.st")
+    assert json.loads(run("inspect", alone, "--json").stdout)["kind"] == "stack"
+    with mrcfile.open(alone, "r+") as file:
+        file.add_label("Tilt axis angle = 84.7, binning = 1")
+    assert json.loads(run("inspect", alone, "--json").stdout)["kind"] == "tilt series"
     alignment = json.loads(run("inspect", tmp_path / "b.xf", "--json").stdout)
     assert alignment["mean_rotation_degrees"] == pytest.approx(100, abs=1)
 
