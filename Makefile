@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
-.PHONY: setup demo test faults soak manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
+.PHONY: setup demo test faults soak test-browser manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
 
 setup: $(READY)
 
@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Cryofleet needs Python 3.11; name yours with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt \
-		-e ".[io,picking,alignment,learning,simulation,orchestrator,dev]"
+		-e ".[io,picking,alignment,learning,simulation,orchestrator,views,dev]"
 	touch $@
 
 # Exit code 3 is a run that ended with items set aside: there is a report all the same.
@@ -61,6 +61,16 @@ faults: $(READY)
 soak: $(READY)
 	SEED="$(SEED)" FAULTS="$(FAULTS)" MINUTES="$(MINUTES)" $(BIN)/python -m tests.faults.soak
 
+# The page in a real browser: Debian's chromium, or CHROMIUM=... of this machine. Pictures of it go into SCREENSHOTS.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || echo /usr/bin/chromium)
+SCREENSHOTS ?= build/screenshots
+
+$(CHROMIUM):
+	sh tests/browser/install.sh
+
+test-browser: $(READY) $(CHROMIUM)
+	CHROMIUM="$(CHROMIUM)" SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/python -m pytest -m browser tests/browser
+
 lint: $(READY) protos-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,7 +89,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
 # Images (docs/images.md). The wheelhouse is made by a PYTHON of the version that the images' base has.
-IMAGES ?= io picking alignment learning simulation orchestrator
+IMAGES ?= io picking alignment learning simulation orchestrator viewer
 WHEELHOUSE ?= build/wheelhouse
 TORCH ?= cpu
 

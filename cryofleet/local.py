@@ -25,10 +25,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cryofleet.channels import open_blocking_channel
+from cryofleet.channels import failure_from_rpc, open_blocking_channel
 from cryofleet.errors import FailedPrecondition, Internal, Unavailable
-from cryofleet.settings import SERVICES, Settings, available_cores
-from cryofleet.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from cryofleet.settings import PAGE_OFF, SERVICES, Settings, available_cores
+from cryofleet.v1 import orchestrator_pb2, orchestrator_pb2_grpc, viewer_pb2, viewer_pb2_grpc
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its final NUL
 _RESTART_SECONDS = (0.2, 1.0, 5.0, 15.0)
@@ -65,7 +65,8 @@ def members(settings: Settings) -> list[Member]:
     """The processes that make up the platform on this machine."""
     cores = available_cores()
     found = []
-    for number, name in enumerate((*SERVICES, "orchestrator")):
+    viewer = ("viewer",) if settings.page != PAGE_OFF and find_spec("panel") is not None else ()
+    for number, name in enumerate((*SERVICES, "orchestrator", *viewer)):
         threads = cores if name in _ALL_CORES else 1
         socket = settings.run_folder / f"{name}.sock"
         defaults = {
@@ -77,6 +78,7 @@ def members(settings: Settings) -> list[Member]:
             "CRYOFLEET_HOME": str(settings.home),
             "CRYOFLEET_ADDRESS": f"unix:{socket}",
             "CRYOFLEET_INSTANCE": name,
+            "CRYOFLEET_PAGE": settings.page,
             "CRYOFLEET_METRICS_PORT": str(settings.metrics_port + number if settings.metrics_port else 0),
             "CRYOFLEET_HEALTH_PORT": str(settings.health_port + number if settings.health_port else 0),
         }
@@ -92,7 +94,7 @@ def code_stamp() -> str:
         spec = find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
             for path in sorted(Path(folder).rglob("*")):
-                if path.suffix in (".py", ".yaml", ".html"):
+                if path.suffix in (".py", ".yaml", ".html", ".js", ".css"):
                     status = path.stat()
                     stamp.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()
@@ -182,6 +184,22 @@ def _launch_supervisor(settings: Settings) -> None:
             stderr=log,
             check=True,
         )
+
+
+def page_url(settings: Settings) -> str:
+    """Where the platform's page is; it signs whoever opens it in. Empty where it has none.
+
+    Raises Unavailable where the viewer does not answer.
+    """
+    viewer = next((member for member in members(settings) if member.name == "viewer"), None)
+    if viewer is None:
+        return ""
+    with open_blocking_channel(viewer.address, settings.tls) as channel:
+        try:
+            stub = viewer_pb2_grpc.ViewerServiceStub(channel)
+            return stub.GetPage(viewer_pb2.GetPageRequest(), timeout=10).url
+        except grpc.RpcError as error:
+            raise failure_from_rpc(error) from None
 
 
 def is_serving(address: str, settings: Settings) -> bool:

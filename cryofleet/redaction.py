@@ -47,6 +47,8 @@ _SHAPES: dict[str, str] = {
     "PIPELINES": rf"{_PATH}(:{_PATH})*",
     "INSTANCE": _WORD,
     "PROJECT": PROJECT_PATTERN.pattern,
+    "PAGE": rf"off|{_HOST}",
+    "PAGE_ORIGINS": rf"({_HOST})(\s+({_HOST}))*",
     "METRICS_HOST": r"[0-9.]+|localhost|::1?",
     "LOG_LEVEL": r"(?i:debug|info|warning|error|critical)",
     "AUDIT": rf"off|log|{_PATH}",

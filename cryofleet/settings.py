@@ -15,6 +15,7 @@ SERVICES = ("io", "picking", "alignment", "learning", "simulation")
 PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DEFAULT_PROJECT = "default"
 ROLES = ("viewer", "operator", "admin")
+PAGE_OFF = "off"
 AUDIT_OFF, AUDIT_LOG = "off", "log"
 """Words for CRYOFLEET_AUDIT; anything else is the path of a file."""
 
@@ -88,6 +89,11 @@ class Settings:
     """May hold a password. The orchestrator's database: sqlite:///path or postgresql://… CRYOFLEET_DATABASE"""
     pipelines: tuple[Path, ...] = ()
     """Folders of further pipelines, separated by colons. CRYOFLEET_PIPELINES"""
+    page: str = "localhost:0"
+    """Where the viewer serves the page: host:port, any free port where it is 0; off for no viewer. CRYOFLEET_PAGE"""
+    page_origins: tuple[str, ...] = ()
+    """Hosts (host:port) that browsers know the page by, behind a proxy for instance, separated by spaces.
+    CRYOFLEET_PAGE_ORIGINS"""
     slots: int = 1
     """Operations that an instance works on at a time. CRYOFLEET_SLOTS"""
     threads: int = 1
@@ -169,6 +175,8 @@ class Settings:
             orchestrator=read.text("ORCHESTRATOR", f"unix:{run_folder}/orchestrator.sock"),
             database=read.text("DATABASE", f"sqlite:///{home}/orchestrator.sqlite"),
             pipelines=tuple(Path(folder) for folder in read.text("PIPELINES", "").split(":") if folder),
+            page=_page(read),
+            page_origins=tuple(read.text("PAGE_ORIGINS", "").split()),
             slots=read.integer("SLOTS", available_cores(), least=1),
             threads=read.integer("THREADS", 1, least=1),
             memory_bytes=read.integer("MEMORY_BYTES", 0, least=0),
@@ -198,6 +206,14 @@ class Settings:
                 region=read.text("S3_REGION", "us-east-1"),
             ),
         )
+
+
+def _page(read: _Reader) -> str:
+    page = read.text("PAGE", "localhost:0")
+    host, separator, port = page.rpartition(":")
+    if page != PAGE_OFF and not (separator and host and port.isdigit() and int(port) < 65536):
+        raise InvalidArgument(f"CRYOFLEET_PAGE is {page!r}; it must be host:port, or {PAGE_OFF}")
+    return page
 
 
 def _oidc(read: _Reader) -> OidcSettings | None:

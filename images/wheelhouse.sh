@@ -20,7 +20,7 @@ wheels() { # $1: where to; then what
     "$PYTHON" -m pip wheel --quiet --no-cache-dir --wheel-dir "$into" $PIP_OPTIONS "$@"
 }
 
-"$PYTHON" images/requirements.py io picking alignment learning simulation orchestrator >"$list"
+"$PYTHON" images/requirements.py io picking alignment learning simulation orchestrator viewer >"$list"
 version=$(sed -n 's/^torch==//p' "$list")
 sed -i '/^torch==/d' "$list"
 wheels "$folder" -c constraints.txt -r "$list"

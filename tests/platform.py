@@ -88,7 +88,13 @@ def platform_home(**variables: str) -> Iterator[Platform]:
     names = {f"CRYOFLEET_{name}": value for name, value in variables.items()}
     # The platform gives each service the threads it should have, where its environment says nothing else.
     kept = {n: value for n, value in os.environ.items() if not n.startswith("CRYOFLEET_") and n != "OMP_NUM_THREADS"}
-    environment = {**kept, "CRYOFLEET_HOME": str(home), "CRYOFLEET_DRAIN_SECONDS": "5", **names}
+    environment = {
+        **kept,
+        "CRYOFLEET_HOME": str(home),
+        "CRYOFLEET_DRAIN_SECONDS": "5",
+        "CRYOFLEET_PAGE": "off",
+        **names,
+    }
     settings = Settings.from_environment(environment)
     try:
         yield Platform(settings, environment)

@@ -60,10 +60,14 @@ RULES: Mapping[str, Rule] = {
     "grpc.reflection.v1alpha.ServerReflection": Rule(Role.VIEWER, audited=False),
     "cryofleet.v1.RuntimeService/GetCapacity": Rule(Role.VIEWER, platform=True, audited=False),
     "cryofleet.v1.RuntimeService/Estimate": Rule(Role.OPERATOR, platform=True),
+    # The page.
+    "cryofleet.v1.ViewerService/GetPage": Rule(Role.VIEWER),
     # Files.
     "cryofleet.v1.IoService/Upload": Rule(Role.OPERATOR),
     "cryofleet.v1.IoService/Download": Rule(Role.VIEWER),
     "cryofleet.v1.IoService/List": Rule(Role.VIEWER),
+    # Many a second while somebody scrolls.
+    "cryofleet.v1.IoService/CutSlice": Rule(Role.VIEWER, audited=False),
     # Runs.
     "cryofleet.v1.OrchestratorService/SubmitRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/EstimateRun": Rule(Role.OPERATOR),

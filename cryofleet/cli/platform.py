@@ -27,11 +27,14 @@ def up(as_json: bool) -> None:
     settings = Settings.from_environment()
     was_up = local.is_up(settings)
     local.start(settings)
+    page = local.page_url(settings)
     if as_json:
-        print_json({"home": str(settings.home), "store": settings.store, "was_up": was_up})
+        print_json({"home": str(settings.home), "store": settings.store, "was_up": was_up, "page": page})
     else:
         state = "is up already" if was_up else "is up"
         click.echo(f"the platform {state}: home {settings.home}, store {settings.store}")
+        if page:
+            click.echo(f"look at it in a browser: {page}")
 
 
 @click.command()

@@ -33,13 +33,14 @@ from cryofleet.channels import open_blocking_channel
 from cryofleet.client import Client
 from cryofleet.particles import Particles
 from cryofleet.settings import SERVICES, Settings
+from cryofleet.v1 import viewer_pb2, viewer_pb2_grpc
 from cryofleet.volumes import VolumeInfo, encode_volume
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.timeout(3600)
 
 # The learning service's is the largest and comes last.
-IMAGES = ("io", "orchestrator", "simulation", "picking", "alignment", "learning")
+IMAGES = ("io", "orchestrator", "simulation", "viewer", "picking", "alignment", "learning")
 WITH_TORCH = ("picking", "alignment", "learning")
 SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}
 """The Debian whose Python is the one that makes the wheelhouse."""
@@ -116,10 +117,16 @@ def call_orchestrator(client: Client) -> None:
     assert {pool.name for pool in client.pools()} == set(SERVICES)
 
 
+def call_viewer(client: Client) -> None:
+    stub = viewer_pb2_grpc.ViewerServiceStub(client._service("io"))
+    assert stub.GetPage(viewer_pb2.GetPageRequest(), timeout=30).url.startswith("http://localhost:")
+
+
 CALLS: dict[str, Callable[[Client], None]] = {
     "io": call_io,
     "orchestrator": call_orchestrator,
     "simulation": call_simulation,
+    "viewer": call_viewer,
     "picking": call_picking,
     "alignment": call_alignment,
     "learning": call_learning,

@@ -3,6 +3,7 @@
 # Importing them registers their operations.
 from services.io.service import (  # noqa: F401
     contrast,
+    cut,
     estimates,
     export,
     files,

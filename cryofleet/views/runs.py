@@ -1,0 +1,260 @@
+"""The runs view: what runs and ran, each run's steps, and a form to start another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+import panel as pn
+import param
+from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from cryofleet.client import Client, RunHandle, state_name
+from cryofleet.errors import Failure
+from cryofleet.v1 import orchestrator_pb2
+from cryofleet.views.parameters import PipelineForm
+from cryofleet.views.slices import off_the_loop
+from cryofleet.views.text import text
+
+REFRESH_MS = 1500
+FIRST = "discover"
+"""The pipeline that the form shows first."""
+_ENDED = ("succeeded", "partial", "failed", "cancelled")
+_RUN_COLUMNS = ["run", "pipeline", "state", "started", "took", "owner"]
+_STEP_COLUMNS = ["step", "operation", "state", "done", "phase", "computed"]
+_WIDE = {"sizing_mode": "stretch_width"}
+_TABLE = {
+    "show_index": False,
+    "disabled": True,
+    "selectable": 1,
+    "sizing_mode": "stretch_width",
+    "layout": "fit_data_stretch",
+    "sortable": False,
+    # As text: names are shown, whatever they hold.
+    "formatters": {name: {"type": "plaintext"} for name in {*_RUN_COLUMNS, *_STEP_COLUMNS}},
+}
+
+
+def seconds_text(seconds: float) -> str:
+    """As 42 s, 3:07 or 2:05:09."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def run_row(run: orchestrator_pb2.Run) -> dict[str, str]:
+    """A run as a line of the list."""
+    took = ""
+    if run.HasField("started_at"):
+        end = run.finished_at if run.HasField("finished_at") else _now()
+        took = seconds_text(max(0.0, end.ToNanoseconds() - run.started_at.ToNanoseconds()) / 1e9)
+    started = run.started_at.ToDatetime().strftime("%Y-%m-%d %H:%M:%S") if run.HasField("started_at") else ""
+    return {
+        "run": run.id, "pipeline": run.pipeline, "state": state_name(run), "started": started, "took": took,
+        "owner": run.owner,
+    }  # fmt: skip
+
+
+def step_row(step: orchestrator_pb2.StepStatus) -> dict[str, str]:
+    """A step as a line of its run's table."""
+    state = orchestrator_pb2.StepState.Name(step.state).removeprefix("STEP_STATE_").lower()
+    done = f"{step.tasks_done} of {step.tasks_total}" if step.tasks_total > 1 else f"{step.fraction:.0%}"
+    if step.tasks_cached:
+        done += f", {step.tasks_cached} known"
+    if step.tasks_set_aside:
+        done += f", {step.tasks_set_aside} set aside"
+    computed = seconds_text(step.compute_seconds) if step.compute_seconds else ""
+    return {
+        "step": step.id, "operation": step.operation, "state": state, "done": done, "phase": step.phase,
+        "computed": computed,
+    }  # fmt: skip
+
+
+def artifacts(run: orchestrator_pb2.Run) -> Iterator[tuple[str, str]]:
+    """Name and URI of all that a run took and made, outputs first, each URI once."""
+    seen = set()
+    sources = [("", run.outputs), *((f"{step.id}: ", step.outputs) for step in run.steps), ("", run.arguments)]
+    for prefix, values in sources:
+        for name, value in json_format.MessageToDict(values).items():
+            uris = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+            for number, uri in enumerate(uris):
+                if "://" in uri and uri not in seen:
+                    seen.add(uri)
+                    yield prefix + name + (f" {number + 1}" if len(uris) > 1 else ""), uri
+
+
+class RunsView(pn.viewable.Viewer):
+    """Lists runs, follows the one that is chosen, and starts others."""
+
+    run_id = param.String("", doc="The run that is looked at.")
+    problem = param.String("", doc="Why the platform did not answer last.")
+
+    def __init__(self, client: Client, **params: Any) -> None:
+        super().__init__(**params)
+        self._client = client
+        self.on_look: Callable[[str, str, str], None] | None = None
+        """Is told of a run, a volume and a table of particles that somebody wants to look at."""
+        self.on_failure: Callable[[Failure], None] | None = None
+        self.record = orchestrator_pb2.Run()
+        self._form: PipelineForm | None = None
+        self._pipelines: dict[str, orchestrator_pb2.PipelineDescription] = {}
+        theme = "midnight" if pn.config.theme == "dark" else "simple"
+        self._list = pn.widgets.Tabulator(_frame([], _RUN_COLUMNS), height=210, theme=theme, **_TABLE)
+        self._steps = pn.widgets.Tabulator(_frame([], _STEP_COLUMNS), height=280, theme=theme, **_TABLE)
+        self._list.on_click(self._clicked)  # type: ignore[arg-type]  # Panel awaits it
+        self._title, self._why, self._start_said = text(font_weight="bold"), text(), text()
+        self._progress = pn.indicators.Progress(value=0, max=100, sizing_mode="stretch_width", height=12)
+        self._cancel, self._resume, self._retry = (
+            self._button(name, action)
+            for name, action in (("Cancel", "cancel"), ("Resume", "resume"), ("Retry", "retry"))
+        )
+        self._volumes = pn.widgets.Select(label="Volume", options={}, sizing_mode="stretch_width")
+        self._tables = pn.widgets.Select(label="Particles", options={"none": ""}, sizing_mode="stretch_width")
+        self._look = pn.widgets.Button(label="Look at it", color="primary")
+        self._look.on_click(self._looked)
+        self._which = pn.widgets.Select(label="Pipeline", options=[], sizing_mode="stretch_width")
+        self._which.param.watch(lambda _: self._fill_form(), "value")
+        self._form_place = pn.Column(sizing_mode="stretch_width")
+        self._start = pn.widgets.Button(label="Start", color="success")
+        self._start.on_click(self._started)
+
+    def _button(self, name: str, action: str) -> Any:
+        async def act(_: Any) -> None:
+            await self._act(action)
+
+        button = pn.widgets.Button(label=name, disabled=True)
+        button.on_click(act)
+        return button
+
+    def __panel__(self) -> pn.viewable.Viewable:
+        look = pn.Row(self._volumes, self._tables, pn.Column(pn.Spacer(height=12), self._look), **_WIDE)
+        buttons = pn.FlexBox(self._cancel, self._resume, self._retry, gap="6px")
+        run = (self._title, self._progress, self._why, buttons, look, self._steps)
+        return pn.Column(self._list, *run, sizing_mode="stretch_both", scroll="y")
+
+    def form(self) -> pn.Column:
+        """What starts a run, to stand beside the list."""
+        return pn.Column(
+            text("Start a run", font_weight="bold"),
+            self._which, self._form_place, self._start, self._start_said,
+            sizing_mode="stretch_width",
+        )  # fmt: skip
+
+    async def refresh(self) -> None:
+        """Ask for what has changed. What the platform answers instead is in `problem`."""
+        try:
+            if not self._pipelines:
+                await self._open_pipelines()
+            runs = await off_the_loop(self._client.runs, 100)
+            if self.run_id:
+                handle = await off_the_loop(self._client.get, self.run_id)
+                self._show(handle.record)
+        except Failure as failure:
+            self._fail(failure)
+            if failure.status != "NOT_FOUND":
+                return
+            runs = await off_the_loop(self._client.runs, 100)
+        else:
+            self.problem = ""
+        rows = _frame([run_row(run) for run in runs], _RUN_COLUMNS)
+        if not rows.equals(self._list.value):
+            self._list.value = rows
+        chosen = [number for number, run in enumerate(runs) if run.id == self.run_id]
+        if self._list.selection != chosen:
+            self._list.selection = chosen
+
+    async def choose(self, run_id: str) -> None:
+        """Look at another run."""
+        self.run_id = run_id
+        await self.refresh()
+
+    async def _open_pipelines(self) -> None:
+        described = await off_the_loop(self._client.pipelines)
+        self._pipelines = {each.name: each for each in described}
+        names = sorted(self._pipelines)
+        self._which.param.update(options=names, value=FIRST if FIRST in names else names[0])
+
+    def _fill_form(self) -> None:
+        pipeline = self._pipelines.get(self._which.value or "")
+        if pipeline is None:
+            return
+        same = json_format.MessageToDict(self.record.arguments) if self.record.pipeline == pipeline.name else {}
+        self._form = PipelineForm(pipeline, same)
+        self._form_place[:] = [self._form]
+
+    async def _clicked(self, event: Any) -> None:
+        await self.choose(str(self._list.value["run"].iloc[event.row]))
+
+    async def _started(self, _: Any) -> None:
+        if self._form is None:
+            return
+        self._start_said.object = ""
+        self._start.disabled = True
+        try:
+            arguments = self._form.arguments()
+            handle: RunHandle = await off_the_loop(self._client.run, self._form.pipeline.name, **arguments)
+            self._start_said.object = f"{handle.id} is started"
+            await self.choose(handle.id)
+        except Failure as failure:
+            self._start_said.object = str(failure)
+        finally:
+            self._start.disabled = False
+
+    async def _act(self, action: str) -> None:
+        try:
+            handle = await off_the_loop(self._client.get, self.run_id)
+            await off_the_loop(getattr(handle, action))
+        except Failure as failure:
+            self._fail(failure)
+        await self.refresh()
+
+    def _looked(self, _: Any) -> None:
+        if self.on_look is not None and self._volumes.value:
+            self.on_look(self.run_id, self._volumes.value, self._tables.value or "")
+
+    def _show(self, run: orchestrator_pb2.Run) -> None:
+        if run == self.record:
+            return
+        self.record = run
+        state = state_name(run)
+        self._title.object = f"{run.id}: {state}" + (f", attempt {run.attempt}" if run.attempt > 1 else "")
+        steps = [step for step in run.steps if step.state != orchestrator_pb2.STEP_STATE_SKIPPED]
+        fraction = sum(1.0 if step.HasField("finished_at") else step.fraction for step in steps) / max(1, len(steps))
+        self._progress.value = 100 if state == "succeeded" else int(100 * fraction)
+        aside = [f"{each.step} {each.item}: {each.status} {each.cause}" for each in run.set_aside[:20]]
+        self._why.object = "\n".join([run.error, *aside]).strip()
+        self._cancel.disabled = state in _ENDED
+        self._resume.disabled = state not in ("failed", "cancelled")
+        self._retry.disabled = state != "partial"
+        self._steps.value = _frame([step_row(step) for step in run.steps], _STEP_COLUMNS)
+        found = list(artifacts(run))
+        _offer(self._volumes, {name: uri for name, uri in found if uri.endswith(".mrc")})
+        _offer(self._tables, {**{name: uri for name, uri in found if uri.endswith(".parquet")}, "none": ""})
+        self._look.disabled = not self._volumes.options
+
+    def _fail(self, failure: Failure) -> None:
+        self.problem = str(failure)
+        if self.on_failure is not None:
+            self.on_failure(failure)
+
+
+def _offer(select: Any, options: dict[str, str]) -> None:
+    if select.options != options:
+        known = select.value and select.value in options.values()
+        kept = select.value if known else next(iter(options.values()), None)
+        select.param.update(options=options, value=kept)
+
+
+def _frame(rows: list[dict[str, str]], columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _now() -> Timestamp:
+    now = Timestamp()
+    now.GetCurrentTime()
+    return now
