@@ -303,12 +303,10 @@ class Client:
 
         Files are `Path`s and, where an artifact belongs, paths as text.
         """
-        if not self._uploads:
-            return value
         match value:
-            case Path():
+            case Path() if self._uploads:
                 return self.upload(value)
-            case str() if is_artifact and "://" not in value:
+            case str() if self._uploads and is_artifact and "://" not in value:
                 return self.upload(Path(value))
             case Artifact():
                 return value.uri

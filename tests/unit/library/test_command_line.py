@@ -122,6 +122,7 @@ def test_only_artifacts_are_taken_for_files(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dark").write_text("a file")
     client = Client.__new__(Client)
+    client._uploads = True
     monkeypatch.setattr(client, "upload", lambda path: f"file:///up/{path}", raising=False)
     parameters = {"contrast": "dark", "tomogram_uri": "dark", "structures": [{"name": "dark", "source_uri": "dark"}]}
     assert client._uploaded(parameters, False) == {
@@ -129,4 +130,8 @@ def test_only_artifacts_are_taken_for_files(tmp_path: Path, monkeypatch: pytest.
         "tomogram_uri": "file:///up/dark",
         "structures": [{"name": "dark", "source_uri": "file:///up/dark"}],
     }
+    assert client._uploaded(Artifact("file:///x", client), False) == "file:///x"
+    # The page's server takes no path of a visitor's for a file of its own.
+    client._uploads = False
+    assert client._uploaded(parameters, False) == parameters
     assert client._uploaded(Artifact("file:///x", client), False) == "file:///x"

@@ -33,6 +33,7 @@ def example(count: int = 5, seed: int = 0) -> Particles:
         class_name=[f"clässe {index}" for index in range(count)],
         half=np.arange(count) % 2 + 1,
         filament=np.arange(count) % 3 - 1,
+        editor=[f"änn {index}" for index in range(count)],
     )
 
 
