@@ -185,7 +185,7 @@ async def test_97_of_100_done_3_set_aside(site: Site) -> None:
     assert watched.exit_code == 3
     assert "partial after " in watched.stderr
     assert ": each: 97 of 100 done, 3 set aside\n" in watched.stderr
-    assert f"cryofleet retry {run_id}" in watched.stderr
+    assert "cryofleet retry" not in watched.stderr, "what the inputs are wrong for would fail again"
     again = await site.cli(["retry", run_id])
     assert again.exit_code == 3, "they fail again"
     step = (await site.get(run_id)).steps[0]

@@ -215,16 +215,20 @@ async def test_request_that_breaks_a_rule_names_field_value_and_rule(channel: gr
 
 
 def _io_service() -> Service:
-    """The io service with its streams, and operations that nobody calls here."""
+    """The io service with its streams, and methods that nobody calls here."""
     service = Service(io_pb2.DESCRIPTOR.services_by_name["IoService"])
-    streams = {"Upload", "Download", "List"}
-    for name in (method.name for method in service.descriptor.methods if method.name not in streams):
+    plain = {"Upload", "Download", "List", "CutSlice"}
+    for name in (method.name for method in service.descriptor.methods if method.name not in plain):
 
         def unused(request: Message, task: object) -> Message:
             raise AssertionError("nobody calls it")
 
         unused.__name__ = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
         service.operation(needs=lambda request, reader: Needs(0))(unused)
+
+    @service.rpc("CutSlice")
+    async def cut_slice(request: io_pb2.CutSliceRequest, context: CallContext) -> io_pb2.CutSliceResponse:
+        raise AssertionError("nobody calls it")
 
     @service.rpc("Upload")
     async def upload(requests: AsyncIterator[io_pb2.UploadRequest], context: CallContext) -> io_pb2.UploadResponse:

@@ -46,7 +46,8 @@ def test_features_are_mined_into_a_gallery(features: dict[str, Any]) -> None:
     assert sum(sizes) == features["count"] == len(particles) > 20
     assert features["centres"].to_array().shape == (5, SIDE, SIDE, SIDE)
     page = features["report"].read().decode()
-    assert re.findall(r"<b>Cluster (\d+)</b>([\d,]+) particle", page) == [(str(n), str(k)) for n, k in enumerate(sizes)]
+    captions = re.findall(r"<b>Cluster (\d+)</b>([\d,]+) particle", page)
+    assert captions == [(str(number), str(size)) for number, size in enumerate(sizes, start=1)]
     assert f"All {len(particles)} particles by their codes" in page
     assert "validation loss" in page
 
