@@ -38,10 +38,12 @@ from benchmarks.dual import realism
 from benchmarks.dual.sets import Array, Scene, Shape, Tomogram, protein_positive, quality, scene, standardised, tomogram
 from benchmarks.harness import Row, main
 from benchmarks.simulation import CORES
+from cryofleet.progress import no_progress
 from cryofleet.storage import Store
 from cryofleet.testing import run_operation
 from cryofleet.v1 import io_pb2, learning_pb2
 from services.io.service import service as io
+from services.learning import translation
 from services.learning.service import service as learning
 from services.learning.training import generator_for
 from services.learning.unet import UNet, margin
@@ -167,25 +169,12 @@ def noise_to_noise(store: Store, given: Fields, size: Size) -> Array:
     return np.asarray((made[0] + made[1]) / 2, np.float32)
 
 
-def _tiled(network: UNet, volume: Array, device: torch.device, tile: int = 64) -> Array:
-    around = margin(network.depth)
-    result = np.empty_like(volume)
-    with torch.no_grad():
-        for corner in np.ndindex(*(-(-side // tile) for side in volume.shape)):
-            first = [tile * number for number in corner]
-            last = [min(start + tile, side) for start, side in zip(first, volume.shape, strict=True)]
-            region = tuple(
-                slice(max(0, start - around), min(side, stop + around))
-                for start, stop, side in zip(first, last, volume.shape, strict=True)
-            )
-            seen = torch.from_numpy(volume[region])[None, None].to(device)
-            made = network(seen)[0, 0].cpu().numpy()
-            inside = tuple(
-                slice(start - part.start, stop - part.start)
-                for start, stop, part in zip(first, last, region, strict=True)
-            )
-            result[tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))] = made[inside]
-    return result
+def _tiled(network: UNet, volume: Array, device: torch.device) -> Array:
+    tiles = translation.tiling(64, margin(network.depth), 1 << network.depth)
+    shape = volume.shape[0], volume.shape[1], volume.shape[2]
+    make = translation.on_device(network, device)
+    slabs = translation.translate(make, lambda z0, z1: volume[z0:z1], shape, tiles, no_progress)
+    return np.concatenate([made for _, made in slabs])
 
 
 def topaz(store: Store, uri: str, model: str, folder: Path) -> Array:

@@ -33,6 +33,7 @@ from cryofleet.testing import run_operation
 from cryofleet.v1 import learning_pb2
 from cryofleet.volumes import VolumeInfo, VolumeWriter
 from services.learning.service import service as learning
+from services.learning.wedge_filling import on_its_side
 
 TILT_DEGREES = 60.0
 #: Of Nyquist, up to which what is filled is compared.
@@ -56,16 +57,6 @@ def compensate(store: Store, model_uri: str, uri: str) -> Array:
     """By the operation, protein positive."""
     request = learning_pb2.CompensateWedgeRequest(model_uri=model_uri, tomogram_uri=uri)
     return protein_positive(store, run_operation(learning, request, store, threads=CORES).volume_uri)
-
-
-def upright(volume: Array) -> Array:
-    """Turned by 90° about y: x along z."""
-    return np.ascontiguousarray(np.rot90(volume, axes=(0, 2)))
-
-
-def back(volume: Array) -> Array:
-    """As it was before `upright`."""
-    return np.ascontiguousarray(np.rot90(volume, -1, axes=(0, 2)))
 
 
 def without_wedge(volume: Array) -> tuple[Array, NDArray[np.bool_]]:
@@ -116,7 +107,7 @@ def measure(quick: bool) -> Iterator[Row]:
 
         raw = protein_positive(store, uris[1])
         filled = compensate(store, trained.model_uri, uris[1])
-        reference = standardised(upright(filled))
+        reference = standardised(np.ascontiguousarray(on_its_side(filled)))
         cut, region = without_wedge(reference)
         again = compensate(store, trained.model_uri, write(store, cut, 1))
         truth = protein_positive(store, scenes[1].density_uri)
