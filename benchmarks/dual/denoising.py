@@ -42,6 +42,7 @@ from cryofleet.progress import no_progress
 from cryofleet.storage import Store
 from cryofleet.testing import run_operation
 from cryofleet.v1 import io_pb2, learning_pb2
+from cryofleet.volumes import open_volume
 from services.io.service import service as io
 from services.learning import translation
 from services.learning.service import service as learning
@@ -59,6 +60,7 @@ FILTERS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"kind": io_pb2.FILTER_KIND_NON_LOCAL_MEANS, "strength": strength} for strength in (0.5, 1, 2)
     ),
 }
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 TOPAZ = ("unet-3d-10a", "unet-3d-20a")
 #: By how much DUAL should be above the best of the others, in dB, and how many times the SSIM.
 PSNR_GAIN, SSIM_RATIO = 0.9, 3.0
@@ -128,6 +130,21 @@ def denoise(store: Store, model_uri: str, uri: str, strength: float = 1.0) -> st
     """By the operation."""
     request = learning_pb2.DenoiseRequest(model_uri=model_uri, tomogram_uri=uri, strength=strength)
     return str(run_operation(learning, request, store, threads=CORES).volume_uri)
+
+
+def strengths(case: str, store: Store, model_uri: str, noisy: Tomogram, truth: Array, quick: bool) -> Iterator[Row]:
+    """What is left in the ice of a tomogram's deviation, by the denoiser's strength: it should fall from each to the
+    next.
+    """
+    ice = truth < np.median(truth) + 0.05
+    before = open_volume(store, noisy.uri).read()
+    left = []
+    for strength in STRENGTHS[:: 4 if quick else 1]:
+        after = open_volume(store, denoise(store, model_uri, noisy.uri, strength)).read()
+        left.append(float(after[ice].std() / before[ice].std()))
+        yield Row(f"{case}: strength {strength:g}", "deviation_left_in_ice", left[-1], "", "lower")
+    falls = float(np.mean(np.diff(left) < 0))
+    yield Row(f"{case}: from a strength to the next", "share_that_falls", falls, "", "higher", 1.0)
 
 
 def simulate(store: Store, model_uri: str, density_uri: str, seed: int) -> Array:
@@ -227,6 +244,8 @@ def measure(quick: bool) -> Iterator[Row]:
         yield from figures("DUAL", found, baseline=False)
         yield Row(f"{case}: DUAL over the best", "psnr_gain", psnr - best[0], "dB", "higher", PSNR_GAIN)
         yield Row(f"{case}: DUAL over the best", "ssim_ratio", ssim / best[1], "", "higher", SSIM_RATIO)
+
+        yield from strengths(case, store, trained.model_uri, noisy, truth, quick)
 
         densities = given.clean[0].density_uri, specimen.density_uri
         yield from realism.rows(

@@ -2474,6 +2474,7 @@ class TrainDualRequest(_message.Message):
     MIXED_PRECISION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     MATCHING_WEIGHT_FIELD_NUMBER: _builtins.int
+    SPACING_VOXELS_FIELD_NUMBER: _builtins.int
     transposed_pair: _builtins.bool
     box_size_voxels: _builtins.int
     channels: _builtins.int
@@ -2486,6 +2487,7 @@ class TrainDualRequest(_message.Message):
     mixed_precision: _builtins.bool
     seed: _builtins.int
     matching_weight: _builtins.float
+    spacing_voxels: _builtins.int
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     @_builtins.property
@@ -2510,10 +2512,11 @@ class TrainDualRequest(_message.Message):
         mixed_precision: _builtins.bool | None = ...,
         seed: _builtins.int | None = ...,
         matching_weight: _builtins.float | None = ...,
+        spacing_voxels: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "transposed_pair", b"transposed_pair"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_spacing_voxels", b"_spacing_voxels", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "spacing_voxels", b"spacing_voxels", "transposed_pair", b"transposed_pair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "densities_uris", b"densities_uris", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "tomograms_uris", b"tomograms_uris", "transposed_pair", b"transposed_pair"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight", "_batch_size", b"_batch_size", "_box_size_voxels", b"_box_size_voxels", "_channels", b"_channels", "_divergence_weight", b"_divergence_weight", "_learning_rate", b"_learning_rate", "_matching_weight", b"_matching_weight", "_max_epochs", b"_max_epochs", "_mixed_precision", b"_mixed_precision", "_reconstruction_weight", b"_reconstruction_weight", "_seed", b"_seed", "_spacing_voxels", b"_spacing_voxels", "_transposed_pair", b"_transposed_pair", "adversarial_weight", b"adversarial_weight", "batch_size", b"batch_size", "box_size_voxels", b"box_size_voxels", "channels", b"channels", "context", b"context", "densities_uris", b"densities_uris", "divergence_weight", b"divergence_weight", "learning_rate", b"learning_rate", "matching_weight", b"matching_weight", "max_epochs", b"max_epochs", "mixed_precision", b"mixed_precision", "reconstruction_weight", b"reconstruction_weight", "seed", b"seed", "spacing_voxels", b"spacing_voxels", "tomograms_uris", b"tomograms_uris", "transposed_pair", b"transposed_pair"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adversarial_weight: _TypeAlias = _typing.Literal["adversarial_weight"]  # noqa: Y015
     _WhichOneofArgType__adversarial_weight: _TypeAlias = _typing.Literal["_adversarial_weight", b"_adversarial_weight"]  # noqa: Y015
@@ -2537,6 +2540,8 @@ class TrainDualRequest(_message.Message):
     _WhichOneofArgType__reconstruction_weight: _TypeAlias = _typing.Literal["_reconstruction_weight", b"_reconstruction_weight"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__spacing_voxels: _TypeAlias = _typing.Literal["spacing_voxels"]  # noqa: Y015
+    _WhichOneofArgType__spacing_voxels: _TypeAlias = _typing.Literal["_spacing_voxels", b"_spacing_voxels"]  # noqa: Y015
     _WhichOneofReturnType__transposed_pair: _TypeAlias = _typing.Literal["transposed_pair"]  # noqa: Y015
     _WhichOneofArgType__transposed_pair: _TypeAlias = _typing.Literal["_transposed_pair", b"_transposed_pair"]  # noqa: Y015
     @_typing.overload
@@ -2561,6 +2566,8 @@ class TrainDualRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_weight) -> _WhichOneofReturnType__reconstruction_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spacing_voxels) -> _WhichOneofReturnType__spacing_voxels | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__transposed_pair) -> _WhichOneofReturnType__transposed_pair | None: ...
 

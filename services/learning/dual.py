@@ -7,7 +7,8 @@ Six networks learn from unpaired subvolumes of tomograms, t, and of density maps
     noise encoder    z of a tomogram: t^ = G_s(D(t) + G_n(E(t)))
     discriminators   of tomograms and of density maps, real and made
 
-D and G_s are U-Nets. E and G_n are convolutions by strides to a code and back. Each discriminator is two networks, one
+D and G_s are U-Nets, G_s with a learned transfer function after it. E and G_n are convolutions by strides to a code and
+back. Each discriminator is two networks, one
 of the voxels and one of the logarithm of the power spectrum, which is where wedge and contrast transfer show; both give
 a logit for each place and are averaged. The paper's supplement with the networks' sizes is not at hand.
 """
@@ -15,21 +16,25 @@ a logit for each place and are averaged. The paper's supplement with the network
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from services.learning.architecture_version import check_architecture
 from services.learning.autoencoder import memory_order
+from services.learning.learned_transfer import LearnedTransfer, windowed_power
 from services.learning.training import Batch
 from services.learning.unet import SLOPE, UNet, orthogonal
 
 NAME = "dual"
-VERSION = 1
+VERSION = 2
 """Raised when the same weights would compute something else."""
 
 CODE_SIZE = 16
@@ -38,6 +43,9 @@ DEPTH = 2
 """Poolings of the U-Nets."""
 POOLING = 8
 """Sides of the subvolumes are multiples of this: encoder and discriminators halve them three times."""
+
+LEVEL_RATE = 10.0
+"""Natural logarithm of the noise's level for a weight of 1."""
 
 JOINT_SHARE = 0.25
 """Of a training's steps, in which reconstructions teach all networks."""
@@ -68,6 +76,7 @@ class Dual(nn.Module):
         self.box_size = box_size
         self.denoiser = UNet(channels, DEPTH, generator=generator)
         self.structural = UNet(channels, DEPTH, generator=generator)
+        self.transfer = LearnedTransfer(box_size)
         self.noise = NoiseGenerator(box_size, channels, generator)
         self.encoder = NoiseEncoder(box_size, channels, generator)
         self.of_tomograms = Discriminator(box_size, channels, generator)
@@ -79,9 +88,13 @@ class Dual(nn.Module):
         """Made subvolumes t_f (batch, 1, n, n, n) of densities of that shape and noise codes (batch, code)."""
         return self.made(densities + permuted(self.noise(codes), generator))
 
-    def made(self, noisy_densities: Tensor) -> Tensor:
-        """G_s of densities with noise."""
-        result: Tensor = self.structural(noisy_densities)
+    def made(self, noisy_densities: Tensor, periodic: bool = True) -> Tensor:
+        """G_s of densities with noise: subvolumes are taken as periodic, parts of volumes (batch, 1, z, y, x) are not.
+
+        What the U-Net changes in them, and they themselves, go through the transfer function: noise in a tomogram is
+        white noise that was filtered, and so nearly is all else.
+        """
+        result: Tensor = self.transfer(noisy_densities + self.structural(noisy_densities), periodic)
         return result
 
     def forward(self, tomograms: Tensor) -> Tensor:
@@ -103,6 +116,8 @@ class NoiseGenerator(nn.Module):
             nn.ConvTranspose3d(before, after, 4, stride=2, padding=1) for before, after in itertools.pairwise(widths)
         )
         self.output = nn.Conv3d(channels, 1, 3, padding=1)
+        # The logarithm of what the noise is multiplied by, so that its level is soon found.
+        self.level = nn.Parameter(torch.full((), math.log(10) / LEVEL_RATE))
         orthogonal(self, generator)
         for layer in self.layers:
             assert isinstance(layer, nn.ConvTranspose3d)
@@ -115,7 +130,7 @@ class NoiseGenerator(nn.Module):
         features = memory_order(features.view(-1, self.width, self.side, self.side, self.side))
         for layer in self.layers:
             features = functional.leaky_relu(layer(features), SLOPE)
-        result: Tensor = self.output(features)
+        result: Tensor = self.output(features) * torch.exp(LEVEL_RATE * self.level)
         return result
 
 
@@ -140,17 +155,16 @@ class Discriminator(nn.Module):
     to place, so the network is told where it looks.
     """
 
-    window: Tensor
     places: Tensor
+    shares: Tensor
 
     def __init__(self, box_size: int, channels: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.voxels = nn.Sequential(*_halvings(1, channels), nn.Conv3d(4 * channels, 1, 3, padding=1))
         self.spectrum = nn.Sequential(*_halvings(4, channels), nn.Conv3d(4 * channels, 1, 3, padding=1))
         orthogonal(self, generator)
-        line = torch.hann_window(box_size, periodic=False)
-        self.register_buffer("window", line[:, None, None] * line[:, None] * line, persistent=False)
         self.register_buffer("places", spectral_places(box_size), persistent=False)
+        self.register_buffer("shares", spectral_shares(box_size), persistent=False)
 
     def forward(self, volumes: Tensor) -> Tensor:
         voxels = self.voxels(memory_order(volumes)).flatten(1)
@@ -160,10 +174,9 @@ class Discriminator(nn.Module):
 
     def power(self, volumes: Tensor) -> Tensor:
         """(batch, n, n, n // 2): the shifted half power spectrum of volumes (batch, 1, n, n, n), above zero."""
-        windowed = volumes[:, 0].float() * self.window
-        transform = torch.fft.rfftn(windowed, dim=(1, 2, 3), norm="ortho")[..., : volumes.shape[-1] // 2]
-        power: Tensor = torch.fft.fftshift(transform.real**2 + transform.imag**2 + 1e-6, dim=(1, 2))
-        return power
+        power = windowed_power(volumes)[..., : volumes.shape[-1] // 2]
+        shifted: Tensor = torch.fft.fftshift(power, dim=(1, 2))
+        return shifted
 
     def spectra(self, volumes: Tensor) -> Tensor:
         """(batch, 4, n, n, n // 2): log power, and where in Fourier space it is."""
@@ -177,6 +190,19 @@ def spectral_places(side: int) -> Tensor:
     z, y, x = torch.meshgrid(line, line, torch.arange(side // 2, dtype=torch.float32), indexing="ij")
     radius = torch.sqrt(z * z + y * y + x * x).clamp(min=1.0)
     return torch.stack([radius / (side / 2) - 1, x / radius, z.abs() / radius])
+
+
+def spectral_shares(side: int) -> Tensor:
+    """What each place (n, n, n // 2) of a shifted half spectrum counts: half of it by places, half by shells.
+
+    A shell of a whole |k| counts as much as any other then, as the coarsest have few places and most of what is seen.
+    """
+    line = torch.arange(side) - side // 2
+    z, y, x = torch.meshgrid(line, line, torch.arange(side // 2), indexing="ij")
+    shells = torch.sqrt((z * z + y * y + x * x).float()).round().long().clamp(1, side // 2)
+    counts = torch.zeros(side // 2 + 1).scatter_add(0, shells.flatten(), torch.ones(shells.numel()))
+    of_shells = 1 / counts[shells]
+    return 0.5 / shells.numel() + 0.5 * of_shells / of_shells.sum()
 
 
 def permuted(noise: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,9 +230,10 @@ class DualLoss:
     All that a discriminator sees, real or made, has white noise of the deviation `BLUR` on it (Sonderby et al. 2017):
     density maps are flat between structures, as nothing that is made can be.
 
-    And the mean power spectrum of the made tomograms of a batch is drawn to that of the real ones, place by place in
-    Fourier space (matched features, Salimans et al. 2016): without it the generators learn the noise late, and hide the
-    tomogram's own noise in what the denoiser makes, to have it back in the cycle.
+    And the made tomograms of a batch are drawn to the real ones in their mean power spectrum and in how their values
+    are distributed, in voxels and in means of 2^3 and 4^3 (matched features, Salimans et al. 2016): without it the
+    generators learn the noise late, hide the tomogram's own noise in what the denoiser makes, to have it back in the
+    cycle, and leave densities stronger against the noise than they are.
     """
 
     NAME = "dual"
@@ -257,20 +284,23 @@ class DualLoss:
             discrimination = discrimination + functional.softplus(-of_real).mean() + functional.softplus(of_fake).mean()
             values[f"real_{name}"] = of_real.detach().sigmoid().mean()
             values[f"made_{name}"] = of_fake.detach().sigmoid().mean()
-            values[f"spectra_{name}"] = difference_of_spectra(network.power(real), network.power(fake))
+            values[f"spectra_{name}"] = difference_of_spectra(network.power(real), network.power(fake), network.shares)
         values |= {"adversarial": adversarial, "discrimination": discrimination}
+        values["distributions_tomograms"] = difference_of_distributions(tomograms, made)
         values["deviation"] = denoised.detach().float().std()
         loss = (
             self.reconstruction_weight * reconstruction
             + self.adversarial_weight * (adversarial + discrimination)
             + self.divergence_weight * divergence
-            + self.matching_weight * values["spectra_tomograms"]
+            + self.matching_weight * (values["spectra_tomograms"] + 3 * values["distributions_tomograms"])
         )
         return {"loss": loss, **values}
 
 
 BLUR = 0.1
 """Deviation of the noise on what discriminators see, in those of the tomograms and of the density maps."""
+CORRECTIONS, CORRECTED_BOXES = 4, 256
+"""Of the transfer function after the training; one would be enough but for chance. And of how many subvolumes."""
 LEAST = 1e-4
 """Of a mean squared difference and of 1 - correlation, before their logarithm."""
 
@@ -287,12 +317,55 @@ def difference(real: Tensor, made: Tensor) -> Tensor:
     return torch.log(squared + LEAST) + torch.log(1 - correlation + LEAST)
 
 
-def difference_of_spectra(real: Tensor, made: Tensor) -> Tensor:
-    """Mean squared difference of the logarithms of the batches' mean power (batch, z, y, x), place by place.
+def difference_of_spectra(real: Tensor, made: Tensor, shares: Tensor) -> Tensor:
+    """Mean squared difference of the logarithms of the batches' mean power (batch, z, y, x), places by their shares.
 
     Both means are over as many boxes, so what the logarithm of a mean of few is off by cancels.
     """
-    return functional.mse_loss(torch.log(made.mean(dim=0)), torch.log(real.mean(dim=0)))
+    return (shares * (torch.log(made.mean(dim=0)) - torch.log(real.mean(dim=0))) ** 2).sum()
+
+
+def difference_of_distributions(real: Tensor, made: Tensor) -> Tensor:
+    """How far the sorted values of two batches (batch, 1, n, n, n) lie apart, in deviations of the real ones: the sum
+    for their voxels and for their means over 2^3 and 4^3, which show structures rather than noise.
+
+    Beyond a tenth of a deviation differences count as they are and not by their squares, as the few brightest voxels
+    differ from batch to batch.
+    """
+    total = real.new_zeros((), dtype=torch.float32)
+    for scale in (1, 2, 4):
+        a, b = (functional.avg_pool3d(volumes.float(), scale).flatten().sort().values for volumes in (real, made))
+        deviation = a.std() + LEAST
+        total = total + functional.smooth_l1_loss(b / deviation, a / deviation, beta=0.1)
+    return total
+
+
+@torch.no_grad()
+def correct_transfer(
+    model: Dual, boxes: NDArray[np.float32], densities: NDArray[np.float32], seed: int, device: torch.device
+) -> None:
+    """Bring the mean power of made tomograms to that of real ones, subvolumes (n, z, y, x) of either domain.
+
+    After a training, whose last steps leave it where they do: of what an adversary teaches nothing stands still.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(volumes: NDArray[np.float32]) -> Iterator[Tensor]:
+        order = torch.randperm(len(volumes), generator=generator)[:CORRECTED_BOXES].sort().values.numpy()
+        for rows in np.array_split(order, -(-len(order) // 8)):
+            yield torch.from_numpy(np.ascontiguousarray(volumes[rows]))[:, None].to(device)
+
+    def mean_power(batches: Iterator[Tensor]) -> Tensor:
+        powers = [(windowed_power(batch).sum(dim=0), len(batch)) for batch in batches]
+        return torch.stack([power for power, _ in powers]).sum(dim=0) / sum(count for _, count in powers)
+
+    real = mean_power(drawn(boxes))
+    for _ in range(CORRECTIONS):
+        made = mean_power(
+            model.simulate(batch, torch.randn(len(batch), CODE_SIZE, generator=generator).to(device), generator)
+            for batch in drawn(densities)
+        )
+        model.transfer.correct(real, made)
 
 
 def blurred(volumes: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""A volume cut into cubic subvolumes that lie side by side."""
+"""A volume cut into cubic subvolumes at regular places."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ Array = NDArray[np.float32]
 Shape = tuple[int, int, int]
 
 
-def starts(side: int, box: int) -> range:
+def starts(side: int, box: int, spacing: int) -> range:
     """The first voxels of the subvolumes along an axis: whole ones alone, what is left over on both ends."""
-    return range(side % box // 2, side - box + 1, box)
+    return range((side - box) % spacing // 2, side - box + 1, spacing)
 
 
-def subvolume_count(shape: Shape, box: int) -> int:
-    """How many subvolumes of that side a volume (z, y, x) has."""
-    return (shape[0] // box) * (shape[1] // box) * (shape[2] // box)
+def subvolume_count(shape: Shape, box: int, spacing: int) -> int:
+    """How many subvolumes of that side a volume (z, y, x) has, so many voxels apart along each axis."""
+    z, y, x = (len(starts(side, box, spacing)) for side in shape)
+    return z * y * x
 
 
-def subvolumes(read: Callable[[int, int], Array], shape: Shape, box: int) -> Iterator[Array]:
-    """The subvolumes (n, z, y, x) of each layer of a volume (z, y, x), of which `read(z0, z1)` gives sections."""
-    rows, columns = (starts(side, box) for side in shape[1:])
-    for z in starts(shape[0], box):
-        sections = read(z, z + box)[:, rows.start : rows.start + box * len(rows)]
-        sections = sections[:, :, columns.start : columns.start + box * len(columns)]
-        cut = sections.reshape(box, len(rows), box, len(columns), box)
-        yield cut.transpose(1, 3, 0, 2, 4).reshape(-1, box, box, box)
+def subvolumes(read: Callable[[int, int], Array], shape: Shape, box: int, spacing: int) -> Iterator[Array]:
+    """The subvolumes (n, z, y, x) of each row of a volume (z, y, x), of which `read(z0, z1)` gives sections."""
+    layers, rows, columns = (starts(side, box, spacing) for side in shape)
+    if not rows or not columns:
+        return
+    for z in layers:
+        sections = read(z, z + box)
+        for y in rows:
+            yield np.stack([sections[:, y : y + box, x : x + box] for x in columns])

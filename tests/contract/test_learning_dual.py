@@ -193,8 +193,9 @@ async def test_simulated_in_the_style_of_the_tomograms(channel: grpc.aio.Channel
 async def test_the_missing_wedge_is_filled_and_nothing_else(channel: grpc.aio.Channel, store: Store) -> None:
     values = tomogram(1)
     uri = put(store, "tomogram.mrc", values)
-    found = (await call_operation(channel, training([uri], [], transposed_pair=True))).result
-    assert found.tomogram_subvolumes == found.density_subvolumes == 4
+    found = (await call_operation(channel, training([uri], [], transposed_pair=True, spacing_voxels=8))).result
+    # 1 x 4 x 3 that overlap by half.
+    assert found.tomogram_subvolumes == found.density_subvolumes == 12
     assert table(store, f"{found.model_uri}/config.json")["transposed_pair"] is True
     request = learning_pb2.CompensateWedgeRequest(model_uri=found.model_uri, tomogram_uri=uri)
     volume = open_volume(store, (await call_operation(channel, request)).result.volume_uri)

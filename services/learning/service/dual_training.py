@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,12 @@ class _Domains:
     """The tomograms again where these are to be turned on their side."""
 
 
-def _domain(reader: Reader, field: str, uris: list[str], box: int) -> _Domain:
+def _spacing(request: learning_pb2.TrainDualRequest) -> int:
+    """Voxels from a subvolume to the next."""
+    return request.spacing_voxels or request.box_size_voxels
+
+
+def _domain(reader: Reader, field: str, uris: list[str], request: learning_pb2.TrainDualRequest) -> _Domain:
     """InvalidArgument where volumes differ in contrast or are too few for two subvolumes."""
     volumes = [reader.open_volume(uri) for uri in uris]
     for volume in volumes:
@@ -86,12 +92,13 @@ def _domain(reader: Reader, field: str, uris: list[str], box: int) -> _Domain:
                 f"{volume.info.contrast}: one of them is labelled wrongly, or belongs elsewhere; ingest it again with "
                 "the contrast that it has"
             )
-    count = sum(subvolumes.subvolume_count(volume.info.shape, box) for volume in volumes)
+    box, spacing = request.box_size_voxels, _spacing(request)
+    count = sum(subvolumes.subvolume_count(volume.info.shape, box, spacing) for volume in volumes)
     if count < 2:
         shapes = ", ".join(str(volume.info.shape) for volume in volumes)
         raise InvalidArgument(
             f"{field}: there are {count} whole subvolumes of {box} voxels in volumes of shape {shapes} (z, y, x); "
-            "at least 2 are needed, one of them for validation: give more or a smaller box_size_voxels"
+            "at least 2 are needed, one of them for validation: give more, or smaller box_size_voxels or spacing_voxels"
         )
     return _Domain(volumes, count)
 
@@ -101,12 +108,12 @@ def _domains(request: learning_pb2.TrainDualRequest, reader: Reader) -> _Domains
     box = request.box_size_voxels
     if box % dual.POOLING:
         raise InvalidArgument(f"box_size_voxels: {box} is no multiple of {dual.POOLING}")
-    tomograms = _domain(reader, "tomograms_uris", list(request.tomograms_uris), box)
+    tomograms = _domain(reader, "tomograms_uris", list(request.tomograms_uris), request)
     if request.transposed_pair:
         _check_wedges(tomograms.volumes)
         densities = tomograms
     else:
-        densities = _domain(reader, "densities_uris", list(request.densities_uris), box)
+        densities = _domain(reader, "densities_uris", list(request.densities_uris), request)
     first = tomograms.volumes[0]
     needed = first.info.voxel_size_angstrom
     for volume in (*tomograms.volumes, *densities.volumes):
@@ -149,8 +156,11 @@ def _train_needs(request: learning_pb2.TrainDualRequest, reader: Reader) -> Need
     )
     other = min(4 * box**3 * found.densities.count, datasets.MEMORY_LIMIT_BYTES)
     volumes = [volume.info.shape for volume in (*found.tomograms.volumes, *found.densities.volumes)]
-    # Sections as read, scaled, and cut.
-    reading = max(3 * 4 * box * shape[1] * shape[2] for shape in volumes) + volume_scale.MEASURING_BYTES
+    # Sections as read, scaled, and cut by rows.
+    reading = (
+        max(4 * box * shape[2] * (2 * shape[1] + 2 * box * -(-box // _spacing(request))) for shape in volumes)
+        + volume_scale.MEASURING_BYTES
+    )
     shown = translation.LAYERS * 4 * request.channels * math.prod(SHOWN)
     return Needs(trained.memory_bytes + other + reading + shown)
 
@@ -176,17 +186,15 @@ def train_dual(request: learning_pb2.TrainDualRequest, task: Task) -> learning_p
     if device.type == "cuda":
         _check_gpu(request)
     training.use_deterministic_algorithms(task.threads)
-    boxes, scales = _read(task, found.tomograms, request.box_size_voxels, "boxes", part(task.progress, 0.0, 0.03))
+    boxes, scales = _read(task, found.tomograms, request, "boxes", part(task.progress, 0.0, 0.03))
     if request.transposed_pair:
         densities = _array(task, "densities", boxes.shape)
         for first in range(0, len(boxes), 64):
             densities[first : first + 64] = wedge_filling.on_its_side(boxes[first : first + 64])
         density_scales = scales
     else:
-        densities, density_scales = _read(
-            task, found.densities, request.box_size_voxels, "densities", part(task.progress, 0.03, 0.05)
-        )
-        _check_signs(found.densities, densities)
+        densities, density_scales = _read(task, found.densities, request, "densities", part(task.progress, 0.03, 0.05))
+        _check_signs(found.densities, densities, _spacing(request))
     config = dual.config(request.box_size_voxels, request.channels) | _facts(request, task, found)
     job = jobs.Job(
         network=config,
@@ -218,6 +226,7 @@ def train_dual(request: learning_pb2.TrainDualRequest, task: Task) -> learning_p
     warnings = collapse.warnings_of([line.training for line in trained.history])
     model = trained.model.eval()
     assert isinstance(model, dual.Dual)
+    dual.correct_transfer(model, boxes, densities, request.seed, device)
     tomogram = _shown(found.tomograms.volumes[0], scales[0])
     density = (
         np.ascontiguousarray(wedge_filling.on_its_side(tomogram))
@@ -280,17 +289,18 @@ def _array(task: Task, name: str, shape: tuple[int, ...]) -> Array:
 
 
 def _read(
-    task: Task, domain: _Domain, box: int, name: str, progress: Progress
+    task: Task, domain: _Domain, request: learning_pb2.TrainDualRequest, name: str, progress: Progress
 ) -> tuple[Array, list[volume_scale.VolumeScale]]:
     """The subvolumes (n, z, y, x) of a domain in the scale of their volumes, and the scales."""
+    box, spacing = request.box_size_voxels, _spacing(request)
     boxes = _array(task, name, (domain.count, box, box, box))
     scales, done = [], 0
     for number, volume in enumerate(domain.volumes):
         report = part(progress, number / len(domain.volumes), (number + 1) / len(domain.volumes))
         info = volume.info
         scale = volume_scale.measure_scale(volume.slab, info.shape, info.contrast, volume.uri, part(report, 0.0, 0.5))
-        total, first = subvolumes.subvolume_count(info.shape, box), done
-        for cut in subvolumes.subvolumes(volume.slab, info.shape, box):
+        total, first = subvolumes.subvolume_count(info.shape, box, spacing), done
+        for cut in subvolumes.subvolumes(volume.slab, info.shape, box, spacing):
             boxes[done : done + len(cut)] = scale(cut)
             done += len(cut)
             report(0.5 + 0.5 * (done - first) / total, "cutting subvolumes", subvolumes=done)
@@ -298,11 +308,11 @@ def _read(
     return boxes, scales
 
 
-def _check_signs(domain: _Domain, boxes: Array) -> None:
+def _check_signs(domain: _Domain, boxes: Array, spacing: int) -> None:
     """InvalidArgument where what is labelled protein in a density map is rather the nothing around it."""
     first = 0
     for volume in domain.volumes:
-        last = first + subvolumes.subvolume_count(volume.info.shape, boxes.shape[1])
+        last = first + subvolumes.subvolume_count(volume.info.shape, boxes.shape[1], spacing)
         # The third moment about 0, as the boxes are standardised: of structures in nothing far above 0.
         cubes = sum(float(np.power(box, 3, dtype=np.float64).sum()) for box in boxes[first:last])
         skewness = cubes / max(1, boxes[first:last].size)
@@ -352,6 +362,8 @@ def _picture(model: dual.Dual, tomogram: Array, density: Array, seed: int, devic
         "tomogram": tomogram,
         "made of it": translation.on_device(model.denoiser, device)(tomogram),
         "second domain": density,
-        "made of that": translation.on_device(model.made, device)(density + noise.sections(0, depth)),
+        "made of that": translation.on_device(partial(model.made, periodic=False), device)(
+            density + noise.sections(0, depth)
+        ),
     }
     return comparison_picture.picture([(name, volume[len(volume) // 2]) for name, volume in volumes.items()])

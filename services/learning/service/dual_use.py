@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class _Trained:
     def channels(self) -> int:
         """Of the U-Nets at full size."""
         return int(self.config["channels"])
+
+    @property
+    def transfer_reach(self) -> int:
+        """Of G_s beyond its U-Net's, in voxels."""
+        return int(self.config["box_size"]) // 2
 
 
 def _trained(reader: Reader, uri: str, transposed_pair: bool) -> _Trained:
@@ -88,20 +94,20 @@ def _open_model(task: Task, uri: str) -> dual.Dual:
     return model.to(torch.device(task.device)).eval()
 
 
-def _tiles(tile: int, channels: int, device: torch.device, steps: int = 1) -> Tiling:
-    """Tiles for U-Nets that are applied so many times in a row; smaller ones where half of a GPU's free memory asks for
-    it.
+def _tiles(tile: int, channels: int, device: torch.device, steps: int = 1, reach: int = 0) -> Tiling:
+    """Tiles for U-Nets that are applied so many times in a row, and something of a reach beyond theirs; smaller ones
+    where half of a GPU's free memory asks for it.
     """
-    margin = steps * MARGIN
+    margin = steps * MARGIN + reach
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] // (2 * steps)
         tile = translation.fitting_tile(tile, margin, MULTIPLE, channels, free)
     return translation.tiling(tile, margin, MULTIPLE)
 
 
-def _needs(trained: _Trained, volume: Volume, tile: int, steps: int = 1) -> Needs:
+def _needs(trained: _Trained, volume: Volume, tile: int, steps: int = 1, reach: int = 0) -> Needs:
     weights = 3 * inputs.weight_bytes(trained.config)
-    tiles = _tiles(tile, trained.channels, torch.device("cpu"), steps)
+    tiles = _tiles(tile, trained.channels, torch.device("cpu"), steps, reach)
     work = translation.memory_bytes(volume.info.shape, tiles, steps * trained.channels)
     return Needs(inputs.BASE_BYTES + weights + volume_scale.MEASURING_BYTES + work)
 
@@ -228,9 +234,9 @@ def compensate_wedge(request: learning_pb2.CompensateWedgeRequest, task: Task) -
 def _simulate_needs(request: learning_pb2.SimulateStyleRequest, reader: Reader) -> Needs:
     trained = _trained(reader, request.model_uri, False)
     volume = _open(reader, request.density_uri, trained)
-    needs = _needs(trained, volume, request.tile_size_voxels)
+    needs = _needs(trained, volume, request.tile_size_voxels, reach=trained.transfer_reach)
     # The noise of a slab, and one section's random numbers.
-    tiles = _tiles(request.tile_size_voxels, trained.channels, torch.device("cpu"))
+    tiles = _tiles(request.tile_size_voxels, trained.channels, torch.device("cpu"), reach=trained.transfer_reach)
     planes = 4 * tiles.slab_planes(volume.info.shape[0]) + 32
     return Needs(needs.memory_bytes + planes * volume.info.shape[1] * volume.info.shape[2])
 
@@ -247,8 +253,8 @@ def simulate_style(request: learning_pb2.SimulateStyleRequest, task: Task) -> le
     )
     info = replace(trained.style, shape=shape, voxel_size_angstrom=volume.info.voxel_size_angstrom)
     sign = np.float32(-1 if info.contrast == "dark" else 1)
-    tiles = _tiles(request.tile_size_voxels, trained.channels, device)
-    make = translation.on_device(model.made, device)
+    tiles = _tiles(request.tile_size_voxels, trained.channels, device, reach=trained.transfer_reach)
+    make = translation.on_device(partial(model.made, periodic=False), device)
     uris: list[str] = []
     rows: list[dict[str, float]] = []
     for number in range(request.number):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
 from services.learning import architectures, dual
+from services.learning.learned_transfer import windowed_power
 from services.learning.training import generator_for
 
 SIDE, CHANNELS, BATCH = 16, 4, 3
@@ -121,7 +122,7 @@ def gradients(model: dual.Dual, **weights: float) -> dict[str, float]:
 
 
 def test_each_network_learns_from_its_own_losses(model: dual.Dual) -> None:
-    makers = {"denoiser", "structural", "noise", "encoder"}
+    makers = {"denoiser", "structural", "transfer", "noise", "encoder"}
     judges = {"of_tomograms", "of_densities"}
     by_reconstruction = gradients(model, reconstruction_weight=1.0)
     assert all(by_reconstruction[name] > 0 for name in makers)
@@ -129,11 +130,11 @@ def test_each_network_learns_from_its_own_losses(model: dual.Dual) -> None:
     by_divergence = gradients(model, divergence_weight=1.0)
     assert {name for name, norm in by_divergence.items() if norm} == {"encoder"}
     by_adversaries = gradients(model, adversarial_weight=1.0)
-    assert all(by_adversaries[name] > 0 for name in judges | {"denoiser", "structural", "noise"})
+    assert all(by_adversaries[name] > 0 for name in judges | {"denoiser", "structural", "transfer", "noise"})
     # E makes what is reconstructed, and nothing that is judged.
     assert by_adversaries["encoder"] == 0
     by_matching = gradients(model, matching_weight=1.0)
-    assert {name for name, norm in by_matching.items() if norm} == {"structural", "noise"}
+    assert {name for name, norm in by_matching.items() if norm} == {"structural", "transfer", "noise"}
 
 
 def test_a_discriminator_learns_from_its_own_loss_alone(model: dual.Dual, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +187,58 @@ def test_the_difference_of_spectra_is_of_their_logarithms(model: dual.Dual) -> N
     generator = generator_for(5)
     one, other = torch.randn(2, 512, 1, SIDE, SIDE, SIDE, generator=generator).unbind()
     power = model.of_tomograms.power(one)
-    found = float(dual.difference_of_spectra(power, model.of_tomograms.power(2 * other)))
+    shares = model.of_tomograms.shares
+    found = float(dual.difference_of_spectra(power, model.of_tomograms.power(2 * other), shares))
     assert found == pytest.approx(math.log(4) ** 2, rel=0.05)
-    assert float(dual.difference_of_spectra(power, power)) == 0.0
+    assert float(dual.difference_of_spectra(power, power, shares)) == 0.0
+
+
+def test_half_of_a_spectrum_counts_by_places_and_half_by_shells() -> None:
+    shares = dual.spectral_shares(SIDE)
+    assert float(shares.sum()) == pytest.approx(1, rel=1e-5)
+    line = torch.arange(SIDE) - SIDE // 2
+    z, y, x = torch.meshgrid(line, line, torch.arange(SIDE // 2), indexing="ij")
+    shells = torch.sqrt((z**2 + y**2 + x**2).float()).round().clamp(1, SIDE // 2)
+    for shell in range(1, SIDE // 2 + 1):
+        inside = shells == shell
+        # Of eight shells; the last one has the corners too.
+        assert float(shares[inside].sum()) == pytest.approx(0.5 / 8 + 0.5 * float(inside.float().mean()), rel=1e-4)
+
+
+def test_distributions_differ_by_what_their_values_do() -> None:
+    """Of normal values shifted by one deviation, means over 2^3 and 4^3 are off by 8^(1/2) and 64^(1/2) deviations."""
+    real = boxes(11, 64)
+    shifted = float(dual.difference_of_distributions(real, real + 1))
+    expected = sum(off - 0.05 for off in (1, 8**0.5, 8))
+    assert shifted == pytest.approx(expected, rel=0.02)
+    assert float(dual.difference_of_distributions(real, boxes(12, 64))) < 0.02
+    # A few bright voxels, the mean and the deviation alike: the means over 4^3 see no difference, the voxels do.
+    made = real.sign() * real**2
+    made = (made - made.mean()) / made.std()
+    assert float(dual.difference_of_distributions(real, made)) > 0.05
+    made.requires_grad_()
+    dual.difference_of_distributions(real, made).backward()  # type: ignore[no-untyped-call]
+    assert made.grad is not None
+    assert float(made.grad.abs().sum()) > 0
+
+
+def test_the_mean_power_of_what_is_made_is_brought_to_that_of_the_tomograms(model: dual.Dual) -> None:
+    """The tomograms have half the amplitude along z, and the densities are noise."""
+    rng = np.random.default_rng(0)
+    densities = rng.standard_normal((300, SIDE, SIDE, SIDE), np.float32)
+    transform = np.fft.rfftn(rng.standard_normal(densities.shape), axes=(1, 2, 3))
+    low = np.abs(np.fft.fftfreq(SIDE))[:, None, None] > 0.2
+    tomograms = np.fft.irfftn(np.where(low, 0.5, 1.0) * transform, axes=(1, 2, 3)).astype(np.float32)
+    dual.correct_transfer(model, tomograms, densities, 0, torch.device("cpu"))
+    with torch.no_grad():
+        generator = generator_for(1)
+        codes = torch.randn(300, dual.CODE_SIZE, generator=generator)
+        made = windowed_power(model.simulate(torch.from_numpy(densities)[:, None], codes, generator)).mean(dim=0)
+    real = windowed_power(torch.from_numpy(tomograms)[:, None]).mean(dim=0)
+    # A plane has 144 frequencies, Hann's window leaves 64 of them, and 256 boxes give each to 6 %: 1 % for the ratio,
+    # and at the step between planes 3 and 4 what the window leaks. Plane 0 hangs on a few frequencies at its middle.
+    for z in range(1, SIDE // 2):
+        assert float(made[z].mean() / real[z].mean()) == pytest.approx(1, abs=0.05), z
 
 
 def test_what_a_discriminator_sees_is_blurred_by_its_noise() -> None:
