@@ -2654,10 +2654,12 @@ class DenoiseRequest(_message.Message):
     TOMOGRAM_URI_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     TILE_SIZE_VOXELS_FIELD_NUMBER: _builtins.int
+    UNCERTAINTY_FIELD_NUMBER: _builtins.int
     model_uri: _builtins.str
     tomogram_uri: _builtins.str
     strength: _builtins.float
     tile_size_voxels: _builtins.int
+    uncertainty: _builtins.bool
     @_builtins.property
     def context(self) -> _common_pb2.Context: ...
     def __init__(
@@ -2668,19 +2670,24 @@ class DenoiseRequest(_message.Message):
         tomogram_uri: _builtins.str = ...,
         strength: _builtins.float | None = ...,
         tile_size_voxels: _builtins.int | None = ...,
+        uncertainty: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "_uncertainty", b"_uncertainty", "context", b"context", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels", "uncertainty", b"uncertainty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "context", b"context", "model_uri", b"model_uri", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "_tile_size_voxels", b"_tile_size_voxels", "_uncertainty", b"_uncertainty", "context", b"context", "model_uri", b"model_uri", "strength", b"strength", "tile_size_voxels", b"tile_size_voxels", "tomogram_uri", b"tomogram_uri", "uncertainty", b"uncertainty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__tile_size_voxels: _TypeAlias = _typing.Literal["tile_size_voxels"]  # noqa: Y015
     _WhichOneofArgType__tile_size_voxels: _TypeAlias = _typing.Literal["_tile_size_voxels", b"_tile_size_voxels"]  # noqa: Y015
+    _WhichOneofReturnType__uncertainty: _TypeAlias = _typing.Literal["uncertainty"]  # noqa: Y015
+    _WhichOneofArgType__uncertainty: _TypeAlias = _typing.Literal["_uncertainty", b"_uncertainty"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tile_size_voxels) -> _WhichOneofReturnType__tile_size_voxels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncertainty) -> _WhichOneofReturnType__uncertainty | None: ...
 
 Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
 
@@ -2690,17 +2697,20 @@ class DenoiseResult(_message.Message):
 
     VOLUME_URI_FIELD_NUMBER: _builtins.int
     METRICS_URI_FIELD_NUMBER: _builtins.int
+    UNCERTAINTY_URI_FIELD_NUMBER: _builtins.int
     volume_uri: _builtins.str
     metrics_uri: _builtins.str
+    uncertainty_uri: _builtins.str
     def __init__(
         self,
         *,
         volume_uri: _builtins.str = ...,
         metrics_uri: _builtins.str = ...,
+        uncertainty_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "volume_uri", b"volume_uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_uri", b"metrics_uri", "uncertainty_uri", b"uncertainty_uri", "volume_uri", b"volume_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,16 +54,6 @@ class UNet(nn.Module):
         """(batch, outputs, z, y, x) of volumes (batch, inputs, z, y, x)."""
         return self._expanded(volumes, self._contracted(volumes))
 
-    def blended(self, volumes: Tensor, others: Tensor, share: float) -> Tensor:
-        """What the way up makes of the features of two volumes at once: 1 - share of those of `volumes`, as at 0 they
-        are alone, and the share of those of `others`. Shapes as of `forward`.
-        """
-        levels = [
-            torch.lerp(one, other, share)
-            for one, other in zip(self._contracted(volumes), self._contracted(others), strict=True)
-        ]
-        return self._expanded(torch.lerp(volumes, others, share), levels)
-
     def _contracted(self, volumes: Tensor) -> list[Tensor]:
         """The features of each size on the way down."""
         features = memory_order(volumes)

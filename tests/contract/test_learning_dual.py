@@ -119,22 +119,29 @@ async def test_trained_on_unpaired_volumes(channel: grpc.aio.Channel, store: Sto
     assert picture.width > 4 * picture.height / 2
 
 
-def expected_of(model_uri: str, store: Store, network: str, volume: Array, times: int = 1) -> Array:
-    """What a network of the model makes of a whole volume, applied so many times in a row."""
+def expected_of(model_uri: str, store: Store, network: str, volume: Array) -> Array:
+    """What a network of the model makes of a whole volume."""
     reader = Reader(store, "default", Path)
     model = getattr(inputs.open_model(reader, model_uri, dual.NAME)[1], network)
     padded = np.pad(volume, [(0, -side % 4) for side in volume.shape]).astype(np.float32)
     values = torch.from_numpy(padded)[None, None]
     with torch.inference_mode():
-        for _ in range(times):
-            values = model(values)
+        values = model(values)
     made: Array = values[0, 0].numpy()
     return made[tuple(slice(side) for side in volume.shape)]
 
 
+def in_four_positions(model_uri: str, store: Store, volume: Array) -> list[Array]:
+    """What the denoiser makes of a volume whose sides are multiples of 4, and of it turned, turned back."""
+    return [
+        np.flip(expected_of(model_uri, store, "denoiser", np.flip(volume, axes)), axes)
+        for axes in ((), (0, 1), (0, 2), (1, 2))
+    ]
+
+
 async def test_denoised_as_strongly_as_wanted(channel: grpc.aio.Channel, store: Store) -> None:
     model = put_model(store, "model", dual.config(16, 2) | facts())
-    values = tomogram(3)
+    values = np.pad(tomogram(3), [(0, 2), (0, 0), (0, 0)], mode="reflect")
     uri = put(store, "tomogram.mrc", values, tilt=50)
 
     async def denoised(strength: float, tile: int = 128) -> tuple[Array, dict[str, Any]]:
@@ -143,7 +150,7 @@ async def test_denoised_as_strongly_as_wanted(channel: grpc.aio.Channel, store: 
         )
         result = (await call_operation(channel, request)).result
         volume = open_volume(store, result.volume_uri)
-        assert volume.info == VolumeInfo(SHAPE, VOXEL, "dark", -50, 50)
+        assert volume.info == VolumeInfo(values.shape, VOXEL, "dark", -50, 50)
         return volume.read(), table(store, result.metrics_uri)
 
     none, metrics = await denoised(0)
@@ -158,13 +165,35 @@ async def test_denoised_as_strongly_as_wanted(channel: grpc.aio.Channel, store: 
     assert metrics["correlation"] == pytest.approx(np.corrcoef(values.ravel(), whole.ravel())[0, 1], abs=1e-4)
     np.testing.assert_allclose((await denoised(0.25))[0], 0.75 * values + 0.25 * whole, atol=1e-4)
     np.testing.assert_allclose((await denoised(1, tile=16))[0], whole, atol=1e-4)
-    # Beyond 1 it leaves from there, and ends where the denoiser has only its own result before it.
+    # Beyond 1 it leaves from there, and ends at the mean over four positions.
     np.testing.assert_allclose((await denoised(1 + 1e-6))[0], whole, atol=1e-3)
-    twice = values.mean() - values.std() * expected_of(model, store, "denoiser", scaled, times=2)
-    again, _ = await denoised(2)
-    np.testing.assert_allclose(again, twice, atol=2e-4)
-    assert np.abs(again - whole).max() > 0.01
-    np.testing.assert_allclose((await denoised(1.5, tile=16))[0], (await denoised(1.5))[0], atol=1e-4)
+    mean = values.mean() - values.std() * np.mean(in_four_positions(model, store, scaled), axis=0)
+    turned, _ = await denoised(2)
+    np.testing.assert_allclose(turned, mean, atol=2e-4)
+    assert np.abs(turned - whole).max() > 0.01
+    np.testing.assert_allclose((await denoised(1.5, tile=16))[0], (whole + turned) / 2, atol=2e-4)
+
+
+async def test_uncertain_is_what_differs_from_turn_to_turn(channel: grpc.aio.Channel, store: Store) -> None:
+    model = put_model(store, "model", dual.config(16, 2) | facts())
+    values = np.random.default_rng(2).normal(4, 3, (20, 40, 36)).astype(np.float32)
+    uri = put(store, "tomogram.mrc", values)
+
+    async def asked(**parameters: Any) -> learning_pb2.DenoiseResult:
+        request = learning_pb2.DenoiseRequest(model_uri=model, tomogram_uri=uri, **parameters)
+        result: learning_pb2.DenoiseResult = (await call_operation(channel, request)).result
+        return result
+
+    assert not (await asked()).uncertainty_uri
+    scaled = -(values - values.mean()) / values.std()
+    expected = values.std() * np.std(in_four_positions(model, store, scaled), axis=0, ddof=1)
+    assert expected.min() > 0
+    for tile in (128, 16):
+        found = await asked(uncertainty=True, tile_size_voxels=tile)
+        deviations = open_volume(store, found.uncertainty_uri).read()
+        np.testing.assert_allclose(deviations, expected, atol=1e-4)
+    half = await asked(uncertainty=True, strength=0.5)
+    np.testing.assert_allclose(open_volume(store, half.uncertainty_uri).read(), expected / 2, atol=1e-4)
 
 
 async def test_simulated_in_the_style_of_the_tomograms(channel: grpc.aio.Channel, store: Store) -> None:

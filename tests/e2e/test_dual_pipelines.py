@@ -66,11 +66,14 @@ def test_denoised_by_the_same_model(platform: Platform, scene: dict[str, Any], s
             tomograms=[scene["tomogram"]],
             target_voxel_size_angstrom=15,
             strength=0.5,
+            uncertainty=True,
         ).wait()
     (found,) = (tomogram.to_array() for tomogram in run.outputs["tomogram"])
     assert found.shape == scene["tomogram"].to_array().shape
     (comparison,) = run.outputs["comparison"]
     assert comparison.to_json()["strength"] == 0.5
+    (uncertainty,) = run.outputs["uncertainty"]
+    assert uncertainty.to_array().min() > 0
     assert "Denoised" in run.outputs["report"][0].read().decode()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
-from cryofleet.progress import part
+from cryofleet.progress import Progress, part
 from cryofleet.scratch_array import ScratchVolume
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.v1 import learning_pb2
@@ -29,6 +28,8 @@ Array = NDArray[np.float32]
 
 MULTIPLE = 1 << dual.DEPTH
 MARGIN = unet.margin(dual.DEPTH)
+TURNS: tuple[tuple[int, ...], ...] = ((), (1, 2), (0, 2), (0, 1))
+"""Axes that are reversed by no turn, and by those of 180° about z, y and x."""
 
 
 @dataclass(frozen=True)
@@ -94,36 +95,36 @@ def _open_model(task: Task, uri: str) -> dual.Dual:
     return model.to(torch.device(task.device)).eval()
 
 
-def _tiles(tile: int, channels: int, device: torch.device, steps: int = 1, reach: int = 0) -> Tiling:
-    """Tiles for U-Nets that are applied so many times in a row, and something of a reach beyond theirs; smaller ones
-    where half of a GPU's free memory asks for it.
+def _tiles(tile: int, channels: int, device: torch.device, reach: int = 0) -> Tiling:
+    """Tiles for a U-Net, and something of a reach beyond its own; smaller ones where half of a GPU's free memory asks
+    for it.
     """
-    margin = steps * MARGIN + reach
+    margin = MARGIN + reach
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] // (2 * steps)
+        free = torch.cuda.mem_get_info()[0] // 2
         tile = translation.fitting_tile(tile, margin, MULTIPLE, channels, free)
     return translation.tiling(tile, margin, MULTIPLE)
 
 
-def _needs(trained: _Trained, volume: Volume, tile: int, steps: int = 1, reach: int = 0) -> Needs:
+def _needs(trained: _Trained, volume: Volume, tile: int, reach: int = 0) -> Needs:
     weights = 3 * inputs.weight_bytes(trained.config)
-    tiles = _tiles(tile, trained.channels, torch.device("cpu"), steps, reach)
-    work = translation.memory_bytes(volume.info.shape, tiles, steps * trained.channels)
+    tiles = _tiles(tile, trained.channels, torch.device("cpu"), reach)
+    work = translation.memory_bytes(volume.info.shape, tiles, trained.channels)
     return Needs(inputs.BASE_BYTES + weights + volume_scale.MEASURING_BYTES + work)
 
 
 # --- Denoise -------------------------------------------------------------------------------------------------------
 
 
-def _steps(strength: float) -> int:
-    """How often in a row the denoiser is applied."""
-    return 2 if strength > 1 else 1
-
-
 def _denoise_needs(request: learning_pb2.DenoiseRequest, reader: Reader) -> Needs:
     trained = _trained(reader, request.model_uri, False)
     volume = _open(reader, request.tomogram_uri, trained)
-    return _needs(trained, volume, request.tile_size_voxels, _steps(request.strength))
+    needs = _needs(trained, volume, request.tile_size_voxels)
+    if request.strength <= 1 and not request.uncertainty:
+        return needs
+    # What is made in four positions, and its mean or its deviations as they are computed.
+    tiles = _tiles(request.tile_size_voxels, trained.channels, torch.device("cpu"))
+    return Needs(needs.memory_bytes + 4 * 10 * math.prod(min(tiles.region, side + 4) for side in volume.info.shape))
 
 
 @service.operation(needs=_denoise_needs)
@@ -136,13 +137,13 @@ def denoise(request: learning_pb2.DenoiseRequest, task: Task) -> learning_pb2.De
     scale = volume_scale.measure_scale(
         volume.slab, info.shape, info.contrast, volume.uri, part(task.progress, 0.0, 0.05)
     )
-    slabs = translation.translate(
-        translation.on_device(_denoiser(model, strength), device),
-        lambda z0, z1: scale(volume.slab(z0, z1)),
-        info.shape,
-        _tiles(request.tile_size_voxels, trained.channels, device, _steps(strength)),
-        part(task.progress, 0.05, 1.0),
-    )
+    make = translation.on_device(model.denoiser, device)
+    tiles = _tiles(request.tile_size_voxels, trained.channels, device)
+
+    def translated(make: translation.Translate, progress: Progress) -> Iterator[tuple[int, Array]]:
+        return translation.translate(make, lambda z0, z1: scale(volume.slab(z0, z1)), info.shape, tiles, progress)
+
+    slabs = translated(partial(_made, make, strength), part(task.progress, 0.05, 0.25 if request.uncertainty else 1.0))
     share = np.float32(min(strength, 1.0))
     # Of the tomogram's values x and the result's y, in the scale: sums of x, y, x^2, y^2 and xy.
     sums = np.zeros(5)
@@ -161,18 +162,32 @@ def denoise(request: learning_pb2.DenoiseRequest, task: Task) -> learning_pb2.De
         "denoised_deviation": deviation_y * abs(scale.deviation),
         "correlation": (products - mean_x * mean_y) / (deviation_x * deviation_y) if deviation_y else None,
     }
-    return learning_pb2.DenoiseResult(volume_uri=writer.uri, metrics_uri=task.write_table("metrics.json", metrics))
+    result = learning_pb2.DenoiseResult(volume_uri=writer.uri, metrics_uri=task.write_table("metrics.json", metrics))
+    if request.uncertainty:
+        with task.volume_writer("uncertainty.mrc", info) as writer:
+            for _, made in translated(partial(_deviation_over_turns, make), part(task.progress, 0.25, 1.0)):
+                writer.write(share * abs(scale.deviation) * made)
+        result.uncertainty_uri = writer.uri
+    return result
 
 
-def _denoiser(model: dual.Dual, strength: float) -> Callable[[Tensor], Tensor]:
-    """The denoiser, or above a strength of 1 the one that works on features of its own result too."""
+def _made(make: translation.Translate, strength: float, region: Array) -> Array:
+    """What the denoiser makes of a region, and above a strength of 1 the mean over four positions, by its share."""
     if strength <= 1:
-        return model.denoiser
+        return make(region)
+    share = np.float32(strength - 1)
+    four = _in_four_positions(make, region)
+    return np.asarray((1 - share) * four[0] + share * four.mean(axis=0), np.float32)
 
-    def again(volumes: Tensor) -> Tensor:
-        return model.denoiser.blended(volumes, model.denoiser(volumes), strength - 1)
 
-    return again
+def _deviation_over_turns(make: translation.Translate, region: Array) -> Array:
+    """Of what is made in four positions: where a network is sure of what it sees, it makes the same of all."""
+    return np.asarray(_in_four_positions(make, region).std(axis=0, ddof=1), np.float32)
+
+
+def _in_four_positions(make: translation.Translate, region: Array) -> Array:
+    """(4, z, y, x): what is made of a region as it is, and turned by 180° about each axis, turned back."""
+    return np.stack([np.flip(make(np.ascontiguousarray(np.flip(region, axes))), axes) for axes in TURNS])
 
 
 # --- CompensateWedge -----------------------------------------------------------------------------------------------

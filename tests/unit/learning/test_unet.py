@@ -53,14 +53,3 @@ def test_channels_and_shapes() -> None:
 def test_the_same_seed_gives_the_same_weights() -> None:
     first, second = network(), network()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-def test_blended_features_are_of_one_volume_at_the_ends() -> None:
-    model = network()
-    one, other = torch.randn(2, 1, 1, 16, 16, 16, generator=generator_for(1)).unbind()
-    with torch.no_grad():
-        assert torch.equal(model.blended(one, other, 0.0), model(one))
-        torch.testing.assert_close(model.blended(one, other, 1.0), model(other))
-        half = model.blended(one, other, 0.5)
-        # Features are mixed, not what comes of them.
-        assert not torch.allclose(half, (model(one) + model(other)) / 2, atol=1e-3)
