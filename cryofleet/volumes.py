@@ -183,7 +183,7 @@ def _encode_header(info: VolumeInfo, statistics: _Statistics) -> bytes:
     return (fixed + b"".join(each.encode().ljust(_LABEL_BYTES) for each in labels)).ljust(HEADER_BYTES, b"\0")
 
 
-def _decode_header(header: bytes, size_bytes: int, uri: str) -> tuple[VolumeInfo, int]:
+def decode_header(header: bytes, size_bytes: int, uri: str) -> tuple[VolumeInfo, int]:
     """What a header says and where the voxels begin. Nothing in it is trusted before it fits the object's size."""
     if len(header) < HEADER_BYTES:
         raise DataLoss(f"{uri} has {size_bytes} bytes; an MRC file has at least {HEADER_BYTES}")
@@ -333,7 +333,7 @@ class Volume:
 
     def __init__(self, blob: Blob) -> None:
         self.blob = blob
-        self.info, self._start = _decode_header(blob.read(0, HEADER_BYTES), blob.size_bytes, blob.uri)
+        self.info, self._start = decode_header(blob.read(0, HEADER_BYTES), blob.size_bytes, blob.uri)
 
     @property
     def uri(self) -> str:

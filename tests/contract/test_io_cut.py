@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cryofleet.artifacts import content_digest
-from cryofleet.numerics.label_colours import label_colour, rgb
+from cryofleet.numerics.label_colours import CLASS_COLOURS, rgb
 from cryofleet.storage import Store
 from cryofleet.v1 import common_pb2, io_pb2, io_pb2_grpc
 from services.io.service import cut, service
@@ -103,7 +103,7 @@ async def test_labels_have_their_colours(channel: grpc.aio.Channel, store: Store
     with Image.open(io.BytesIO(response.picture)) as image:
         pixels = np.asarray(image.convert("RGBA"))
     np.testing.assert_array_equal(pixels[..., 3] > 0, labels[18] > 0)
-    assert tuple(pixels[25, 60, :3]) == rgb(label_colour(3))
+    assert tuple(pixels[25, 60, :3]) == rgb(CLASS_COLOURS[2])
     with pytest.raises(grpc.aio.AioRpcError, match="whole numbers from 0"):
         await slice_of(channel, put_volume(store, np.full(SHAPE, 0.5)), labels=True)
 

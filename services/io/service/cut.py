@@ -21,6 +21,7 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+from cryofleet.artifacts.verified_blocks import VerifiedBlocks
 from cryofleet.errors import Cancelled, FailedPrecondition, Failure, InvalidArgument, ResourceExhausted
 from cryofleet.server import CallContext
 from cryofleet.server.instance import Instance
@@ -37,11 +38,14 @@ from services.io.slices import Axis, side
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised when the same request would give another picture."""
 _AXES: dict[int, Axis] = {0: "z", io_pb2.AXIS_X: "x", io_pb2.AXIS_Y: "y", io_pb2.AXIS_Z: "z"}
 _MAX_PLANE_BYTES = 64 << 20
 _CUTS_AT_ONCE, _OPENED, _COPIES = 4, 8, 4
+_BLOCK_MEMORY_BYTES = 128 << 20
+"""Blocks of those who look lately: a plane is seldom a block of its own, and the next one looked at lies beside it."""
+_BLOCKS_KEPT_SECONDS = 60.0
 _MAX_SIDE, _MAX_BYTES = 512, 110_000
 _BLACK, _WHITE = 0.5, 99.5
 
@@ -65,6 +69,7 @@ class Viewing:
     stopping: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     one_copy: threading.Lock = field(default_factory=threading.Lock)
+    blocks: VerifiedBlocks = field(default_factory=lambda: VerifiedBlocks(_BLOCK_MEMORY_BYTES))
     volumes: OrderedDict[tuple[str, str, str], Volume] = field(default_factory=OrderedDict)
     copies: OrderedDict[str, _Copy] = field(default_factory=OrderedDict)
 
@@ -85,6 +90,7 @@ class Viewing:
                     f"{request.volume_uri}: planes of {columns} x {rows} voxels are too large to be shown, 4096 x 4096 "
                     "are not: bin it with io.Rescale"
                 )
+            volume.blob.blocks = self.blocks
         with self.lock:
             self.volumes[key] = volume
             self.volumes.move_to_end(key)
@@ -150,10 +156,18 @@ _viewing: dict[Instance, Viewing] = {}
 
 @contextlib.asynccontextmanager
 async def _lifespan(instance: Instance) -> AsyncIterator[None]:
-    _viewing[instance] = Viewing(instance)
+    viewing = _viewing[instance] = Viewing(instance)
+
+    async def forget() -> None:
+        while True:
+            await asyncio.sleep(_BLOCKS_KEPT_SECONDS / 2)
+            viewing.blocks.forget_unused(_BLOCKS_KEPT_SECONDS)
+
+    forgetting = asyncio.create_task(forget())
     try:
         yield
     finally:
+        forgetting.cancel()
         _viewing.pop(instance).stopping.set()
 
 
@@ -206,10 +220,10 @@ def _cut(viewing: Viewing, request: io_pb2.CutSliceRequest, call: CallContext) -
     before = (max(1, request.planes) - 1) // 2
     first = max(0, position - before)
     last = min(side(info.shape, axis), first + max(1, request.planes))
-    picture = np.array(region.of(_plane(source, axis, first, volume.uri)))
+    total = region.of(_plane(source, axis, first, volume.uri))
     for other in range(first + 1, last):
-        picture += region.of(_plane(source, axis, other, volume.uri))
-    picture = screen.shrunk(picture / np.float32(last - first), longest)
+        total = total + region.of(_plane(source, axis, other, volume.uri))
+    picture = screen.shrunk(total, longest) / np.float32(last - first)
     if request.HasField("black_value"):
         black, white = request.black_value, request.white_value
     else:
