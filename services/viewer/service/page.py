@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from cryofleet.v1 import viewer_pb2
 from cryofleet.views import Page
 from services.viewer.service.registry import service
 from services.viewer.service.sign_in import Door, SignIns
+from services.viewer.service.tls import page_context
 
 _LOCAL = ("localhost", "127.0.0.1")
 _HEADERS = {
@@ -89,7 +89,7 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
         websocket_origin=_origins(settings, host, port),
         title="Cryofleet",
         auth_provider=Door(sign_ins, cookie_name, secure),
-        http_server_kwargs={"ssl_options": _tls(settings)},
+        http_server_kwargs={"ssl_options": page_context(settings.tls) if settings.tls else None},
         # A visitor who went away is forgotten within half a minute.
         unused_session_lifetime_milliseconds=15_000,
         check_unused_sessions_milliseconds=10_000,
@@ -173,11 +173,3 @@ def _origins(settings: Settings, host: str, port: int) -> list[str]:
     if settings.page_origins:
         return list(settings.page_origins)
     return [f"{name}:{port}" for name in dict.fromkeys(("localhost", "127.0.0.1", host))]
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(settings.tls.certificate, settings.tls.key)
-    return context

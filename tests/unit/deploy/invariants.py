@@ -9,7 +9,7 @@ from typing import Any
 
 from cryofleet.operations import operations
 from cryofleet.server.execution import STOP_SECONDS
-from cryofleet.settings import SERVICES
+from cryofleet.settings import SERVICES, Settings
 from tests.unit.deploy.manifests import (
     REPOSITORY,
     WORKLOADS,
@@ -32,6 +32,10 @@ GIVEN_SECRETS = {
     "tokens": {"tokens"},
 }
 """Secrets that a site makes before it applies an overlay, as docs/kubernetes.md says."""
+OWN = ("service", "orchestrator", "page")
+"""The components that are the platform's own servers."""
+PAGE_ASKS = ("orchestrator", "io", "picking")
+"""What the viewer calls with its visitors' tokens."""
 _OUTSIDE = "outside"
 _POD_NAME = {"fieldPath": "metadata.name"}
 _SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN$|ACCESS_KEY|DATABASE$")
@@ -44,7 +48,16 @@ def _service_of(pod: Pod) -> str:
 
 def _own(resources: list[Resource]) -> Iterator[Pod]:
     """Pods of the platform's own servers."""
-    return (pod for pod in pods(resources) if pod.labels["app.kubernetes.io/component"] in ("service", "orchestrator"))
+    return (pod for pod in pods(resources) if pod.labels["app.kubernetes.io/component"] in OWN)
+
+
+def _pools(resources: list[Resource]) -> dict[str, Resource]:
+    """The Deployments that the orchestrator gives tasks to, by name; the viewer's is none: it asks for its visitors."""
+    return {
+        each["metadata"]["name"]: each
+        for each in of_kind(resources, "Deployment")
+        if each["metadata"]["labels"]["app.kubernetes.io/component"] == "service"
+    }
 
 
 # Every container
@@ -172,7 +185,9 @@ def resting_bytes() -> dict[str, int]:
     text = (REPOSITORY / "docs" / "kubernetes.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\d+) MiB \|", text, re.MULTILINE)
     found = {name: int(size) * 2**20 for name, size in rows}
-    assert set(found) == {*SERVICES, "orchestrator"}, "docs/kubernetes.md has lost its table of resting processes"
+    assert set(found) == {*SERVICES, "orchestrator", "viewer"}, (
+        "docs/kubernetes.md has lost its table of resting processes"
+    )
     return found
 
 
@@ -196,7 +211,7 @@ def cores_suffice(resources: list[Resource]) -> Iterator[str]:
 
 def pods_end_in_time(resources: list[Resource]) -> Iterator[str]:
     """Nothing is killed in the middle of a step that may still go on."""
-    stall_limits: dict[str, float] = {"orchestrator": 0.0}
+    stall_limits: dict[str, float] = {"orchestrator": 0.0, "viewer": 0.0}
     for operation in operations().values():
         stall_limits[operation.service] = max(stall_limits.get(operation.service, 0.0), operation.stall_limit_seconds)
     for pod in _own(resources):
@@ -263,9 +278,15 @@ def names_lead_somewhere(resources: list[Resource]) -> Iterator[str]:
                 yield f"pool {name}: {host} has no port {port}"
             if host.removesuffix("-gpu") != name:
                 yield f"pool {name}: {host} runs something else"
-    workloads = {each["metadata"]["name"] for each in of_kind(resources, "Deployment")}
-    if workloads != reached:
-        yield f"the orchestrator does not know these, or knows others: {sorted(workloads ^ reached)}"
+    pools = _pools(resources).keys()
+    if pools != reached:
+        yield f"the orchestrator does not know these, or knows others: {sorted(pools ^ reached)}"
+    for ingress in of_kind(resources, "Ingress"):
+        for path in (path for rule in ingress["spec"]["rules"] for path in rule["http"]["paths"]):
+            backend = path["backend"]["service"]
+            ports = services.get(backend["name"], {}).get("spec", {}).get("ports", [])
+            if backend["port"]["name"] not in {port["name"] for port in ports}:
+                yield f"{name_of(ingress)}: leads to {backend['name']}, which has no port {backend['port']['name']}"
     certificates = {each["spec"]["secretName"]: each["spec"] for each in of_kind(resources, "Certificate")}
     for pod in every:
         for volume in pod.spec.get("volumes", []):
@@ -373,14 +394,17 @@ def _ends_of(peer: dict[str, Any], ends: dict[str, dict[str, str]]) -> list[str]
 
 
 def only_what_is_needed_flows(resources: list[Resource]) -> list[str]:
-    services = {each["metadata"]["name"] for each in of_kind(resources, "Deployment")}
+    services = set(_pools(resources))
     small = any(each["metadata"]["name"] == "database" for each in of_kind(resources, "StatefulSet"))
     needed: set[tuple[str, str, int]] = set()
     for service in services:
         needed |= {("orchestrator", service, 50051), ("namespace monitoring prometheus", service, 9100)}
     for client_of in ("orchestrator", "io"):
         needed.add(("namespace true", client_of, 50051))
+    needed |= {("viewer", each, 50051) for each in PAGE_ASKS}
     needed |= {
+        ("namespace true", "viewer", 8443),
+        ("namespace monitoring prometheus", "viewer", 9100),
         ("namespace monitoring prometheus", "orchestrator", 9100),
         ("namespace keda keda-operator", "orchestrator", 9100),
     }
@@ -419,7 +443,7 @@ def pools_are_scaled(resources: list[Resource]) -> Iterator[str]:
     scaled = {each["spec"]["scaleTargetRef"]["name"]: each["spec"] for each in of_kind(resources, "ScaledObject")}
     if not scaled and "StatefulSet/database" in {name_of(each) for each in resources}:
         return  # a small site has fixed instances
-    deployments = {each["metadata"]["name"]: each for each in of_kind(resources, "Deployment")}
+    deployments = _pools(resources)
     for name in deployments.keys() ^ scaled.keys():
         yield f"{name}: a pool without a ScaledObject, or one without a pool"
     for name in deployments.keys() & scaled.keys():
@@ -450,7 +474,7 @@ def pools_are_scaled(resources: list[Resource]) -> Iterator[str]:
 def pools_have_nodes(resources: list[Resource]) -> Iterator[str]:
     facility = bool(of_kind(resources, "ScaledObject"))
     for pod in _own(resources):
-        if pod.name.startswith("StatefulSet/"):
+        if pod.labels["app.kubernetes.io/component"] != "service":
             continue
         kind = "gpu" if pod.name.endswith("-gpu") else "cpu"
         resources_of = pod.containers[0]["resources"]
@@ -466,6 +490,35 @@ def pools_have_nodes(resources: list[Resource]) -> Iterator[str]:
             yield f"{pod.name}: does not tolerate the taint of its pool"
         if ("nvidia.com/gpu" in tolerated) != (kind == "gpu"):
             yield f"{pod.name}: GPU nodes are closed to it, or open without need"
+
+
+def the_page_has_no_rights(resources: list[Resource]) -> Iterator[str]:
+    """The viewer acts by its visitors' tokens alone, which those it asks must know."""
+    for pod in pods(resources):
+        (container,) = pod.containers
+        values = environment(container, resources)
+        name = pod.labels["app.kubernetes.io/name"]
+        if name in PAGE_ASKS and "CRYOFLEET_TOKENS" not in values:
+            yield f"{pod.name}: does not know the visitors' tokens"
+        if pod.labels["app.kubernetes.io/component"] != "page":
+            continue
+        for secret in ("CRYOFLEET_S3_SECRET_KEY", "CRYOFLEET_DATABASE", "CRYOFLEET_TOKEN", "CRYOFLEET_TOKENS"):
+            if secret in values:
+                yield f"{pod.name}: is given {secret}"
+        trusted = set(Settings.from_environment({}).platform_names)
+        certificate = one(resources, f"Certificate/{name}")["spec"]
+        if trusted & {certificate["commonName"], *certificate["dnsNames"]}:
+            yield f"{pod.name}: its certificate stands for the platform"
+        if one(resources, f"Deployment/{name}")["spec"].get("replicas") != 1:
+            yield f"{pod.name}: visitors are known to one pod, and another may be asked"
+        asked = {values[v].removeprefix("dns:///") for v in ("CRYOFLEET_ORCHESTRATOR", "CRYOFLEET_POOL_IO")}
+        asked.add(values["CRYOFLEET_POOL_PICKING"].removeprefix("dns:///"))
+        if asked != {f"{each}:50051" for each in PAGE_ASKS}:
+            yield f"{pod.name}: asks {sorted(asked)}"
+        hosts = {rule["host"] for each in of_kind(resources, "Ingress") for rule in each["spec"]["rules"]}
+        named = {host for each in of_kind(resources, "Ingress") for tls in each["spec"]["tls"] for host in tls["hosts"]}
+        if not hosts == named <= set(values["CRYOFLEET_PAGE_ORIGINS"].split()):
+            yield f"{pod.name}: browsers know it as {sorted(hosts)}, which it does not take"
 
 
 CHECKS: tuple[Check, ...] = (
@@ -485,4 +538,5 @@ CHECKS: tuple[Check, ...] = (
     only_what_is_needed_flows,
     pools_are_scaled,
     pools_have_nodes,
+    the_page_has_no_rights,
 )

@@ -276,6 +276,50 @@ BREAKS: tuple[tuple[Check, str, _Change], ...] = (
     ),
     (invariants.pools_have_nodes, "not kept to the nodes", lambda r: _spec(r).pop("nodeSelector")),
     (invariants.pools_have_nodes, "taint of its pool", lambda r: _spec(r).pop("tolerations")),
+    (
+        invariants.names_lead_somewhere,
+        "leads to viewer",
+        lambda r: one(r, "Service/viewer")["spec"]["ports"][0].update(name="https"),
+    ),
+    (
+        invariants.only_what_is_needed_flows,
+        "viewer reaches outside 192.0.2.16/28 on 443",
+        lambda r: one(r, "NetworkPolicy/to-storage")["spec"]["podSelector"]["matchExpressions"][0]["values"].append(
+            "page"
+        ),
+    ),
+    (
+        invariants.only_what_is_needed_flows,
+        "namespace true does not reach viewer on 8443",
+        lambda r: _drop(r, "NetworkPolicy/visitors"),
+    ),
+    (
+        invariants.the_page_has_no_rights,
+        "is given CRYOFLEET_S3_SECRET_KEY",
+        lambda r: _set_variable(r, "CRYOFLEET_S3_SECRET_KEY", "key", "Deployment/viewer"),
+    ),
+    (
+        invariants.the_page_has_no_rights,
+        "stands for the platform",
+        lambda r: one(r, "Certificate/viewer")["spec"]["dnsNames"].append("io"),
+    ),
+    (
+        invariants.the_page_has_no_rights,
+        "another may be asked",
+        lambda r: one(r, "Deployment/viewer")["spec"].update(replicas=2),
+    ),
+    (
+        invariants.the_page_has_no_rights,
+        "which it does not take",
+        lambda r: _set_variable(r, "CRYOFLEET_PAGE_ORIGINS", "localhost:8443", "Deployment/viewer"),
+    ),
+    (
+        invariants.the_page_has_no_rights,
+        "Deployment/picking: does not know",
+        lambda r: _container(r, "Deployment/picking")["env"].remove(
+            {"name": "CRYOFLEET_TOKENS", "value": "/etc/cryofleet/tokens/tokens"}
+        ),
+    ),
 )
 
 

@@ -29,6 +29,7 @@ from cryofleet.testing import instance_process, running_server, settings_for
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2, runtime_pb2_grpc
 from orchestrator.service import service as orchestrator_service
+from tests.unit.deploy.invariants import OWN
 from tests.unit.deploy.manifests import OVERLAYS, environment, load, of_kind, one, pods
 from tests.unit.orchestrator.fake import short_folder
 
@@ -63,9 +64,9 @@ def test_processes_read_all_settings_of_their_pods(overlay: str) -> None:
             recorded = _Recorded(values)
             settings = Settings.from_environment(recorded)
             assert {name for name in values if name.startswith("CRYOFLEET_")} - recorded.asked == set(), pod.name
-            if pod.labels["app.kubernetes.io/component"] in ("service", "orchestrator"):
+            if pod.labels["app.kubernetes.io/component"] in OWN:
                 assert settings.tls is not None
-                called_by_clients = pod.labels["app.kubernetes.io/name"] in ("orchestrator", "io")
+                called_by_clients = pod.labels["app.kubernetes.io/name"] in ("orchestrator", "io", "picking")
                 assert (settings.tokens is not None) == called_by_clients
                 mounted = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
                 files = [settings.tls.certificate, settings.tls.key, settings.tls.authority, settings.tokens]
@@ -76,6 +77,8 @@ def test_processes_read_all_settings_of_their_pods(overlay: str) -> None:
                 ports = {port["name"]: port["containerPort"] for port in container["ports"]}
                 assert settings.address == f"0.0.0.0:{ports['grpc']}"
                 assert (settings.metrics_port, settings.health_port) == (ports["metrics"], ports["health"])
+                assert ("page" in ports) == (pod.labels["app.kubernetes.io/component"] == "page")
+                assert "page" not in ports or settings.page == f"0.0.0.0:{ports['page']}"
                 assert settings.metrics_host == "0.0.0.0"  # loopback would be out of Prometheus' reach
 
 

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.unit.deploy.invariants import CHECKS, Check, flows, only_what_is_needed_flows
+from tests.unit.deploy.invariants import CHECKS, OWN, Check, flows, only_what_is_needed_flows
 from tests.unit.deploy.manifests import (
     K8S,
     OVERLAYS,
@@ -58,7 +58,7 @@ def test_processes_reach_the_collector_that_they_are_told_of(overlay: str) -> No
     certificate = one(resources, "Certificate/collector")
     own = set()
     for pod in pods(resources):
-        if pod.labels["app.kubernetes.io/component"] not in ("service", "orchestrator"):
+        if pod.labels["app.kubernetes.io/component"] not in OWN:
             continue
         own.add(pod.labels["app.kubernetes.io/name"])
         (container,) = pod.containers
