@@ -25,6 +25,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition
+from cryofleet.numerics.score_background import Background, Kind, middle_and_width, tail_density
 
 #: Fewer peaks than this do not show a distribution.
 LEAST_PEAKS = 50
@@ -34,64 +35,6 @@ WIDEST = 0.15
 _MOST_KINDS = 3
 #: Heights are counted in bins of so many of their robust deviations.
 _BIN = 0.1
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One Gaussian: the scores of one kind of complex."""
-
-    fraction: float
-    mean: float
-    deviation: float
-
-
-@dataclass(frozen=True)
-class Background:
-    """The fitted distribution of peak heights.
-
-    Attributes:
-        peaks: how many there were.
-        mean, deviation, maxima: mu, sigma and m of the noise.
-        tail_fraction, tail: share and decay length of the exponential tail.
-        others: further kinds of complexes, which are background.
-        particles: those looked for; None where nothing stands out.
-    """
-
-    peaks: int
-    mean: float
-    deviation: float
-    maxima: float
-    tail_fraction: float
-    tail: float
-    others: tuple[Kind, ...]
-    particles: Kind | None
-
-    @property
-    def particles_expected(self) -> float:
-        """How many of the peaks are particles."""
-        return 0.0 if self.particles is None else self.particles.fraction * self.peaks
-
-    def false_positives(self, threshold: float) -> float:
-        """How many peaks of at least this height are expected to be background."""
-        kinds = [*self.others, *([] if self.particles is None else [self.particles])]
-        noise = 1 - self.tail_fraction - sum(kind.fraction for kind in kinds)
-        z = (threshold - self.mean) / self.deviation
-        above = -noise * math.expm1(self.maxima * float(scipy.special.log_ndtr(z)))
-        middle, width = _middle_and_width(self.maxima)
-        above += self.tail_fraction * _tail_above((z - middle) / width, self.tail / (self.deviation * width))
-        for kind in self.others:
-            above += kind.fraction * float(scipy.special.ndtr((kind.mean - threshold) / kind.deviation))
-        return self.peaks * above
-
-    def threshold(self, expected_false_positives: float) -> float:
-        """The height above which so many peaks are expected to be background."""
-        low, high = self.mean - 10 * self.deviation, self.mean + 20 * self.deviation + 60 * self.tail
-        if expected_false_positives >= self.false_positives(low):
-            return low
-        while self.false_positives(high) > expected_false_positives:
-            high += 10 * (self.deviation + self.tail)
-        found = scipy.optimize.brentq(lambda u: self.false_positives(u) - expected_false_positives, low, high)
-        return float(found)
 
 
 def background(heights: NDArray[np.float64]) -> Background:
@@ -185,12 +128,6 @@ class _Parts:
     kinds: tuple[Kind, ...]
 
 
-def _middle_and_width(maxima: float) -> tuple[float, float]:
-    """Median and half the width of the middle 68% of the largest of so many standard Gaussian numbers."""
-    low, middle, high = (float(scipy.special.ndtri(share ** (1 / maxima))) for share in (0.16, 0.5, 0.84))
-    return middle, (high - low) / 2
-
-
 def _parts(q: NDArray[np.float64], zero: float) -> _Parts:
     """Parameters of the mixture from free numbers: those of noise and tail, then weight, height and width of each
     kind.
@@ -198,7 +135,7 @@ def _parts(q: NDArray[np.float64], zero: float) -> _Parts:
     own = q[5:].reshape(-1, 3)
     shares: list[float] = np.asarray(scipy.special.softmax(np.array([float(q[3]), *own[:, 0], 0.0]))).tolist()
     mean, deviation, maxima = float(q[0]), math.exp(q[1]), 1 + math.exp(q[2])
-    middle, width = _middle_and_width(maxima)
+    middle, width = middle_and_width(maxima)
     floor = mean + deviation * (middle + 2 * width)
     kinds = []
     for share, (_, above, wide) in zip(shares[1:-1], own, strict=True):
@@ -245,9 +182,9 @@ def _minimise(data: _Data, start: list[float]) -> scipy.optimize.OptimizeResult:
         share = 1 - p.tail_fraction - sum(kind.fraction for kind in p.kinds)
         log_noise = -0.5 * u * u + (p.maxima - 1) * scipy.special.log_ndtr(u)
         density: NDArray[np.float64] = share * p.maxima / math.sqrt(2 * math.pi) * np.exp(log_noise)
-        middle, width = _middle_and_width(p.maxima)
+        middle, width = middle_and_width(p.maxima)
         scale = p.deviation * width
-        density += p.tail_fraction * _tail_density((u - middle) / width, p.tail / scale) / width
+        density += p.tail_fraction * tail_density((u - middle) / width, p.tail / scale) / width
         density /= p.deviation
         for kind in p.kinds:
             v = (data.z - kind.mean) / kind.deviation
@@ -257,19 +194,3 @@ def _minimise(data: _Data, start: list[float]) -> scipy.optimize.OptimizeResult:
         return float(-(data.counts * np.log(density + 1e-300)).sum() + penalty)
 
     return scipy.optimize.minimize(cost, np.array(start), method="L-BFGS-B", options={"maxiter": 120})
-
-
-def _tail_density(u: NDArray[np.float64], tail: float) -> NDArray[np.float64]:
-    """Density of a standard Gaussian plus an exponential of mean `tail`."""
-    # exp(1 / (2 t^2) - u / t) erfc((1 / t - u) / sqrt 2) / (2 t), by the scaled erfc where that would overflow
-    y = (1 / tail - u) / math.sqrt(2)
-    gaussian = np.exp(-0.5 * u * u)
-    scaled = gaussian * scipy.special.erfcx(np.maximum(y, 0))
-    direct = np.exp(np.minimum(0.5 / tail**2 - u / tail, 700)) * scipy.special.erfc(np.minimum(y, 0))
-    result: NDArray[np.float64] = np.where(y > 0, scaled, direct) / (2 * tail)
-    return result
-
-
-def _tail_above(u: float, tail: float) -> float:
-    """Probability that a standard Gaussian plus an exponential of mean `tail` is above u."""
-    return float(scipy.special.ndtr(-u) + tail * _tail_density(np.array([u]), tail)[0])
