@@ -11,12 +11,16 @@ import panel as pn
 
 from cryofleet.client import Client
 from cryofleet.errors import Failure
+from cryofleet.views.averages import AveragesView
+from cryofleet.views.clustered_run import clustered
+from cryofleet.views.clusters import ClustersView
+from cryofleet.views.painting import PaintingView
 from cryofleet.views.picking import PickingView
 from cryofleet.views.runs import REFRESH_MS, RunsView, artifacts
 from cryofleet.views.text import text
 from cryofleet.views.tomogram import TomogramView
 
-VIEWS = ("runs", "tomogram", "picking")
+VIEWS = ("runs", "tomogram", "picking", "painting", "clusters", "averages")
 _SELDOM = 4
 _STYLE = """
 #main { padding: 0; } #sidebar { padding: 10px; }
@@ -40,6 +44,9 @@ class Page:
         self.runs = RunsView(client)
         self.tomogram = TomogramView(client)
         self.picking = PickingView(client, self.tomogram, editor)
+        self.painting = PaintingView(client, self.tomogram)
+        self.clusters = ClustersView(client)
+        self.averages = AveragesView(client)
         self.choice = pn.widgets.RadioButtonGroup(
             options={name.capitalize(): name for name in VIEWS}, value="runs", color="primary"
         )
@@ -71,8 +78,10 @@ class Page:
 
     def _follow(self) -> None:
         self.choice.param.watch(lambda _: self._show(), "value")
-        self.runs.on_look = self._look
-        for view in (self.runs, self.tomogram):
+        self.runs.on_look = self.averages.on_look = self._look
+        self.clusters.on_started = self.painting.on_started = self._started
+        self.painting.on_failure = self.clusters.on_failure = self._failed
+        for view in (self.runs, self.tomogram, self.averages):
             view.on_failure = self._failed
             view.param.watch(lambda _: self._say(), "problem")
         for name, select in self._uris.items():
@@ -104,27 +113,59 @@ class Page:
 
     def _show(self) -> None:
         view = self.choice.value
+        self.painting.detach()
         if view == "picking":
             self.picking.attach()
         else:
             self.picking.detach()
-        if view == "runs":
+        if view == "painting":
+            self.painting.attach()
+        if view == "clusters":
+            self._main[:] = [self.clusters]
+            self._side[:] = [self.clusters.controls()]
+            pn.state.execute(self._open_clusters)
+        elif view == "averages":
+            self._main[:] = [self.averages]
+            self._side[:] = [self.averages.controls()]
+            pn.state.execute(self._open_averages)
+        elif view == "runs":
             self._main[:] = [self.runs]
             self._side[:] = [self.runs.form()]
         else:
             files = pn.Column(*self._uris.values(), sizing_mode="stretch_width")
             self._main[:] = [self.tomogram]
             if view == "picking":
-                self._side[:] = [self._uris["volume"], self.picking]
+                self._main[:] = [self.tomogram, self.picking.gallery]
+                self._side[:] = [self._uris["volume"], self._uris["particles"], self.picking]
+            elif view == "painting":
+                self._side[:] = [self._uris["volume"], self.painting]
             else:
                 self._side[:] = [files, self.tomogram.controls()]
         self._address()
 
-    def _look(self, run: str, volume: str, particles: str) -> None:
+    async def _open_clusters(self) -> None:
+        if self.runs.run_id and clustered(self.runs.record) is not None:
+            self.clusters.run_id = self.runs.run_id
+        await self.clusters.open()
+
+    async def _open_averages(self) -> None:
+        self.averages.run_id = self.runs.run_id
+        await self.averages.open()
+
+    def _started(self, run: str) -> None:
+        """Follow a run that another view has started."""
+
+        async def follow() -> None:
+            await self.runs.choose(run)
+            self.choice.value = "runs"
+
+        pn.state.execute(follow)
+
+    def _look(self, run: str, volume: str, particles: str, labels: str = "") -> None:
         async def open_it() -> None:
             self._run = run
             self._offer()
-            self._put({"volume": volume, "particles": particles})
+            self._put({"volume": volume, "particles": particles, "labels": labels})
             await self.tomogram.open()
             self.choice.value = "tomogram"
 
@@ -171,7 +212,7 @@ class Page:
         location.search = "?" + urlencode({name: value for name, value in wanted.items() if value})
 
     def _say(self) -> None:
-        problems = dict.fromkeys(view.problem for view in (self.runs, self.tomogram) if view.problem)
+        problems = dict.fromkeys(view.problem for view in (self.runs, self.tomogram, self.averages) if view.problem)
         self._problem.object = "\n".join(problems)
         self._problem.visible = bool(problems)
 

@@ -7,6 +7,7 @@ import contextlib
 import getpass
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ import param
 
 from cryofleet.client import Client
 from cryofleet.errors import Failure
+from cryofleet.numerics.score_background import Background
 from cryofleet.particles import Particles
-from cryofleet.views.histogram import histogram_svg
+from cryofleet.views.gallery import Gallery, Item, Key
+from cryofleet.views.histogram import Histogram, histogram_svg
+from cryofleet.views.pick_pictures import PickPictures
 from cryofleet.views.picks import Picks
 from cryofleet.views.slices import off_the_loop
-from cryofleet.views.tables import read_particles
+from cryofleet.views.tables import read_json, read_particles
 from cryofleet.views.text import text
 from cryofleet.views.tomogram import HELP, TomogramView
 
-LEAST_SCORE = 0.0
-"""The preview has all picks above it, so that the threshold can be moved without asking again."""
+LEAST_SCORE, MOST_SCORE = 0.0, 12.0
+"""The preview has all picks above the first, so that the threshold can be moved without asking again."""
+USUAL_THRESHOLD = 3.0
 _MOST = 20_000
 _SETTLED_SECONDS = 0.25
 _SQRT_12 = 2 * math.sqrt(3)
@@ -34,15 +39,18 @@ a: add a pick at the crosshair; d or Delete: remove the selected one
 n, b: next, previous pick; Alt and arrows: move the selected one
 u, r: undo, redo; s: save
 Shift click: add; Alt click: remove; drag a pick: move it"""
+GALLERY_KEYS = """Click or space: choose; Shift: all between; a: all, Escape: none
+d or Delete: reject the chosen; Enter: go there; u, r: undo, redo"""
 
 
 class PickingView(pn.viewable.Viewer):
     """Picks of a tomogram: found on a slab around the current slice while one tunes, on all of it when asked to."""
 
     diameter_angstrom = param.Number(200.0, bounds=(10, 2000), doc="Of the particles; sigma is diameter / (2 sqrt 3).")
-    threshold = param.Number(3.0, bounds=(LEAST_SCORE, 12), doc="Least score, in standard deviations.")
+    threshold = param.Number(USUAL_THRESHOLD, doc="Least score; of what was picked here in standard deviations.")
     distance_angstrom = param.Number(200.0, bounds=(0, 2000), doc="Least distance of two picks.")
     slab_planes = param.Integer(32, bounds=(8, 256), doc="Of the preview.")
+    show_gallery = param.Boolean(False, doc="Pictures of the picks, the best first.")
     editor = param.String("", doc="Who edits; kept with what is added or moved.")
     saved = param.String("", doc="URI of what was saved last.")
 
@@ -55,19 +63,51 @@ class PickingView(pn.viewable.Viewer):
         self._edited_since = 0
         self._count, self._said = text(font_weight="bold"), text()
         self._histogram = pn.pane.HTML("", sizing_mode="stretch_width")
+        self._table = ""
+        self._known: Picks | None = None
+        self._from_elsewhere = False
+        self._background: Background | None = None
+        self._searched: Histogram | None = None
+        wide = {"sizing_mode": "stretch_width"}
+        self._slider = pn.widgets.EditableFloatSlider(
+            label="Threshold", start=LEAST_SCORE, end=MOST_SCORE, step=0.1, value=self.threshold, **wide
+        )
+        self._slider.param.watch(lambda event: setattr(self, "threshold", event.new), "value")
+        self._expected = text()
+        self._let_pass = pn.widgets.FloatInput(
+            label="Let so many false positives pass", value=None, start=0.001, step=1, disabled=True, **wide
+        )
+        self._let_pass.param.watch(self._passed, "value")
+        self._pictures = PickPictures(client)
+        self._chooser = Gallery(self._pictures_of, label="picks, the best first")
+        self._chooser.on_key = self._gallery_key
+        self._chooser.on_failure = self._failed
+        self._order = pn.widgets.RadioButtonGroup(options=["best first", "worst first"], value="best first")
+        self._order.param.watch(lambda _: self._fill_gallery(), "value")
+        head = pn.FlexBox(
+            _button("Reject chosen", "danger", lambda _: self._reject()), self._order,
+            text(GALLERY_KEYS, font_size="12px", width="auto"), gap="8px",
+        )  # fmt: skip
+        self.gallery = pn.Column(head, self._chooser, height=300, visible=False, **wide)
+        """To stand below the slices."""
 
     def attach(self) -> None:
         """Take what hands do on the slices."""
         self.view.on_hand = self._hand
+        self.view.on_table = self._opened
         self.view.help.object = HELP + KEYS
         for pane in self.view.panes.values():
             pane.editable = True
-        self.view.param.update(diameter=self.diameter_angstrom, least_score=self.threshold)
-        self._counted()
+        self.view.diameter = self.diameter_angstrom
+        if len(self.view.picks) and self.view.picks is not self._known:
+            self._opened()
+        else:
+            self.view.least_score = self.threshold
+            self._counted()
 
     def detach(self) -> None:
         """Leave the slices to others."""
-        self.view.on_hand = None
+        self.view.on_hand = self.view.on_table = None
         self.view.help.object = HELP
         for pane in self.view.panes.values():
             pane.editable = False
@@ -78,7 +118,7 @@ class PickingView(pn.viewable.Viewer):
         made, own = pn.widgets, self.param
         settings = (
             made.EditableFloatSlider.from_param(own.diameter_angstrom, label="Diameter (Å)", step=5, **wide),
-            made.EditableFloatSlider.from_param(own.threshold, label="Threshold", step=0.1, **wide),
+            self._slider,
             made.EditableFloatSlider.from_param(own.distance_angstrom, label="Least distance (Å)", step=5, **wide),
             made.IntSlider.from_param(own.slab_planes, label="Preview planes", step=8, **wide),
             self._sigma,
@@ -91,9 +131,11 @@ class PickingView(pn.viewable.Viewer):
             ("Redo", "default", lambda _: self._key("r")),
             ("Save", "success", lambda _: self._key("s")),
         ]
-        row = pn.FlexBox(*[_button(name, kind, action) for name, kind, action in buttons], gap="6px")
+        gallery = made.Toggle.from_param(own.show_gallery, label="Gallery")
+        row = pn.FlexBox(*[_button(name, kind, action) for name, kind, action in buttons], gallery, gap="6px")
         return pn.Column(
-            *settings, row, self._count, self._histogram, self._said,
+            *settings, row, self._count, self._histogram, self._expected, self._let_pass,
+            _button("Estimate false positives", "default", self._estimate_clicked), self._said,
             sizing_mode="stretch_width",
         )  # fmt: skip
 
@@ -116,7 +158,7 @@ class PickingView(pn.viewable.Viewer):
 
     @param.depends("threshold", watch=True)
     def _cut(self) -> None:
-        self.view.least_score = self.threshold
+        self._slider.value = self.view.least_score = self.threshold
         self._counted()
 
     async def _preview_clicked(self, _: Any) -> None:
@@ -151,16 +193,154 @@ class PickingView(pn.viewable.Viewer):
             particles = await off_the_loop(read_particles, self._client, result["particles_uri"])
         except Failure as failure:
             self._say(str(failure))
-            if self.view.on_failure is not None:
-                self.view.on_failure(failure)
+            self._failed(failure)
             return
         if asked != self._asked:
             return  # another one is on its way
+        if self._from_elsewhere:
+            # What was opened before had scores of its own.
+            self._scores_from(LEAST_SCORE, MOST_SCORE, 0.1, USUAL_THRESHOLD)
+        self._table, self._background, self._searched = result["particles_uri"], None, None
         self.view.show_picks(Picks.of(particles, self.view.info.voxel_size_angstrom))
+        self._known, self._from_elsewhere = self.view.picks, False
         self._edited_since = 0
         where = f"planes around z {parameters['preview_z']}" if preview else "the whole tomogram"
         self._say(f"picked in {where}" + (f"; the best {_MOST:,}" if len(particles) >= _MOST else ""))
         self._counted()
+
+    def _failed(self, failure: Failure) -> None:
+        if self.view.on_failure is not None:
+            self.view.on_failure(failure)
+
+    # A table that was picked elsewhere
+
+    def _opened(self) -> None:
+        """Other picks than those found here: all of them are shown, whatever their scores."""
+        self._table, self._background, self._searched = self.view.particles, None, None
+        self._known, self._from_elsewhere = self.view.picks, True
+        self._edited_since = 0
+        self._asked += 1
+        scores = self.view.picks.scores
+        finite = scores[np.isfinite(scores)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        span = max(high - low, 1e-6)
+        digits = 2 - math.floor(math.log10(span))
+        step = 10.0**-digits
+        # Round numbers, the first of them not above the lowest score.
+        self._scores_from(round(math.floor(low / step) * step, digits), high, step)
+        self._counted()
+        pn.state.execute(self._read_figures)
+
+    def _scores_from(self, low: float, high: float, step: float, threshold: float | None = None) -> None:
+        """What the threshold can be, and what it is: the lowest where None."""
+        value = low if threshold is None else threshold
+        self._slider.param.update(start=low, end=max(high, low + step), step=step, value=value)
+        self.threshold = self.view.least_score = value
+
+    async def _read_figures(self) -> None:
+        """What the operation that made the table says of its scores, in the table beside it."""
+        table = self._table
+        uri = table.rpartition("/")[0] + "/metrics.json"
+        try:
+            figures = await off_the_loop(read_json, self._client, uri)
+        except Failure as failure:
+            if failure.status not in ("NOT_FOUND", "PERMISSION_DENIED", "INVALID_ARGUMENT"):
+                self._failed(failure)
+            return  # it says nothing of them
+        if table == self._table:
+            self._take_figures(figures)
+
+    async def _estimate_clicked(self, _: Any) -> None:
+        await self.estimate()
+
+    async def estimate(self) -> None:
+        """Have the picking service fit a distribution to the table's scores, of which the background is a part."""
+        if not self._table:
+            self._say("pick first, or choose a table of picks")
+            return
+        table = self._table
+        try:
+            result = await off_the_loop(
+                self._client.call, "picking.FilterParticles", particles_uris=[table], expected_false_positives=1.0
+            )
+            figures = await off_the_loop(read_json, self._client, result["metrics_uri"])
+        except Failure as failure:
+            self._say(str(failure))
+            self._failed(failure)
+            return
+        if table == self._table:
+            self._take_figures(figures)
+
+    def _take_figures(self, figures: dict[str, Any]) -> None:
+        self._searched = Histogram.of_search(figures)
+        self._background = None
+        if figures.get("background") is not None:
+            try:
+                self._background = Background.from_table(figures["background"])
+            except Failure as failure:
+                self._say(str(failure))
+        self._counted()
+
+    def _passed(self, event: Any) -> None:
+        if self._background is not None and event.new:
+            self.threshold = self._background.threshold(float(event.new))
+
+    # The gallery
+
+    @param.depends("show_gallery", watch=True)
+    def _shown(self) -> None:
+        self.gallery.visible = self.show_gallery
+        self._fill_gallery()
+
+    def _fill_gallery(self) -> None:
+        if not self.show_gallery:
+            return
+        picks = self.view.picks
+        kept = np.flatnonzero(picks.above(self.threshold))
+        scores = picks.scores[kept]
+        # Those made by hand have none, and stand behind the others.
+        ranked = kept[np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")]
+        if self._order.value == "worst first":
+            ranked = ranked[::-1]
+        ids = picks.table["id"].to_numpy()[ranked].tolist()
+        if ids == [item.key for item in self._chooser.items]:
+            return
+        page = self._chooser.page
+        self._chooser.fill(
+            Item(int(pick), "by hand" if math.isnan(score) else f"{score:.3g}", f"pick {pick}")
+            for pick, score in zip(ids, picks.scores[ranked].tolist(), strict=True)
+        )
+        self._chooser.page = page
+
+    async def _pictures_of(self, keys: Sequence[Key]) -> list[bytes]:
+        picks = self.view.picks
+        places = [picks.place(int(key)) for key in keys if int(key) in picks]
+        side = 2 * self.diameter_angstrom / self.view.info.voxel_size_angstrom
+        pictures = await self._pictures.cut(self.view.volume, places, side)
+        # One that was rejected meanwhile has none.
+        there = iter(pictures)
+        return [next(there) if int(key) in picks else b"" for key in keys]
+
+    def _gallery_key(self, key: str, pick: Key) -> None:
+        if key in ("d", "Delete"):
+            if not self._chooser.selected:
+                self._chooser.choose([pick])
+            self._reject()
+        elif key == "Enter" and int(pick) in self.view.picks:
+            self.view.go(self.view.picks.place(int(pick)))
+            self._show(int(pick))
+        else:
+            self._key(key)
+
+    def _reject(self) -> None:
+        """Take the chosen ones away, as one edit."""
+        chosen = [int(key) for key in self._chooser.selected if int(key) in self.view.picks]
+        if not chosen:
+            self._say("choose some in the gallery first")
+            return
+        self.view.picks.reject(chosen)
+        self._say(f"{len(chosen)} rejected; u takes it back")
+        self._show(-1)
 
     # By hand
 
@@ -257,7 +437,19 @@ class PickingView(pn.viewable.Viewer):
         count = int(picks.above(self.threshold).sum())
         unsaved = picks.edits - self._edited_since
         self._count.object = f"{count:,} picks of {len(picks):,}" + (f", {unsaved} edits not saved" if unsaved else "")
-        self._histogram.object = histogram_svg(picks.scores, self.threshold)
+        histogram = self._searched or Histogram.of(picks.scores, self.threshold)
+        self._histogram.object = histogram_svg(histogram, self.threshold, self._background)
+        self._let_pass.disabled = self._background is None
+        self._expected.object = "" if self._background is None else self._expectation(self._background)
+        self._fill_gallery()
+
+    def _expectation(self, background: Background) -> str:
+        passing = background.false_positives(self.threshold)
+        figure = f"{passing:.0f}" if passing >= 10 else f"{passing:.2g}"
+        return (
+            f"Expected false positives above the threshold: {figure}, by the distribution of {background.peaks:,} "
+            "scores (line: the background)"
+        )
 
 
 def _button(name: str, kind: str, action: Any) -> pn.widgets.Button:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ class Picks:
         self._rows: dict[int, dict[str, Any]] = {
             int(row["id"]): {str(name): value for name, value in row.items()} for row in table.to_dict("records")
         }
-        self._done: list[_Edit] = []
-        self._undone: list[_Edit] = []
+        self._done: list[list[_Edit]] = []
+        self._undone: list[list[_Edit]] = []
         self._table: pd.DataFrame | None = table
         self._next = max(self._rows, default=-1) + 1
 
@@ -102,7 +103,7 @@ class Picks:
         pick = self._next
         self._next += 1
         row = {"id": pick, **dict(zip(POSITION, map(float, place), strict=True)), "editor": editor}
-        self._do(_Edit(pick, None, row))
+        self._do([_Edit(pick, None, row)])
         return pick
 
     def move(self, pick: int, place: tuple[float, float, float], editor: str) -> None:
@@ -110,29 +111,37 @@ class Picks:
         before = self._row(pick)
         after = {**before, **dict(zip(POSITION, map(float, place), strict=True)), "editor": editor}
         after.pop("score", None)
-        self._do(_Edit(pick, before, after))
+        self._do([_Edit(pick, before, after)])
 
     def remove(self, pick: int) -> None:
         """Take a pick away."""
-        self._do(_Edit(pick, self._row(pick), None))
+        self.reject([pick])
+
+    def reject(self, picks: Iterable[int]) -> None:
+        """Take many away, as one edit."""
+        gone = [_Edit(pick, self._row(pick), None) for pick in dict.fromkeys(picks)]
+        if gone:
+            self._do(gone)
 
     def undo(self) -> int | None:
-        """Take the last edit back; which pick it was of."""
+        """Take the last edit back; which pick it was of, the first where it was of many."""
         if not self._done:
             return None
-        edit = self._done.pop()
-        self._undone.append(edit)
-        self._put(edit.pick, edit.before)
-        return edit.pick
+        edits = self._done.pop()
+        self._undone.append(edits)
+        for edit in edits:
+            self._put(edit.pick, edit.before)
+        return edits[0].pick
 
     def redo(self) -> int | None:
-        """Do once more what was undone last; which pick it is of."""
+        """Do once more what was undone last; which pick it is of, the first where it is of many."""
         if not self._undone:
             return None
-        edit = self._undone.pop()
-        self._done.append(edit)
-        self._put(edit.pick, edit.after)
-        return edit.pick
+        edits = self._undone.pop()
+        self._done.append(edits)
+        for edit in edits:
+            self._put(edit.pick, edit.after)
+        return edits[0].pick
 
     def to_particles(
         self, voxel_size_angstrom: float, shape: tuple[int, int, int], tomogram: str, least_score: float | None = None
@@ -159,10 +168,11 @@ class Picks:
             raise InvalidArgument(f"there is no pick {pick}")
         return self._rows[pick]
 
-    def _do(self, edit: _Edit) -> None:
-        self._done.append(edit)
+    def _do(self, edits: list[_Edit]) -> None:
+        self._done.append(edits)
         self._undone.clear()
-        self._put(edit.pick, edit.after)
+        for edit in edits:
+            self._put(edit.pick, edit.after)
 
     def _put(self, pick: int, row: dict[str, Any] | None) -> None:
         if row is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,15 +16,19 @@ from cryofleet.client import Client, RunHandle, state_name
 from cryofleet.errors import Failure
 from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.parameters import PipelineForm
+from cryofleet.views.run_log import pool_row, run_log, running_lines, step_state
 from cryofleet.views.slices import off_the_loop
 from cryofleet.views.text import text
 
 REFRESH_MS = 1500
+PATIENCE_SECONDS = 3.0
+"""A platform that answers later than this is said to be away."""
 FIRST = "discover"
 """The pipeline that the form shows first."""
 _ENDED = ("succeeded", "partial", "failed", "cancelled")
 _RUN_COLUMNS = ["run", "pipeline", "state", "started", "took", "owner"]
 _STEP_COLUMNS = ["step", "operation", "state", "done", "phase", "computed"]
+_POOL_COLUMNS = ["pool", "state", "instances", "slots free", "memory free", "running", "queued"]
 _WIDE = {"sizing_mode": "stretch_width"}
 _TABLE = {
     "show_index": False,
@@ -33,7 +38,7 @@ _TABLE = {
     "layout": "fit_data_stretch",
     "sortable": False,
     # As text: names are shown, whatever they hold.
-    "formatters": {name: {"type": "plaintext"} for name in {*_RUN_COLUMNS, *_STEP_COLUMNS}},
+    "formatters": {name: {"type": "plaintext"} for name in {*_RUN_COLUMNS, *_STEP_COLUMNS, *_POOL_COLUMNS}},
 }
 
 
@@ -62,7 +67,6 @@ def run_row(run: orchestrator_pb2.Run) -> dict[str, str]:
 
 def step_row(step: orchestrator_pb2.StepStatus) -> dict[str, str]:
     """A step as a line of its run's table."""
-    state = orchestrator_pb2.StepState.Name(step.state).removeprefix("STEP_STATE_").lower()
     done = f"{step.tasks_done} of {step.tasks_total}" if step.tasks_total > 1 else f"{step.fraction:.0%}"
     if step.tasks_cached:
         done += f", {step.tasks_cached} known"
@@ -70,7 +74,7 @@ def step_row(step: orchestrator_pb2.StepStatus) -> dict[str, str]:
         done += f", {step.tasks_set_aside} set aside"
     computed = seconds_text(step.compute_seconds) if step.compute_seconds else ""
     return {
-        "step": step.id, "operation": step.operation, "state": state, "done": done, "phase": step.phase,
+        "step": step.id, "operation": step.operation, "state": step_state(step), "done": done, "phase": step.phase,
         "computed": computed,
     }  # fmt: skip
 
@@ -106,6 +110,8 @@ class RunsView(pn.viewable.Viewer):
         theme = "midnight" if pn.config.theme == "dark" else "simple"
         self._list = pn.widgets.Tabulator(_frame([], _RUN_COLUMNS), height=210, theme=theme, **_TABLE)
         self._steps = pn.widgets.Tabulator(_frame([], _STEP_COLUMNS), height=280, theme=theme, **_TABLE)
+        self._pools = pn.widgets.Tabulator(_frame([], _POOL_COLUMNS), height=280, theme=theme, **_TABLE)
+        self._log = text(height="280px", overflow="auto", font_size="12px")
         self._list.on_click(self._clicked)  # type: ignore[arg-type]  # Panel awaits it
         self._title, self._why, self._start_said = text(font_weight="bold"), text(), text()
         self._progress = pn.indicators.Progress(value=0, max=100, sizing_mode="stretch_width", height=12)
@@ -134,7 +140,8 @@ class RunsView(pn.viewable.Viewer):
     def __panel__(self) -> pn.viewable.Viewable:
         look = pn.Row(self._volumes, self._tables, pn.Column(pn.Spacer(height=12), self._look), **_WIDE)
         buttons = pn.FlexBox(self._cancel, self._resume, self._retry, gap="6px")
-        run = (self._title, self._progress, self._why, buttons, look, self._steps)
+        details = pn.Tabs(("Steps", self._steps), ("Log", self._log), ("Pools", self._pools), **_WIDE)
+        run = (self._title, self._progress, self._why, buttons, look, details)
         return pn.Column(self._list, *run, sizing_mode="stretch_both", scroll="y")
 
     def form(self) -> pn.Column:
@@ -146,14 +153,25 @@ class RunsView(pn.viewable.Viewer):
         )  # fmt: skip
 
     async def refresh(self) -> None:
-        """Ask for what has changed. What the platform answers instead is in `problem`."""
+        """Ask for what has changed. What the platform answers instead is in `problem`, and that it does not answer."""
+        asking = asyncio.ensure_future(self._refresh())
+        done, _ = await asyncio.wait({asking}, timeout=PATIENCE_SECONDS)
+        if not done:
+            # One that hangs, or is just being started again, refuses nothing.
+            self.problem = "the platform does not answer; waiting for it …"
+        await asking
+
+    async def _refresh(self) -> None:
         try:
             if not self._pipelines:
                 await self._open_pipelines()
             runs = await off_the_loop(self._client.runs, 100)
+            pools = await off_the_loop(self._client.pools)
+            _put(self._pools, _frame([pool_row(pool) for pool in pools], _POOL_COLUMNS))
             if self.run_id:
                 handle = await off_the_loop(self._client.get, self.run_id)
                 self._show(handle.record)
+                self._log.object = "\n".join([*run_log(handle.record), *running_lines(handle.record, pools)])
         except Failure as failure:
             self._fail(failure)
             if failure.status != "NOT_FOUND":
@@ -161,9 +179,7 @@ class RunsView(pn.viewable.Viewer):
             runs = await off_the_loop(self._client.runs, 100)
         else:
             self.problem = ""
-        rows = _frame([run_row(run) for run in runs], _RUN_COLUMNS)
-        if not rows.equals(self._list.value):
-            self._list.value = rows
+        _put(self._list, _frame([run_row(run) for run in runs], _RUN_COLUMNS))
         chosen = [number for number, run in enumerate(runs) if run.id == self.run_id]
         if self._list.selection != chosen:
             self._list.selection = chosen
@@ -233,7 +249,9 @@ class RunsView(pn.viewable.Viewer):
         self._retry.disabled = state != "partial"
         self._steps.value = _frame([step_row(step) for step in run.steps], _STEP_COLUMNS)
         found = list(artifacts(run))
-        _offer(self._volumes, {name: uri for name, uri in found if uri.endswith(".mrc")})
+        # What a run was about before what it made of that.
+        volumes = sorted(found, key=lambda each: "tomogram" not in each[0])
+        _offer(self._volumes, {name: uri for name, uri in volumes if uri.endswith(".mrc")})
         _offer(self._tables, {**{name: uri for name, uri in found if uri.endswith(".parquet")}, "none": ""})
         self._look.disabled = not self._volumes.options
 
@@ -248,6 +266,12 @@ def _offer(select: Any, options: dict[str, str]) -> None:
         known = select.value and select.value in options.values()
         kept = select.value if known else next(iter(options.values()), None)
         select.param.update(options=options, value=kept)
+
+
+def _put(table: Any, rows: pd.DataFrame) -> None:
+    """Other rows, where they differ: a table that is drawn anew scrolls back."""
+    if not rows.equals(table.value):
+        table.value = rows
 
 
 def _frame(rows: list[dict[str, str]], columns: list[str]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ const AGAIN_MS = 350
 const LARGEST_PIXELS = 1024
 const CLICK_PIXELS = 4
 const WHEEL_PIXELS = 30
+const MOST_POINTS = 10000
 
 export function render({model}) {
   const root = document.createElement("div")
@@ -29,6 +30,12 @@ export function render({model}) {
   let wheel = 0
   let dragged = null
   let hover = null
+  let painted = null // {header, images}: what is painted on a plane
+  let strokes = [] // {stroke, position, points, brush}: those that are not in it yet
+  let stroke = null // and the one that is being painted
+  let strokeCount = 0
+  let brush = model.brush // a key that changes it counts at once, before the server has heard of it
+  let paintings = 0
 
   // --- Asking
 
@@ -57,8 +64,7 @@ export function render({model}) {
     model.send_msg({type: "want", ...now})
   }
 
-  async function show(bytes) {
-    if (!bytes || bytes.byteLength < 4) return
+  async function decoded(bytes) {
     const data = bytes instanceof Uint8Array ? bytes : new Uint8Array(bytes)
     const length = new DataView(data.buffer, data.byteOffset, 4).getUint32(0, true)
     const header = JSON.parse(new TextDecoder().decode(data.subarray(4, 4 + length)))
@@ -69,6 +75,12 @@ export function render({model}) {
       start += bytes
       return createImageBitmap(new Blob([piece], {type})).then(image => { images[name] = image })
     }))
+    return {header, images}
+  }
+
+  async function show(bytes) {
+    if (!bytes || bytes.byteLength < 4) return
+    const {header, images} = await decoded(bytes)
     pending = false
     note.textContent = header.note
     if (header.images.length) {
@@ -83,6 +95,17 @@ export function render({model}) {
     }
     draw()
     if (!header.again) ask()
+  }
+
+  async function showPainted(bytes) {
+    const asked = ++paintings
+    const next = bytes && bytes.byteLength >= 4 ? await decoded(bytes) : null
+    if (asked !== paintings) return // a newer one has come meanwhile
+    for (const image of Object.values(painted ? painted.images : {})) image.close()
+    painted = next
+    if (painted) strokes = strokes.filter(each => each.stroke > painted.header.answers)
+    root.dataset.painted = painted && painted.images.painted ? painted.header.position : ""
+    draw()
   }
 
   // --- Drawing
@@ -128,6 +151,7 @@ export function render({model}) {
         context.restore()
       }
     }
+    paint(at)
     for (const [id, column, row, radius, colour, opacity, dash] of model.marks) {
       const moved = dragged && dragged.pick === id ? dragged.to : null
       const [x, y] = at((moved ? moved[0] : column) + 0.5, (moved ? moved[1] : row) + 0.5)
@@ -157,6 +181,36 @@ export function render({model}) {
     }
     scaleBar(width, height)
     say()
+  }
+
+  function paint(at) {
+    const plane = frame ? frame.header.position : position
+    context.save()
+    context.globalAlpha = 0.5
+    context.imageSmoothingEnabled = false
+    if (painted && painted.images.painted && painted.header.position === plane) {
+      const [column, row, columns, rows] = painted.header.region
+      context.drawImage(painted.images.painted, ...at(column, row), columns * view.scale, rows * view.scale)
+    }
+    context.lineCap = context.lineJoin = "round"
+    for (const {position: where, points, brush: used} of stroke ? [...strokes, stroke] : strokes) {
+      if (where !== plane) continue
+      context.strokeStyle = used.colour
+      context.lineWidth = Math.max(1, 2 * used.radius) * view.scale
+      context.beginPath()
+      for (const [column, row] of [points[0], ...points]) context.lineTo(...at(column + 0.5, row + 0.5))
+      context.stroke()
+    }
+    const {colour, radius} = brush
+    if (colour && hover) {
+      context.globalAlpha = 1
+      context.strokeStyle = colour
+      context.lineWidth = 1.5
+      context.beginPath()
+      context.arc(...at(hover[0] + 0.5, hover[1] + 0.5), Math.max(0.5, radius) * view.scale, 0, 2 * Math.PI)
+      context.stroke()
+    }
+    context.restore()
   }
 
   function scaleBar(width, height) {
@@ -252,6 +306,12 @@ export function render({model}) {
     if (!view || event.button !== 0) return
     canvas.focus()
     const start = voxel(event)
+    if (brush.colour && !event.shiftKey && frame) {
+      stroke = {stroke: ++strokeCount, position: frame.header.position, points: [start], brush}
+      canvas.setPointerCapture(event.pointerId)
+      draw()
+      return
+    }
     const pick = model.editable && !event.shiftKey ? pickAt(start) : null
     dragged = {x: event.clientX, y: event.clientY, view: {...view}, pick, to: null, moved: false}
     canvas.setPointerCapture(event.pointerId)
@@ -259,7 +319,12 @@ export function render({model}) {
   canvas.addEventListener("pointermove", event => {
     if (!view) return
     hover = voxel(event)
-    if (dragged) {
+    if (stroke) {
+      const [column, row] = stroke.points.at(-1)
+      const far = Math.hypot(hover[0] - column, hover[1] - row) >= Math.max(0.25, stroke.brush.radius / 8)
+      if (far && stroke.points.length < MOST_POINTS) stroke.points.push(hover)
+      draw()
+    } else if (dragged) {
       const [x, y] = [event.clientX - dragged.x, event.clientY - dragged.y]
       dragged.moved ||= Math.hypot(x, y) > CLICK_PIXELS
       if (dragged.moved && dragged.pick !== null) dragged.to = hover
@@ -267,9 +332,17 @@ export function render({model}) {
         view = {...view, column: dragged.view.column - x / view.scale, row: dragged.view.row - y / view.scale}
       }
       draw()
-    } else say()
+    } else if (brush.colour) draw()
+    else say()
   })
   canvas.addEventListener("pointerup", event => {
+    if (stroke) {
+      const {stroke: number, position: where, points, brush: {radius, value}} = stroke
+      strokes.push(stroke)
+      stroke = null
+      model.send_msg({type: "stroke", stroke: number, position: where, points, radius, value})
+      return
+    }
     if (!dragged) return
     const {pick, to, moved: hasMoved} = dragged
     const place = voxel(event)
@@ -280,7 +353,7 @@ export function render({model}) {
     }
     moved()
   })
-  canvas.addEventListener("pointerleave", () => { hover = null; if (view) say() })
+  canvas.addEventListener("pointerleave", () => { hover = null; if (view) draw() })
   canvas.addEventListener("dblclick", fit)
 
   canvas.addEventListener("keydown", event => {
@@ -294,7 +367,12 @@ export function render({model}) {
     if (event.key in keys) keys[event.key]()
     else if (event.key in arrows) {
       model.send_msg({type: "step", by: arrows[event.key].map(by => by * step), pick: event.altKey})
-    } else if (event.key.length === 1 || event.key === "Delete") model.send_msg({type: "key", key: event.key})
+    } else if (event.key.length === 1 || event.key === "Delete") {
+      const tool = brush.keys && brush.keys[event.key]
+      if (tool) brush = {...brush, ...tool}
+      model.send_msg({type: "key", key: event.key})
+      draw()
+    }
     else return
     event.preventDefault()
   })
@@ -303,7 +381,9 @@ export function render({model}) {
   // --- Following the server
 
   model.on("frame", () => show(model.frame))
+  model.on("painted", () => showPainted(model.painted))
   model.on(["marks", "cross", "selected", "wipe", "inverted"], draw)
+  model.on("brush", () => { brush = model.brush; draw() })
   model.on("version", ask)
   model.on(["columns", "rows", "count"], () => { frame = null; asked = null; fit() })
   model.on("msg:custom", message => {
@@ -323,5 +403,6 @@ export function render({model}) {
   observer.observe(canvas)
   model.on("remove", () => { observer.disconnect(); clearTimeout(timer) })
   if (model.frame) show(model.frame)
+  if (model.painted) showPainted(model.painted)
   return root
 }

@@ -37,9 +37,17 @@ class Wanted:
 
 
 def frame(
-    position: int, region: Sequence[int], pictures: Sequence[Picture], note: str = "", again: bool = False
+    position: int,
+    region: Sequence[int],
+    pictures: Sequence[Picture],
+    note: str = "",
+    again: bool = False,
+    answers: int = 0,
 ) -> bytes:
-    """Pictures of one region of a plane as the pane takes them; `again` has it ask once more."""
+    """Pictures of one region of a plane as the pane takes them.
+
+    `again` has it ask once more; `answers` is the number of its last stroke that is in them.
+    """
     header = {
         # No two are the same: a value that does not change is not sent, and the pane would wait for it.
         "serial": next(_SERIALS),
@@ -48,6 +56,7 @@ def frame(
         "images": [{"name": each.name, "type": each.media_type, "bytes": len(each.data)} for each in pictures],
         "note": note,
         "again": again,
+        "answers": answers,
     }
     text = json.dumps(header).encode()
     return b"".join([struct.pack("<I", len(text)), text, *(each.data for each in pictures)])
@@ -70,6 +79,8 @@ class SlicePane(JSComponent):
     wipe = param.Number(0.5, doc="The share of the width left of the second volume.")
     editable = param.Boolean(False)
     inverted = param.Boolean(False, doc="Low values bright.")
+    brush = param.Dict({}, doc="Value, radius in voxels and colour that a drag paints, and by keys; empty: it moves.")
+    painted = param.Bytes(b"", doc="A frame of what is painted on a plane.")
     paired = param.Boolean(False, doc="Whether another pane follows what it shows.")
 
     _esm = Path(__file__).with_name("slice_pane.js")

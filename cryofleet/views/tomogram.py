@@ -62,6 +62,8 @@ class TomogramView(pn.viewable.Viewer):
         self.on_hand: Callable[[dict[str, Any], tuple[float, float, float]], None] | None = None
         """Hears of clicks, moves and keys that the view has no use for, with the place in voxels."""
         self.on_failure: Callable[[Failure], None] | None = None
+        self.on_table: Callable[[], None] | None = None
+        """Hears that the picks are those of another table."""
         self.panes = {axis: SlicePane(self._answer, self._told, axis=axis, sizing_mode="stretch_both") for axis in AXES}
         self._beside = SlicePane(self._answer, self._told, axis="z", sizing_mode="stretch_both", visible=False)
         super().__init__(**params)
@@ -133,6 +135,8 @@ class TomogramView(pn.viewable.Viewer):
             self._fail(failure)
             return
         self.show_picks(Picks.of(particles, self.info.voxel_size_angstrom, self.info.tomogram))
+        if self.on_table is not None:
+            self.on_table()
 
     def show_picks(self, picks: Picks) -> None:
         """Other picks, in voxels of the volume."""
@@ -254,7 +258,7 @@ class TomogramView(pn.viewable.Viewer):
                 else:
                     self.go((place_[0], place_[1], place_[2]))
                     self._cross_all()
-            case "key":
+            case "key" | "stroke":
                 if self.on_hand is not None:
                     x, y, z = self.position
                     self.on_hand(said, (x, y, z))

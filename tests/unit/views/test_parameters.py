@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from google.protobuf.json_format import ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.struct_pb2 import Struct
 
 from cryofleet.errors import InvalidArgument
+from cryofleet.settings import Settings
 from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.parameters import PipelineForm
+from orchestrator.arguments import Argument
+from orchestrator.library import Library
+from orchestrator.service import _description
 
 PARAMETERS: list[dict[str, Any]] = [
     {"name": "tomogram", "type": "volume", "required": True, "help": "the tomogram"},
@@ -65,3 +70,40 @@ def test_what_is_wrong_is_named(name: str, value: str, words: str) -> None:
     made._widgets[name].value = value
     with pytest.raises(InvalidArgument, match=words.replace("[", r"\[")):
         made.arguments()
+
+
+def sample(argument: Argument) -> Any:
+    """A value that the argument takes: its default, one of its choices, or one with structures in it."""
+    if argument.default is not None:
+        return argument.default
+    if argument.choices:
+        return argument.choices[-1]
+    if argument.is_input:
+        return ["file:///a.mrc", "file:///b.mrc"] if argument.repeated else "file:///a.mrc"
+    nested = {"name": "Ring", "counts": [1, 2.5], "inner": {"text": "a: b", "none": None, "on": True}}
+    kinds = {"number": 0.25, "integer": 3, "text": "C7", "boolean": True, "list": [nested, [1]], "structure": nested}
+    return kinds[argument.type]
+
+
+def test_every_pipeline_that_ships_has_a_form() -> None:
+    pipelines = Library(Settings.from_environment({})).all()
+    assert len(pipelines) > 20
+    for pipeline in pipelines:
+        described = orchestrator_pb2.PipelineDescription.FromString(_description(pipeline).SerializeToString())
+        # What an earlier run was given comes back as it was, numbers as a Struct has them.
+        given = Struct()
+        given.update({argument.name: sample(argument) for argument in pipeline.arguments})
+        form = PipelineForm(described, MessageToDict(given))
+        form.__panel__()
+        arguments = form.arguments()
+        for argument in pipeline.arguments:
+            place = f"{pipeline.name}: {argument.name}"
+            assert argument.checked(arguments[argument.name]) == sample(argument), place
+        # An empty form asks for what must be given, and for nothing else.
+        empty = PipelineForm(described)
+        for argument in pipeline.arguments:
+            if argument.required:
+                with pytest.raises(InvalidArgument, match=f"^{argument.name} is missing"):
+                    empty.arguments()
+                empty._widgets[argument.name].value = form._widgets[argument.name].value
+        assert set(empty.arguments()) == {argument.name for argument in pipeline.arguments if argument.required}

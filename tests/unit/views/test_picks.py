@@ -9,7 +9,7 @@ import pytest
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.label_colours import CLASS_COLOURS, OTHER_CLASSES_COLOUR
 from cryofleet.particles import Particles
-from cryofleet.views.histogram import histogram_svg
+from cryofleet.views.histogram import Histogram, histogram_svg
 from cryofleet.views.marks import colours, marks_on
 from cryofleet.views.picks import Picks
 
@@ -96,8 +96,8 @@ def test_colours_tell_classes_and_scores_apart() -> None:
 
 
 def test_a_histogram_has_a_bar_for_each_score() -> None:
-    drawn = histogram_svg(np.array([0.0, 1.0, 4.0, np.nan]), 2.0)
+    drawn = histogram_svg(Histogram.of(np.array([0.0, 1.0, 4.0, np.nan]), 2.0), 2.0)
     heights = [float(part.split('"')[0]) for part in drawn.split('height="')[1:]]
     assert sum(height > 0 for height in heights) == 3
     assert 'opacity="1"' in drawn
-    assert histogram_svg(np.array([np.nan]), 2.0) == ""
+    assert histogram_svg(Histogram.of(np.array([np.nan]), 2.0), 2.0) == ""
