@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make soak · make lint · make protos · make bench · make images · make manifests
+# make demo · make test · make faults · make soak · make lint · make protos · make bench · make images · make manifests · make tutorials · make site
 # Everything works from a bare clone: Python 3.11 and make are all that is needed.
 
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 # What suits the simulated scene: its complexes are 14 to 28 nm wide and there are three kinds of them.
 DEMO_SETTINGS := --set particle_diameter_angstrom=190 --set threshold=1.5 --set clusters=4
 
-.PHONY: setup demo test faults soak test-browser manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
+.PHONY: setup demo test faults soak test-browser tutorials site manifests lint protos protos-check bench clean wheelhouse images test-images check-formats
 
 setup: $(READY)
 
@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Cryofleet needs Python 3.11; name yours with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt \
-		-e ".[io,picking,alignment,learning,simulation,orchestrator,views,dev]"
+		-e ".[io,picking,alignment,learning,simulation,orchestrator,views,docs,dev]"
 	touch $@
 
 # Exit code 3 is a run that ended with items set aside: there is a report all the same.
@@ -70,6 +70,20 @@ $(CHROMIUM):
 
 test-browser: $(READY) $(CHROMIUM)
 	CHROMIUM="$(CHROMIUM)" SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/python -m pytest -m browser tests/browser
+
+# Each notebook of docs/tutorials in a fresh kernel; NAMES="02 07" runs two.
+TUTORIALS := $(VENV)/.tutorials
+
+$(TUTORIALS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e ".[tutorials]"
+	touch $@
+
+tutorials: $(TUTORIALS)
+	$(BIN)/python docs/tutorials/run.py $(NAMES)
+
+# The documentation as a folder of pages, build/site/index.html, with the outputs that `make tutorials` left.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY) protos-check
 	$(BIN)/ruff check .
