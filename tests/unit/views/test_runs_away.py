@@ -34,6 +34,9 @@ class Platform:
         assert self.there.wait(30)
         return [orchestrator_pb2.Run(id="a-run", pipeline="pick-dog")]
 
+    def pools(self) -> list[orchestrator_pb2.PoolStatus]:
+        return []
+
 
 async def test_it_says_so_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PATIENCE_SECONDS", 0.01)
