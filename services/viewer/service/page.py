@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import panel as pn
+from panel.io.resources import LOCAL_DIST
 from panel.io.server import get_server
 from tornado.httputil import HTTPHeaders
 from tornado.web import OutputTransform
@@ -75,6 +76,8 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
             if location is not None:
                 location.reload = True
 
+        # Else style sheets are asked of Panel's own network where a late browser gets a session without a page.
+        pn.state.curdoc.template_variables["dist_url"] = LOCAL_DIST
         made = Page(found.client, on_sign_out=sign_out)
         return made.template()
 
