@@ -77,7 +77,8 @@ async def _lifespan(instance: Instance) -> AsyncIterator[None]:
                 location.reload = True
 
         # Else style sheets are asked of Panel's own network where a late browser gets a session without a page.
-        pn.state.curdoc.template_variables["dist_url"] = LOCAL_DIST
+        if pn.state.curdoc is not None:
+            pn.state.curdoc.template_variables["dist_url"] = LOCAL_DIST
         made = Page(found.client, on_sign_out=sign_out)
         return made.template()
 
