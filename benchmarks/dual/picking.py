@@ -40,7 +40,7 @@ from services.picking.evaluate import match
 from services.simulation.service import service as simulation
 
 #: Where F1 in the raw tomograms is about the paper's 0.577.
-SNR = float(os.environ.get("CRYOFLEET_DUAL_PICKING_SNR", "0.0005"))
+SNR = float(os.environ.get("CRYOFLEET_DUAL_PICKING_SNR", "0.0008"))
 RIBOSOMES = 80
 #: Of a sphere whose Gaussian is that of the paper, sigma = r / sqrt(3).
 DIAMETER_ANGSTROM = 2 * math.sqrt(3) * 8.0 * VOXEL_SIZE_ANGSTROM
@@ -48,7 +48,7 @@ SIGMA_RATIO, APART_ANGSTROM, HIT_ANGSTROM = 1.1, 240.0, 80.0
 #: Detections for each particle: 500 of about 410.
 DETECTIONS = 1.2
 TARGET = 0.70
-FULL = Size((96, 256, 256), 7, 2, 5, 8, 4, 4e-4)
+FULL = Size((96, 256, 256), 7, 2, 8, 8, 4, 4e-4)
 QUICK = Size((48, 96, 96), 2, 1, 1, 4, 4, 4e-4)
 
 
