@@ -38,7 +38,7 @@ def test_an_average_is_looked_at_from_all_sides(page: Page, site: Site, averaged
     expect(page.get_by_text(re.compile(r"^Resolution: .*0\.143.*0\.5"))).to_be_visible(timeout=20_000)
     expect(page.get_by_text(re.compile(r"^Sides that the beam saw, z upwards: \d+ particles"))).to_be_visible()
     expect(page.get_by_label("classes by step")).to_be_visible(timeout=20_000)
-    surface = page.locator(".surface")
+    surface = page.locator(".surface > .surface")
     expect(surface).to_have_attribute("data-voxels", str(16**3))
     eventually(lambda: int(surface.get_attribute("data-drawn") or 0) > 500)
     page.wait_for_timeout(500)  # until it is drawn finely

@@ -73,7 +73,7 @@ def open_view(page: Page, site: Site, view: str, **more: str) -> None:
 def test_from_a_run_to_its_tomogram(page: Page, site: Site) -> None:
     page.goto(f"{site.root}?run={site.run}")
     expect(page.get_by_text(f"{site.run}: succeeded")).to_be_visible(timeout=20_000)
-    expect(page.get_by_text("picking.DifferenceOfGaussians")).to_be_visible()
+    expect(page.get_by_role("gridcell", name="picking.DifferenceOfGaussians")).to_be_visible()
     page.get_by_role("button", name="Look at it").click()
     for axis in "xyz":
         expect(pane(page, axis)).to_have_attribute("data-shown", re.compile(r"\d+"), timeout=30_000)
