@@ -60,8 +60,7 @@ def test_an_average_goes_back_into_its_tomogram(page: Page, site: Site, averaged
     show = page.get_by_role("button", name="Show labels")
     expect(show).to_be_visible(timeout=90_000)
     show.click()
-    eventually(lambda: "labels=" in page.url and "view=tomogram" in page.url)
-    assert "particles=" in page.url
+    page.wait_for_url(re.compile(r"view=tomogram.*particles=.*labels="), wait_until="commit")
     expect(pane(page, "z")).to_have_attribute("data-shown", re.compile(r"\d+"), timeout=30_000)
 
 
