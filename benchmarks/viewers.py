@@ -112,6 +112,8 @@ class Visitor:
             message = await self.next()
             for buffer in message.buffers if message.msgtype == "PATCH-DOC" else ():
                 data = bytes(buffer.data)
+                if not data:  # of a pane that is new
+                    continue
                 length = int.from_bytes(data[:4], "little")
                 header: dict[str, Any] = json.loads(data[4 : 4 + length])
                 return header, sum(len(bytes(each.data)) for each in message.buffers)

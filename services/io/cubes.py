@@ -88,12 +88,15 @@ def make(read: ReadSlab, shape: Shape, path: Path, progress: Progress = no_progr
     layers, rows, columns = _counts(shape, depth)
     with path.open("xb") as file:
         claim(file, file_bytes(shape), path.parent)
-        padded = np.zeros((depth, rows * SIDE, columns * SIDE), np.float32)
+        # One row of cubes at a time: beside the sections only so much is held.
+        padded = np.zeros((depth, SIDE, columns * SIDE), np.float32)
         for layer in range(layers):
             sections = read(layer * depth, min((layer + 1) * depth, shape[0]))
-            padded[: len(sections), : shape[1], : shape[2]] = sections
-            cubes = padded.reshape(depth, rows, SIDE, columns, SIDE).transpose(1, 3, 0, 2, 4)
-            file.write(np.ascontiguousarray(cubes).data.cast("B"))
+            for row in range(rows):
+                part = sections[:, row * SIDE : (row + 1) * SIDE]
+                padded[: len(part), : part.shape[1], : shape[2]] = part
+                cubes = padded.reshape(depth, SIDE, columns, SIDE).transpose(2, 0, 1, 3)
+                file.write(np.ascontiguousarray(cubes).data.cast("B"))
             progress((layer + 1) / layers, "arranging the volume")
 
 

@@ -8,9 +8,9 @@ Six networks learn from unpaired subvolumes of tomograms, t, and of density maps
     discriminators   of tomograms and of density maps, real and made
 
 D and G_s are U-Nets, G_s with a learned transfer function after it. E and G_n are convolutions by strides to a code and
-back. Each discriminator is two networks, one
-of the voxels and one of the logarithm of the power spectrum, which is where wedge and contrast transfer show; both give
-a logit for each place and are averaged. The paper's supplement with the networks' sizes is not at hand.
+back. Each discriminator is two networks, one of the voxels and one of the logarithm of the power spectrum, which is
+where wedge and contrast transfer show; both give a logit for each place and are averaged. The paper's supplement with
+the networks' sizes is not at hand.
 """
 
 from __future__ import annotations
@@ -300,7 +300,8 @@ class DualLoss:
 BLUR = 0.1
 """Deviation of the noise on what discriminators see, in those of the tomograms and of the density maps."""
 CORRECTIONS, CORRECTED_BOXES = 4, 256
-"""Of the transfer function after the training; one would be enough but for chance. And of how many subvolumes."""
+"""Rounds of the transfer function's after the training: what the window leaks from strong frequencies to weak ones
+shrinks from one to the next. And of how many subvolumes."""
 LEAST = 1e-4
 """Of a mean squared difference and of 1 - correlation, before their logarithm."""
 

@@ -21,7 +21,7 @@ from services.learning.overlap_tile import Span, Tiling
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int]
 Translate = Callable[[Array], Array]
-"""What is made of a region `[z, y, x]`, of the same shape."""
+"""What is made of a region `[z, y, x]`: (..., z, y, x), one or several of the same shape."""
 
 LAYERS = 9
 """Outputs of a U-Net's largest layer that it keeps at a time: 7.4 to 8.1 were measured at 96^3 and 112^3."""
@@ -35,8 +35,8 @@ def tiling(tile: int, margin: int, multiple: int) -> Tiling:
 def translate(
     make: Translate, read: Callable[[int, int], Array], shape: Shape, tiles: Tiling, progress: Progress
 ) -> Iterator[tuple[int, Array]]:
-    """What a network makes of a volume (z, y, x), of which `read(z0, z1)` gives sections: slabs with their first
-    section, in order of z, each one tile deep.
+    """What a network makes of a volume (z, y, x), of which `read(z0, z1)` gives sections: slabs (..., z, y, x) with
+    their first section, in order of z, each one tile deep.
     """
     depth, height, width = shape
     plan = list(itertools.product(range(0, height, tiles.tile), range(0, width, tiles.tile)))
@@ -44,13 +44,15 @@ def translate(
     for layer, z in enumerate(range(0, depth, tiles.tile)):
         z_axis = Span.of(z, depth, tiles)
         sections = read(z_axis.source.start, z_axis.source.stop)
-        made = np.empty((z_axis.length, height, width), np.float32)
+        made = np.empty(0, np.float32)
         for number, (y, x) in enumerate(plan, start=1):
             y_axis, x_axis = Span.of(y, height, tiles), Span.of(x, width, tiles)
-            axes = (z_axis, y_axis, x_axis)
-            region = np.pad(sections[:, y_axis.source, x_axis.source], [(0, axis.padding) for axis in axes])
-            found = make(region)[tuple(axis.kept for axis in axes)]
-            made[:, y : y + y_axis.length, x : x + x_axis.length] = found
+            padding = [(0, axis.padding) for axis in (z_axis, y_axis, x_axis)]
+            region = np.pad(sections[:, y_axis.source, x_axis.source], padding)
+            found = make(region)[..., z_axis.kept, y_axis.kept, x_axis.kept]
+            if number == 1:
+                made = np.empty((*found.shape[:-2], height, width), np.float32)
+            made[..., y : y + y_axis.length, x : x + x_axis.length] = found
             progress((layer + number / len(plan)) / layers, "applying the network", sections=z)
         yield z, made
 

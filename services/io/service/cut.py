@@ -43,8 +43,9 @@ VERSION = 2
 _AXES: dict[int, Axis] = {0: "z", io_pb2.AXIS_X: "x", io_pb2.AXIS_Y: "y", io_pb2.AXIS_Z: "z"}
 _MAX_PLANE_BYTES = 64 << 20
 _CUTS_AT_ONCE, _OPENED, _COPIES = 4, 8, 4
-_BLOCK_MEMORY_BYTES = 128 << 20
-"""Blocks of those who look lately: a plane is seldom a block of its own, and the next one looked at lies beside it."""
+_BLOCK_MEMORY_BYTES = 256 << 20
+"""Blocks of those who look lately: a plane is seldom a block of its own, and the next one looked at lies beside it. With
+fewer than one for each who scrolls, each would push the others' out."""
 _BLOCKS_KEPT_SECONDS = 60.0
 _MAX_SIDE, _MAX_BYTES = 512, 110_000
 _BLACK, _WHITE = 0.5, 99.5

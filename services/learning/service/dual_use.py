@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cryofleet.errors import FailedPrecondition, InvalidArgument
-from cryofleet.progress import Progress, part
+from cryofleet.progress import part
 from cryofleet.scratch_array import ScratchVolume
 from cryofleet.server import Needs, Reader, Task
 from cryofleet.v1 import learning_pb2
@@ -122,9 +122,11 @@ def _denoise_needs(request: learning_pb2.DenoiseRequest, reader: Reader) -> Need
     needs = _needs(trained, volume, request.tile_size_voxels)
     if request.strength <= 1 and not request.uncertainty:
         return needs
-    # What is made in four positions, and its mean or its deviations as they are computed.
+    # What is made in four positions, its mean and its deviations as they are computed, and a slab of the latter.
     tiles = _tiles(request.tile_size_voxels, trained.channels, torch.device("cpu"))
-    return Needs(needs.memory_bytes + 4 * 10 * math.prod(min(tiles.region, side + 4) for side in volume.info.shape))
+    depth, height, width = volume.info.shape
+    four = 10 * math.prod(min(tiles.region, side + 4) for side in volume.info.shape)
+    return Needs(needs.memory_bytes + 4 * (four + 3 * min(tiles.tile, depth) * height * width))
 
 
 @service.operation(needs=_denoise_needs)
@@ -140,18 +142,25 @@ def denoise(request: learning_pb2.DenoiseRequest, task: Task) -> learning_pb2.De
     make = translation.on_device(model.denoiser, device)
     tiles = _tiles(request.tile_size_voxels, trained.channels, device)
 
-    def translated(make: translation.Translate, progress: Progress) -> Iterator[tuple[int, Array]]:
-        return translation.translate(make, lambda z0, z1: scale(volume.slab(z0, z1)), info.shape, tiles, progress)
-
-    slabs = translated(partial(_made, make, strength), part(task.progress, 0.05, 0.25 if request.uncertainty else 1.0))
+    slabs = translation.translate(
+        partial(_made, make, strength, request.uncertainty),
+        lambda z0, z1: scale(volume.slab(z0, z1)),
+        info.shape,
+        tiles,
+        part(task.progress, 0.05, 1.0),
+    )
     share = np.float32(min(strength, 1.0))
     # Of the tomogram's values x and the result's y, in the scale: sums of x, y, x^2, y^2 and xy.
     sums = np.zeros(5)
-    with task.volume_writer("denoised.mrc", info) as writer:
-        for z, made in slabs:
+    with ExitStack() as writers:
+        denoised = writers.enter_context(task.volume_writer("denoised.mrc", info))
+        uncertain = writers.enter_context(task.volume_writer("uncertainty.mrc", info)) if request.uncertainty else None
+        for z, (made, *deviation) in slabs:
             values = volume.slab(z, z + len(made))
             mixed = (1 - share) * values + share * scale.back(made)
-            writer.write(mixed)
+            denoised.write(mixed)
+            if uncertain:
+                uncertain.write(share * abs(scale.deviation) * deviation[0])
             x, y = (scale(each).ravel().astype(np.float64) for each in (values, mixed))
             sums += x.sum(), y.sum(), x @ x, y @ y, x @ y
     mean_x, mean_y, squares_x, squares_y, products = sums / math.prod(info.shape)
@@ -162,27 +171,24 @@ def denoise(request: learning_pb2.DenoiseRequest, task: Task) -> learning_pb2.De
         "denoised_deviation": deviation_y * abs(scale.deviation),
         "correlation": (products - mean_x * mean_y) / (deviation_x * deviation_y) if deviation_y else None,
     }
-    result = learning_pb2.DenoiseResult(volume_uri=writer.uri, metrics_uri=task.write_table("metrics.json", metrics))
-    if request.uncertainty:
-        with task.volume_writer("uncertainty.mrc", info) as writer:
-            for _, made in translated(partial(_deviation_over_turns, make), part(task.progress, 0.25, 1.0)):
-                writer.write(share * abs(scale.deviation) * made)
-        result.uncertainty_uri = writer.uri
-    return result
+    return learning_pb2.DenoiseResult(
+        volume_uri=denoised.uri,
+        uncertainty_uri=uncertain.uri if uncertain else "",
+        metrics_uri=task.write_table("metrics.json", metrics),
+    )
 
 
-def _made(make: translation.Translate, strength: float, region: Array) -> Array:
-    """What the denoiser makes of a region, and above a strength of 1 the mean over four positions, by its share."""
-    if strength <= 1:
-        return make(region)
-    share = np.float32(strength - 1)
+def _made(make: translation.Translate, strength: float, uncertainty: bool, region: Array) -> Array:
+    """(1, z, y, x): what the denoiser makes of a region, above a strength of 1 the mean over four positions by its
+    share; or (2, z, y, x) with the deviation over these: where a network is sure of what it sees, it makes the same of
+    all.
+    """
+    if strength <= 1 and not uncertainty:
+        return make(region)[None]
+    share = np.float32(max(strength - 1, 0.0))
     four = _in_four_positions(make, region)
-    return np.asarray((1 - share) * four[0] + share * four.mean(axis=0), np.float32)
-
-
-def _deviation_over_turns(make: translation.Translate, region: Array) -> Array:
-    """Of what is made in four positions: where a network is sure of what it sees, it makes the same of all."""
-    return np.asarray(_in_four_positions(make, region).std(axis=0, ddof=1), np.float32)
+    made = (1 - share) * four[0] + share * four.mean(axis=0)
+    return np.stack([made, four.std(axis=0, ddof=1)] if uncertainty else [made])
 
 
 def _in_four_positions(make: translation.Translate, region: Array) -> Array:
