@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from cryofleet.artifacts.digests import BLOCK_BYTES, digested_blocks
 from cryofleet.artifacts.manifests import MANIFEST, BlobEntry, Manifest
 from cryofleet.artifacts.results import load, place_of
-from cryofleet.artifacts.verified_blocks import VerifiedBlocks
 from cryofleet.errors import DataLoss, NotFound
 from cryofleet.storage import Store, checked_uri
 from cryofleet.storage.object_store import checked_range
@@ -22,8 +22,9 @@ class Blob:
         self._entry = entry
         self.size_bytes = store.stat(uri).size_bytes
         self._store = store
-        self.blocks = VerifiedBlocks(BLOCK_BYTES)
-        """Small reads one after another mostly fall into one block; more may be kept, also for several objects."""
+        self._last: tuple[int, bytes] = (-1, b"")  # small reads one after another mostly fall into one block
+        self._lock = threading.Lock()
+        self._known: set[int] | None = None
         self._digests = entry["blocks"] if entry is not None else []
         if entry is not None and self.size_bytes != entry["size_bytes"]:
             raise DataLoss(f"{uri} has {self.size_bytes} bytes; its manifest says {entry['size_bytes']}")
@@ -32,6 +33,12 @@ class Blob:
     def digest(self) -> str | None:
         """The content digest; None for a file without manifest."""
         return self._entry["digest"] if self._entry else None
+
+    def verify_once(self) -> None:
+        """Read blocks that this blob has verified before without hashing them again: for looking at an object of which
+        the caller knows that it is still the same.
+        """
+        self._known = set()
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes from `offset`, all that follow where `length` is None, fewer than `length` where the object ends.
@@ -67,7 +74,9 @@ class Blob:
     def _pieces(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
         if start >= stop:
             return
-        if self._entry is None:
+        first, last = start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES
+        known = self._known is not None and self._known.issuperset(range(first, last + 1))
+        if self._entry is None or known:
             got = 0
             for chunk in self._store.stream(self.uri, start, stop - start):
                 got += len(chunk)
@@ -75,27 +84,19 @@ class Blob:
             if got != stop - start:
                 raise DataLoss(f"{self.uri} became shorter while it was read")
             return
-        first, last = start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES
         for index, block in self._verified(first, last):
             low, high = max(0, start - index * BLOCK_BYTES), min(len(block), stop - index * BLOCK_BYTES)
             yield block if high - low == len(block) else memoryview(block)[low:high]
 
     def _verified(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
-        """Blocks `first` to `last`."""
-        kept = [self.blocks.get(digest) for digest in self._digests[first : last + 1]]
-        index = first
-        while index <= last:
-            block = kept[index - first]
-            if block is not None:
-                yield index, block
-                index += 1
-                continue
-            end = next((later for later in range(index, last + 1) if kept[later - first] is not None), last + 1)
-            yield from self._read(index, end - 1)
-            index = end
-
-    def _read(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
-        """Blocks `first` to `last` from the store, each hashed while the next one is read."""
+        """Blocks `first` to `last`, each hashed while the next one is read."""
+        with self._lock:
+            held, block = self._last
+        if held == first:
+            yield held, block
+            first += 1
+        if first > last:
+            return
         # A read to the end asks for no range: servers are slower at those.
         length = None if last == len(self._digests) - 1 else (last + 1 - first) * BLOCK_BYTES
         index = first
@@ -103,7 +104,11 @@ class Blob:
             if index >= len(self._digests) or digest.hex() != self._digests[index]:
                 start, stop = index * BLOCK_BYTES, index * BLOCK_BYTES + len(block)
                 raise DataLoss(f"{self.uri}: block {index} (bytes {start} to {stop}) is not what was written")
-            self.blocks.put(self._digests[index], block)
+            if self._known is not None:
+                self._known.add(index)
+            if index == last:
+                with self._lock:
+                    self._last = (index, block)
             yield index, block
             index += 1
         if index != last + 1:

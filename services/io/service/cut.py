@@ -21,7 +21,6 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
-from cryofleet.artifacts.verified_blocks import VerifiedBlocks
 from cryofleet.errors import Cancelled, FailedPrecondition, Failure, InvalidArgument, ResourceExhausted
 from cryofleet.server import CallContext
 from cryofleet.server.instance import Instance
@@ -43,10 +42,6 @@ VERSION = 2
 _AXES: dict[int, Axis] = {0: "z", io_pb2.AXIS_X: "x", io_pb2.AXIS_Y: "y", io_pb2.AXIS_Z: "z"}
 _MAX_PLANE_BYTES = 64 << 20
 _CUTS_AT_ONCE, _OPENED, _COPIES = 4, 8, 4
-_BLOCK_MEMORY_BYTES = 256 << 20
-"""Blocks of those who look lately: a plane is seldom a block of its own, and the next one looked at lies beside it. With
-fewer than one for each who scrolls, each would push the others' out."""
-_BLOCKS_KEPT_SECONDS = 60.0
 _MAX_SIDE, _MAX_BYTES = 512, 110_000
 _BLACK, _WHITE = 0.5, 99.5
 
@@ -70,7 +65,6 @@ class Viewing:
     stopping: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     one_copy: threading.Lock = field(default_factory=threading.Lock)
-    blocks: VerifiedBlocks = field(default_factory=lambda: VerifiedBlocks(_BLOCK_MEMORY_BYTES))
     volumes: OrderedDict[tuple[str, str, str], Volume] = field(default_factory=OrderedDict)
     copies: OrderedDict[str, _Copy] = field(default_factory=OrderedDict)
 
@@ -91,7 +85,8 @@ class Viewing:
                     f"{request.volume_uri}: planes of {columns} x {rows} voxels are too large to be shown, 4096 x 4096 "
                     "are not: bin it with io.Rescale"
                 )
-            volume.blob.blocks = self.blocks
+            # Another version of the object would be another volume here.
+            volume.blob.verify_once()
         with self.lock:
             self.volumes[key] = volume
             self.volumes.move_to_end(key)
@@ -157,18 +152,10 @@ _viewing: dict[Instance, Viewing] = {}
 
 @contextlib.asynccontextmanager
 async def _lifespan(instance: Instance) -> AsyncIterator[None]:
-    viewing = _viewing[instance] = Viewing(instance)
-
-    async def forget() -> None:
-        while True:
-            await asyncio.sleep(_BLOCKS_KEPT_SECONDS / 2)
-            viewing.blocks.forget_unused(_BLOCKS_KEPT_SECONDS)
-
-    forgetting = asyncio.create_task(forget())
+    _viewing[instance] = Viewing(instance)
     try:
         yield
     finally:
-        forgetting.cancel()
         _viewing.pop(instance).stopping.set()
 
 
