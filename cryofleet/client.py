@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 2 * 1024**2
 _RECONNECT_SECONDS = 0.5
-_ENDED = (
+ENDED = (
     orchestrator_pb2.RUN_STATE_SUCCEEDED,
     orchestrator_pb2.RUN_STATE_PARTIAL,
     orchestrator_pb2.RUN_STATE_FAILED,
@@ -333,7 +333,7 @@ class Client:
                 stub = orchestrator_pb2_grpc.OrchestratorServiceStub(self._orchestrator())
                 for response in stub.WatchRun(orchestrator_pb2.WatchRunRequest(run_id=run_id), wait_for_ready=True):
                     yield response.run
-                    if response.run.state in _ENDED:
+                    if response.run.state in ENDED:
                         return
             except grpc.RpcError as error:
                 failure = failure_from_rpc(error)
@@ -346,6 +346,13 @@ class Client:
                 token_source(self.settings)  # raises where it is the token that can't be had
                 # The orchestrator is restarting; the run is durable and the watch goes on.
                 time.sleep(_RECONNECT_SECONDS)
+
+    def log(self, run_id: str, limit: int = 0) -> orchestrator_pb2.ReadLogResponse:
+        """What the platform's processes logged about a run, as far as they keep it: the newest lines, 1000 where 0 is
+        given, in order of time; and which instances could not be asked.
+        """
+        request = orchestrator_pb2.ReadLogRequest(run_id=run_id, limit=limit)
+        return cast(orchestrator_pb2.ReadLogResponse, self.orchestrate("ReadLog", request))
 
     def runs(self, limit: int = 50) -> list[orchestrator_pb2.Run]:
         """The newest runs of the project."""

@@ -48,6 +48,10 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
+        return json.dumps(self.fields(record), default=str, ensure_ascii=False)
+
+    def fields(self, record: logging.LogRecord) -> dict[str, object]:
+        """What the line says."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -61,7 +65,7 @@ class JsonFormatter(logging.Formatter):
         line.update({name: value for name, value in vars(record).items() if name not in _STANDARD})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return line
 
 
 def configure_logs(service: str, instance: str, level: str = "INFO", stream: TextIO | None = None) -> None:

@@ -15,7 +15,9 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID
 
 from cryofleet.errors import Failure, Unavailable
+from cryofleet.logs import log_context
 from cryofleet.operations import Operation
+from cryofleet.server.recent_log import RecentLog
 from cryofleet.settings import Settings
 from cryofleet.storage import Store
 from orchestrator import database, run_trace, workflows
@@ -27,6 +29,7 @@ from orchestrator.pipeline_reading import load
 from orchestrator.placement import Placement
 from orchestrator.recovery import Recovery
 from orchestrator.row_count import count_rows
+from orchestrator.run_log import RunLog
 from orchestrator.runs import (
     ACTIVE,
     CANCELLED,
@@ -110,7 +113,8 @@ class _Quiet(logging.Filter):
 class Engine:
     """One orchestrator. There can be one in a process, since DBOS is one per process."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, recent_log: RecentLog | None = None) -> None:
+        """`recent_log` has what this process has logged; where left out, nothing of that is known."""
         self.settings = settings
         self.store = store
         self.cache = ResultCache(store)
@@ -123,6 +127,7 @@ class Engine:
         self._background: list[asyncio.Task[None]] = []
         self._changed: dict[str, asyncio.Event] = {}
         self.views = Views(self)
+        self.run_log = RunLog(self, recent_log or RecentLog("orchestrator", settings.instance))
         self.endings = Endings()
         self.pauses: dict[str, Pause] = {}
         """Of the pools that are paused, as last read."""
@@ -274,11 +279,15 @@ class Engine:
             if phase:
                 unit.phase = phase
 
-        with self._stoppable(), run_trace.inside(task):
+        about = {"run_id": task.run_id, "task_key": task.key, "operation": task.operation, "project": task.project}
+        with self._stoppable(), run_trace.inside(task), log_context(**about):
             try:
                 outcome = await self.tasks.run(task, report)
             finally:
                 unit.partial -= fraction
+            if outcome["status"] != "OK":
+                logger.warning("the task failed: %s: %s", outcome["status"], outcome["cause"])
+                await self.run_log.keep(task, outcome)
         run_trace.task_ended(task, outcome)
         return outcome
 

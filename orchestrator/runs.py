@@ -3,7 +3,8 @@
 What a run is (`cryofleet_runs`) never changes. What became of it is kept by attempt (`cryofleet_attempts`). How far it
 is, is kept by unit of work (`cryofleet_progress`): a step, an item of a foreach, a chunk of shards. Each unit has one
 writer at a time, whichever orchestrator works on it, and a replay of its workflow writes the same again; so the run is
-the sum of its units, and any orchestrator can tell it. All units that changed are written together, once a second.
+the sum of its units, and any orchestrator can tell it. All units that changed are written together, once a second. What
+was logged about failed tasks stands beside them (`cryofleet_logs`).
 
 What is here describes the tables as this version uses them; `schema` makes them, and changes those of older versions.
 """
@@ -68,6 +69,14 @@ _progress = sa.Table(
     sa.Column("attempt", sa.Integer, primary_key=True),
     sa.Column("unit", sa.Text, primary_key=True),
     sa.Column("record", sa.Text, nullable=False),
+)
+_logs = sa.Table(
+    "cryofleet_logs",
+    _metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("task_key", sa.Text, primary_key=True),
+    sa.Column("lines", sa.Text, nullable=False),
 )
 _orchestrators = sa.Table(
     "cryofleet_orchestrators",
@@ -285,7 +294,7 @@ class RunStore:
             for state in connection.execute(states).scalars():
                 if state in ACTIVE:
                     raise still_going(run_id, state)
-            for table in (_attempts, _progress):
+            for table in (_attempts, _progress, _logs):
                 connection.execute(sa.delete(table).where(table.c.run_id == run_id))
 
     def run(self, run_id: str) -> RunRow:
@@ -443,6 +452,29 @@ class RunStore:
                 uris.update(record.get("results", ()))
                 uris.update(_uris(record.get("outputs")))
         return Held(uris, since)
+
+    # Logs
+
+    def keep_log(self, run_id: str, attempt: int, task_key: str, lines: str) -> None:
+        """Keeps what was logged about a task, in place of what was kept of it; not for a run that was forgotten."""
+        values = {"run_id": run_id, "attempt": attempt, "task_key": task_key, "lines": lines}
+        statement = self._insert_of_a_run(_logs, list(values))
+        statement = statement.on_conflict_do_update(
+            index_elements=["run_id", "attempt", "task_key"], set_={"lines": statement.excluded.lines}
+        )
+        with self._engine.begin() as connection:
+            connection.execute(statement, values)
+
+    def logs_kept(self, run_id: str, attempt: int) -> int:
+        """For how many tasks of an attempt something is kept."""
+        query = sa.select(sa.func.count()).where(_logs.c.run_id == run_id, _logs.c.attempt == attempt)
+        with self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def kept_log(self, run_id: str) -> list[str]:
+        """What is kept of each task, of all attempts."""
+        with self._engine.connect() as connection:
+            return list(connection.execute(sa.select(_logs.c.lines).where(_logs.c.run_id == run_id)).scalars())
 
     # Pools
 

@@ -161,6 +161,19 @@ MIGRATIONS = (
             "CREATE INDEX IF NOT EXISTS ix_cryofleet_inbox_items_state ON cryofleet_inbox_items (inbox_id, state)",
         ),
     ),
+    Migration(
+        6,
+        "what was logged about failed tasks",
+        (
+            """CREATE TABLE IF NOT EXISTS cryofleet_logs (
+                run_id TEXT NOT NULL,
+                attempt INTEGER NOT NULL,
+                task_key TEXT NOT NULL,
+                lines TEXT NOT NULL,
+                PRIMARY KEY (run_id, attempt, task_key)
+            )""",
+        ),
+    ),
 )
 """In order, numbered from 1. Databases from before there was this record have some of the first three already."""
 

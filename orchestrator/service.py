@@ -20,6 +20,7 @@ from cryofleet.access.caller import current_caller
 from cryofleet.errors import FailedPrecondition, NotFound
 from cryofleet.server import CallContext, Instance, Service
 from cryofleet.server.failures import Draining
+from cryofleet.server.recent_log import DEFAULT_LIMIT
 from cryofleet.settings import DEFAULT_PROJECT
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import runtime_pb2
@@ -48,7 +49,7 @@ _engines: dict[int, Engine] = {}
 
 @contextlib.asynccontextmanager
 async def _lifespan(instance: Instance) -> AsyncIterator[None]:
-    engine = Engine(instance.settings, instance.store)
+    engine = Engine(instance.settings, instance.store, instance.recent_log)
     await engine.start()
     _engines[id(instance)] = engine
     tasks = Gauge(
@@ -202,6 +203,15 @@ async def watch_run(request: pb.WatchRunRequest, context: CallContext) -> AsyncI
         if context.instance.draining:
             raise Draining(f"instance {context.instance.name} is stopping; the run goes on")
         await engine.wait_for_change(request.run_id, _WATCH_SECONDS)
+
+
+@service.rpc("ReadLog")
+async def read_log(request: pb.ReadLogRequest, context: CallContext) -> pb.ReadLogResponse:
+    """What this orchestrator and the instances have in memory, and what the record keeps of failed tasks."""
+    engine = _engine(context)
+    run = await engine.answer(engine.runs.run, request.run_id)
+    _check_own(request.run_id, run.project)
+    return await engine.run_log.read(run, request.limit or DEFAULT_LIMIT)
 
 
 @service.rpc("ListRuns")

@@ -74,6 +74,8 @@ class Outcome(TypedDict, total=False):
     seconds: float
     attempts: int
     instance: str
+    tried: list[str]
+    """Of a task that failed: addresses of the instances that it was given to."""
     started_at: float
     finished_at: float
 
@@ -89,6 +91,11 @@ class TaskRequest:
     fields: dict[str, Any]
     user: str = ""
     """Whose turn it takes where users wait for a pool."""
+
+    @property
+    def attempt(self) -> int:
+        """The attempt at the run that it belongs to."""
+        return int(self.key.removeprefix(f"{self.run_id}:").partition("/")[0])
 
     def content(self) -> str:
         """What is the same for two tasks that do the same."""
@@ -125,6 +132,7 @@ class _History:
     lost: int = 0
     attempts: int = 0
     failed_on: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)
     unfit: set[str] = field(default_factory=set)
     """Instances that can never do this task."""
     waiting_since: float | None = None
@@ -138,6 +146,7 @@ class _GiveUp(Exception):
         super().__init__(cause)
         self.status = status
         self.cause = cause
+        self.tried: list[str] = []
 
 
 class TaskRunner:
@@ -166,7 +175,7 @@ class TaskRunner:
             else:
                 outcome.update(await self._call_until_done(task, operation, request, report, key))
         except _GiveUp as error:
-            outcome["status"], outcome["cause"] = error.status, error.cause
+            outcome["status"], outcome["cause"], outcome["tried"] = error.status, error.cause, error.tried
         except Failure as failure:
             outcome["status"], outcome["cause"] = failure.status, str(failure)
         if outcome["status"] == "DATA_LOSS" and request is not None:
@@ -212,7 +221,8 @@ class TaskRunner:
         pools: set[Pool] = set()
         try:
             outcome = await self._try(task, operation, request, report, history, pools)
-        except _GiveUp:
+        except _GiveUp as error:
+            error.tried = sorted(history.tried)
             for pool in pools:
                 pool.set_aside.given_up(history.content)
             raise
@@ -239,6 +249,7 @@ class TaskRunner:
                 report(0.0, operation.name)
                 started = time.monotonic()
                 history.attempts += 1
+                history.tried.add(instance.address)
                 history.begun = False
                 try:
                     with _span(task, instance, history):
@@ -248,7 +259,7 @@ class TaskRunner:
                     return outcome
                 except grpc.aio.AioRpcError as error:
                     history.begun |= time.monotonic() - started >= _BEGUN_SECONDS
-                    pause = self._judge(error, pool, instance, history, task)
+                    pause = self._judge(error, pool, instance, history)
                 except _Stalled as error:
                     pause = self._count("STALLED", "DEADLINE_EXCEEDED", str(error), pool, instance, history)
                 except _Garbled as error:
@@ -328,14 +339,7 @@ class TaskRunner:
             "instance": instance.name,
         }
 
-    def _judge(
-        self,
-        error: grpc.aio.AioRpcError,
-        pool: Pool,
-        instance: Instance,
-        history: _History,
-        task: TaskRequest,
-    ) -> bool:
+    def _judge(self, error: grpc.aio.AioRpcError, pool: Pool, instance: Instance, history: _History) -> bool:
         """Whether to pause before the next call after one that failed. Raises _GiveUp where there is no next one."""
         status, details, reason = error.code().name, error.details() or "", reason_of(error)
         match status:
@@ -375,8 +379,6 @@ class TaskRunner:
             case "DEADLINE_EXCEEDED":
                 return self._count_lost(details, pool, instance, history)
             case _ if status in _MAX_FAILURES:
-                about = {"run_id": task.run_id, "task_key": task.key}
-                logger.warning("%s on instance %s: %s", status, instance.name, details, extra=about)
                 return self._count(status, status, details, pool, instance, history)
             case _:
                 raise _GiveUp(status, details)
@@ -407,6 +409,7 @@ class TaskRunner:
 
     def _note(self, status: str, cause: str, instance: Instance, history: _History) -> None:
         """Keeps why the task failed there. Raises _GiveUp where that was one instance too many."""
+        logger.warning("%s on instance %s: %s", status, instance.name or instance.address, cause)
         history.failed_on.add(instance.address)
         history.causes[instance.name or instance.address] = cause
         if len(history.failed_on) >= MAX_FAILED_INSTANCES:

@@ -20,6 +20,8 @@ from cryofleet.settings import AUDIT_LOG, AUDIT_OFF
 logger = logging.getLogger(__name__)
 _stream = logging.getLogger("cryofleet.audit")
 
+EVENT = "audit"
+"""What an entry has for its `event`, by which it is known among other lines of a log."""
 _LONGEST = 300
 
 
@@ -49,7 +51,7 @@ class Entry:
         """What is recorded; empty values are left out."""
         caller = self.caller
         found: dict[str, object] = {
-            "event": "audit",
+            "event": EVENT,
             "user": caller.user if caller else "",
             "role": caller.role_word if caller else "",
             "authenticated": caller.authenticated if caller else "none",

@@ -59,6 +59,8 @@ RULES: Mapping[str, Rule] = {
     "grpc.reflection.v1.ServerReflection": Rule(Role.VIEWER, audited=False),
     "grpc.reflection.v1alpha.ServerReflection": Rule(Role.VIEWER, audited=False),
     "cryofleet.v1.RuntimeService/GetCapacity": Rule(Role.VIEWER, platform=True, audited=False),
+    # Of the project that the request names.
+    "cryofleet.v1.RuntimeService/GetLog": Rule(Role.VIEWER, platform=True, audited=False),
     "cryofleet.v1.RuntimeService/Estimate": Rule(Role.OPERATOR, platform=True),
     # The page.
     "cryofleet.v1.ViewerService/GetPage": Rule(Role.VIEWER),
@@ -74,6 +76,7 @@ RULES: Mapping[str, Rule] = {
     "cryofleet.v1.OrchestratorService/GetRun": Rule(Role.VIEWER),
     "cryofleet.v1.OrchestratorService/WatchRun": Rule(Role.VIEWER),
     "cryofleet.v1.OrchestratorService/ListRuns": Rule(Role.VIEWER, every_project=True),
+    "cryofleet.v1.OrchestratorService/ReadLog": Rule(Role.VIEWER),
     "cryofleet.v1.OrchestratorService/CancelRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/ResumeRun": Rule(Role.OPERATOR),
     "cryofleet.v1.OrchestratorService/RetryRun": Rule(Role.OPERATOR),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -14,10 +15,13 @@ import click
 from cryofleet import local
 from cryofleet.cli.options import json_option
 from cryofleet.cli.output import print_json, print_table, time_text
-from cryofleet.client import Client
-from cryofleet.errors import NotFound
+from cryofleet.client import ENDED, Client
+from cryofleet.errors import InvalidArgument, NotFound, Unavailable
+from cryofleet.redaction import Redaction
 from cryofleet.settings import Settings
-from cryofleet.v1 import orchestrator_pb2
+from cryofleet.v1 import orchestrator_pb2, runtime_pb2
+
+_FOLLOW_SECONDS = 2.0
 
 
 @click.command()
@@ -161,14 +165,65 @@ def doctor(as_json: bool) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--raw", is_flag=True, help="Print the log's own JSON lines.")
-def logs(run: str, raw: bool) -> None:
-    """Print what all processes of this machine logged about RUN, in order of time."""
+@click.option("--raw", is_flag=True, help="Print the lines as JSON.")
+@click.option("--files", is_flag=True, help="Read the log files of this machine alone.")
+@click.option("--follow", is_flag=True, help="Go on with what comes, until the run has ended.")
+def logs(run: str, raw: bool, files: bool, follow: bool) -> None:
+    """Print what the platform's processes logged about RUN, in order of time.
+
+    The orchestrator and the instances tell what they have in memory; to it comes what stands in log files of this
+    machine, which alone are read where no orchestrator answers.
+    """
+    if files and follow:
+        raise InvalidArgument("--files reads what is there, and --follow what comes: give one of them")
     settings = Settings.from_environment()
-    lines = sorted(_log_lines(settings, run), key=lambda entry: str(entry.get("time", "")))
-    if not lines:
-        raise NotFound(f"no log of {settings.log_folder} mentions run {run}")
-    for entry in lines:
+    with Client(settings, start=False) as client:
+        found = None if files else _told_by_platform(client, run)
+        entries = [_entry(line) for line in found.lines] if found is not None else []
+        known = {_identity(entry) for entry in entries}
+        written = _log_lines(settings, run, whole_id=found is not None)
+        entries += [entry for entry in written if _identity(entry) not in known]
+        _print_entries(entries, raw)
+        if found is None:
+            if not entries:
+                raise NotFound(f"no log of {settings.log_folder} mentions run {run}")
+            return
+        _print_gaps(found)
+        ended = not follow
+        while not ended:
+            # Before its lines are read: what is logged until it ends is among them.
+            ended = client.get(run).record.state in ENDED
+            if not ended:
+                time.sleep(_FOLLOW_SECONDS)
+            fresh = [entry for entry in map(_entry, client.log(run).lines) if _identity(entry) not in known]
+            known.update(map(_identity, fresh))
+            _print_entries(fresh, raw)
+
+
+def _told_by_platform(client: Client, run: str) -> orchestrator_pb2.ReadLogResponse | None:
+    """None where no orchestrator answers, or this one does not know the run."""
+    try:
+        return client.log(run)
+    except (Unavailable, NotFound) as failure:
+        click.echo(f"only log files of this machine are read: {failure}", err=True)
+        return None
+
+
+def _entry(line: runtime_pb2.LogLine) -> dict[str, Any]:
+    """The line as a log file has it."""
+    seconds = f"{line.time.ToDatetime():%Y-%m-%dT%H:%M:%S}.{line.time.nanos // 1_000_000:03d}Z"
+    names = ("level", "service", "instance", "operation", "task_key", "message", "traceback")
+    fields = {name: value for name in names if (value := getattr(line, name))}
+    return {"time": seconds, **line.fields, **fields}
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """By which a line is known to be the same one in a file, where it may be longer."""
+    return (*(str(entry.get(name, "")) for name in ("time", "instance", "task_key")), str(entry.get("message"))[:100])
+
+
+def _print_entries(entries: Iterable[Mapping[str, Any]], raw: bool) -> None:
+    for entry in sorted(entries, key=lambda entry: str(entry.get("time", ""))):
         if raw:
             click.echo(json.dumps(entry))
         else:
@@ -178,15 +233,28 @@ def logs(run: str, raw: bool) -> None:
                 click.echo(str(entry["traceback"]).rstrip())
 
 
-def _log_lines(settings: Settings, run: str) -> Iterator[dict[str, Any]]:
+def _print_gaps(found: orchestrator_pb2.ReadLogResponse) -> None:
+    if found.cut:
+        click.echo("there were older lines, which are not in memory any more", err=True)
+    for each in found.unread:
+        click.echo(f"{each.pool}: {each.instance or each.address} did not say what it logged: {each.cause}", err=True)
+
+
+def _log_lines(settings: Settings, run: str, whole_id: bool) -> Iterator[dict[str, Any]]:
+    """Of this machine's files; those of all runs whose ids begin so, unless the id is whole."""
+    redaction = Redaction(os.environ)
     for path in sorted(settings.log_folder.glob("*.log")):
         with path.open(errors="replace") as file:
             for line in file:
                 if run in line and line.startswith("{"):
                     with contextlib.suppress(json.JSONDecodeError):
                         entry = json.loads(line)
-                        if str(entry.get("run_id", "")).startswith(run):
-                            yield entry
+                        of = str(entry.get("run_id", ""))
+                        if of == run or (not whole_id and of.startswith(run)):
+                            yield {
+                                name: redaction.hide(value) if isinstance(value, str) else value
+                                for name, value in entry.items()
+                            }
 
 
 COMMANDS = (up, down, status, pools, doctor, logs)

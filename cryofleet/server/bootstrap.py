@@ -98,6 +98,8 @@ class Server:
     async def start(self) -> None:
         """Returns once calls are answered. Raises a Failure where the address cannot or may not be opened."""
         instance = self.instance
+        logging.getLogger().addHandler(instance.recent_log)
+        self._lifespan.callback(logging.getLogger().removeHandler, instance.recent_log)
         try:
             self._executions = Executions(instance, self._on_hung)
             self._calls = Calls(instance, self._executions)

@@ -240,7 +240,8 @@ class BorderInterceptor(Interceptor):
             audit.begin(entry)
             about = None if streams_requests else getattr(request, "context", None)
             if isinstance(about, common_pb2.Context):
-                bind_log_context(run_id=about.run_id, task_key=about.task_key, operation=operation)
+                project = about.project or DEFAULT_PROJECT
+                bind_log_context(run_id=about.run_id, task_key=about.task_key, operation=operation, project=project)
             metrics.in_flight.inc()
             try:
                 return await behaviour(request, context)

@@ -14,6 +14,7 @@ from cryofleet.operations import Operation
 from cryofleet.project_rules import ProjectRules
 from cryofleet.server.admission import Admission, machine_memory_bytes
 from cryofleet.server.quotas import Quotas
+from cryofleet.server.recent_log import RecentLog
 from cryofleet.server.scratch import Scratch
 from cryofleet.server.service import Method, Service
 from cryofleet.settings import Settings
@@ -44,6 +45,7 @@ class Instance:
         self.name = settings.instance
         self.service_name = services[0].name
         self.version = cryofleet.__version__
+        self.recent_log = RecentLog(self.service_name, self.name)
         self.methods: dict[str, Method] = {
             method.operation.name: method for service in services for method in service.methods.values()
         }

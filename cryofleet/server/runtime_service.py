@@ -14,6 +14,7 @@ from cryofleet.server.admission import Needs
 from cryofleet.server.calls import CallContext
 from cryofleet.server.computation import Question, identify, look_up
 from cryofleet.server.execution import Execution
+from cryofleet.server.recent_log import DEFAULT_LIMIT
 from cryofleet.server.service import Service
 from cryofleet.server.task import Reader, Task
 from cryofleet.server.validation import validate
@@ -62,6 +63,16 @@ def _running(execution: Execution) -> runtime_pb2.RunningOperation:
     )
     message.started_at.FromNanoseconds(int(execution.began_at * 1e9))
     return message
+
+
+@service.rpc("GetLog")
+async def get_log(request: runtime_pb2.GetLogRequest, context: CallContext) -> runtime_pb2.GetLogResponse:
+    """Only what was logged for the project that the request names, which its caller may use."""
+    recent = context.instance.recent_log
+    lines, cut = recent.read(
+        request.project or DEFAULT_PROJECT, request.run_id, request.task_key, request.limit or DEFAULT_LIMIT
+    )
+    return runtime_pb2.GetLogResponse(lines=lines, cut=cut)
 
 
 @service.rpc("Estimate")

@@ -13,7 +13,12 @@ from cryofleet.server.instance import Instance
 from cryofleet.server.interception import Interceptor, wrap_handler
 from cryofleet.v1 import common_pb2
 
-_ASIDES = ("/grpc.health.", "/grpc.reflection.", "/cryofleet.v1.RuntimeService/GetCapacity")
+_ASIDES = (
+    "/grpc.health.",
+    "/grpc.reflection.",
+    "/cryofleet.v1.RuntimeService/GetCapacity",
+    "/cryofleet.v1.RuntimeService/GetLog",
+)
 """Calls that ask an instance how it is, once a second and oftener: they have a span in their caller's trace alone."""
 
 

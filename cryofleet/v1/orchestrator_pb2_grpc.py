@@ -54,6 +54,11 @@ class OrchestratorServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsResponse.FromString,
                 _registered_method=True)
+        self.ReadLog = channel.unary_unary(
+                '/cryofleet.v1.OrchestratorService/ReadLog',
+                request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogResponse.FromString,
+                _registered_method=True)
         self.CancelRun = channel.unary_unary(
                 '/cryofleet.v1.OrchestratorService/CancelRun',
                 request_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.CancelRunRequest.SerializeToString,
@@ -176,6 +181,14 @@ class OrchestratorServiceServicer:
 
     def ListRuns(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadLog(self, request, context):
+        """What the platform's processes logged about a run: this orchestrator and all instances, as far as they keep it, and what
+        was kept of tasks that failed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -331,6 +344,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.ListRuns,
                     request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsResponse.SerializeToString,
+            ),
+            'ReadLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadLog,
+                    request_deserializer=cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogResponse.SerializeToString,
             ),
             'CancelRun': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRun,
@@ -536,6 +554,33 @@ class OrchestratorService:
             '/cryofleet.v1.OrchestratorService/ListRuns',
             cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsRequest.SerializeToString,
             cryofleet_dot_v1_dot_orchestrator__pb2.ListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.OrchestratorService/ReadLog',
+            cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogRequest.SerializeToString,
+            cryofleet_dot_v1_dot_orchestrator__pb2.ReadLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

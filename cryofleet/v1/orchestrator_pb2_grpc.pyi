@@ -37,6 +37,10 @@ class OrchestratorServiceStub:
     WatchRun: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchRunRequest, _orchestrator_pb2.WatchRunResponse]
     """Sends the run whenever it has changed, and ends when the run has."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListRunsRequest, _orchestrator_pb2.ListRunsResponse]
+    ReadLog: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ReadLogRequest, _orchestrator_pb2.ReadLogResponse]
+    """What the platform's processes logged about a run: this orchestrator and all instances, as far as they keep it, and what
+    was kept of tasks that failed.
+    """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelRunRequest, _orchestrator_pb2.CancelRunResponse]
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeRunRequest, _orchestrator_pb2.ResumeRunResponse]
     """Starts the next attempt of a run that failed, was cancelled or lost its orchestrator; finished work is found in the store."""
@@ -82,6 +86,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     WatchRun: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchRunRequest, _orchestrator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Sends the run whenever it has changed, and ends when the run has."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListRunsRequest, _orchestrator_pb2.ListRunsResponse]  # type: ignore[assignment]
+    ReadLog: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ReadLogRequest, _orchestrator_pb2.ReadLogResponse]  # type: ignore[assignment]
+    """What the platform's processes logged about a run: this orchestrator and all instances, as far as they keep it, and what
+    was kept of tasks that failed.
+    """
     CancelRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelRunRequest, _orchestrator_pb2.CancelRunResponse]  # type: ignore[assignment]
     ResumeRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeRunRequest, _orchestrator_pb2.ResumeRunResponse]  # type: ignore[assignment]
     """Starts the next attempt of a run that failed, was cancelled or lost its orchestrator; finished work is found in the store."""
@@ -148,6 +156,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _orchestrator_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.ListRunsResponse, _abc.Awaitable[_orchestrator_pb2.ListRunsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReadLog(
+        self,
+        request: _orchestrator_pb2.ReadLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ReadLogResponse, _abc.Awaitable[_orchestrator_pb2.ReadLogResponse]]:
+        """What the platform's processes logged about a run: this orchestrator and all instances, as far as they keep it, and what
+        was kept of tasks that failed.
+        """
 
     @_abc_1.abstractmethod
     def CancelRun(

@@ -44,6 +44,11 @@ class RuntimeServiceStub:
                 request_serializer=cryofleet_dot_v1_dot_runtime__pb2.EstimateRequest.SerializeToString,
                 response_deserializer=cryofleet_dot_v1_dot_runtime__pb2.EstimateResponse.FromString,
                 _registered_method=True)
+        self.GetLog = channel.unary_unary(
+                '/cryofleet.v1.RuntimeService/GetLog',
+                request_serializer=cryofleet_dot_v1_dot_runtime__pb2.GetLogRequest.SerializeToString,
+                response_deserializer=cryofleet_dot_v1_dot_runtime__pb2.GetLogResponse.FromString,
+                _registered_method=True)
         self.SelfTest = channel.unary_stream(
                 '/cryofleet.v1.RuntimeService/SelfTest',
                 request_serializer=cryofleet_dot_v1_dot_runtime__pb2.SelfTestRequest.SerializeToString,
@@ -68,6 +73,13 @@ class RuntimeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLog(self, request, context):
+        """What this instance has logged about a run lately.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SelfTest(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +98,11 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
                     servicer.Estimate,
                     request_deserializer=cryofleet_dot_v1_dot_runtime__pb2.EstimateRequest.FromString,
                     response_serializer=cryofleet_dot_v1_dot_runtime__pb2.EstimateResponse.SerializeToString,
+            ),
+            'GetLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLog,
+                    request_deserializer=cryofleet_dot_v1_dot_runtime__pb2.GetLogRequest.FromString,
+                    response_serializer=cryofleet_dot_v1_dot_runtime__pb2.GetLogResponse.SerializeToString,
             ),
             'SelfTest': grpc.unary_stream_rpc_method_handler(
                     servicer.SelfTest,
@@ -147,6 +164,33 @@ class RuntimeService:
             '/cryofleet.v1.RuntimeService/Estimate',
             cryofleet_dot_v1_dot_runtime__pb2.EstimateRequest.SerializeToString,
             cryofleet_dot_v1_dot_runtime__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cryofleet.v1.RuntimeService/GetLog',
+            cryofleet_dot_v1_dot_runtime__pb2.GetLogRequest.SerializeToString,
+            cryofleet_dot_v1_dot_runtime__pb2.GetLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

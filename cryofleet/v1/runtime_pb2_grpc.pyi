@@ -35,6 +35,8 @@ class RuntimeServiceStub:
     """Slots, memory and devices of this instance."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.EstimateRequest, _runtime_pb2.EstimateResponse]
     """What a call would need, and whether its result is there already; nothing is computed."""
+    GetLog: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.GetLogRequest, _runtime_pb2.GetLogResponse]
+    """What this instance has logged about a run lately."""
     SelfTest: _grpc.UnaryStreamMultiCallable[_runtime_pb2.SelfTestRequest, _runtime_pb2.SelfTestResponse]
 
 @_typing.type_check_only
@@ -44,6 +46,8 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     """Slots, memory and devices of this instance."""
     Estimate: _aio.UnaryUnaryMultiCallable[_runtime_pb2.EstimateRequest, _runtime_pb2.EstimateResponse]  # type: ignore[assignment]
     """What a call would need, and whether its result is there already; nothing is computed."""
+    GetLog: _aio.UnaryUnaryMultiCallable[_runtime_pb2.GetLogRequest, _runtime_pb2.GetLogResponse]  # type: ignore[assignment]
+    """What this instance has logged about a run lately."""
     SelfTest: _aio.UnaryStreamMultiCallable[_runtime_pb2.SelfTestRequest, _runtime_pb2.SelfTestResponse]  # type: ignore[assignment]
 
 class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +66,14 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_runtime_pb2.EstimateResponse, _abc.Awaitable[_runtime_pb2.EstimateResponse]]:
         """What a call would need, and whether its result is there already; nothing is computed."""
+
+    @_abc_1.abstractmethod
+    def GetLog(
+        self,
+        request: _runtime_pb2.GetLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runtime_pb2.GetLogResponse, _abc.Awaitable[_runtime_pb2.GetLogResponse]]:
+        """What this instance has logged about a run lately."""
 
     @_abc_1.abstractmethod
     def SelfTest(

@@ -1,4 +1,6 @@
-"""What happened in a run, in order of time, and what of it goes on: told by its record and by the pools."""
+"""What happened in a run, in order of time, and what of it goes on: told by its record, the pools, and the log of the
+platform's processes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cryofleet.client import state_name
-from cryofleet.v1 import orchestrator_pb2
+from cryofleet.v1 import orchestrator_pb2, runtime_pb2
 
 
 def step_state(step: orchestrator_pb2.StepStatus) -> str:
@@ -50,6 +52,25 @@ def running_lines(run: orchestrator_pb2.Run, pools: Iterable[orchestrator_pb2.Po
     active = [step for step in run.steps if step.operation and step_state(step) == "running"]
     steps = [f"now: {step.id}: {step.fraction:.0%} {step.phase}".rstrip() for step in active]
     return steps + busy
+
+
+def logged_lines(log: orchestrator_pb2.ReadLogResponse) -> list[str]:
+    """What the processes logged, a traceback below its line; then which of them did not say."""
+    lines = ["logged:", "(older lines are not kept)"] if log.cut else ["logged:"] if log.lines else []
+    for line in log.lines:
+        lines.append(_logged(line))
+        lines += [f"    {each}" for each in line.traceback.splitlines()]
+    return lines + [
+        f"{each.instance or each.address} ({each.pool}) does not say what it logged: {each.cause}"
+        for each in log.unread
+    ]
+
+
+def _logged(line: runtime_pb2.LogLine) -> str:
+    at = f"{line.time.ToDatetime():%H:%M:%S}.{line.time.nanos // 1_000_000:03d}"
+    # The place of a task in the run, without the run's id.
+    where = " ".join(part for part in (line.instance, line.operation, line.task_key.partition("/")[2]) if part)
+    return f"{at}  {line.level}  {where}: {line.message}"
 
 
 def pool_row(pool: orchestrator_pb2.PoolStatus) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,8 +16,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from cryofleet.client import Client, RunHandle, state_name
 from cryofleet.errors import Failure
 from cryofleet.v1 import orchestrator_pb2
+from cryofleet.views.buttons import button, button_row
 from cryofleet.views.parameters import PipelineForm
-from cryofleet.views.run_log import pool_row, run_log, running_lines, step_state
+from cryofleet.views.run_log import logged_lines, pool_row, run_log, running_lines, step_state
 from cryofleet.views.slices import off_the_loop
 from cryofleet.views.text import text
 
@@ -25,7 +27,14 @@ PATIENCE_SECONDS = 3.0
 """A platform that answers later than this is said to be away."""
 FIRST = "discover"
 """The pipeline that the form shows first."""
+LOG_LINES = 500
+"""The newest so many lines of the processes' logs are shown."""
+_LOG_TAB = 1
 _ENDED = ("succeeded", "partial", "failed", "cancelled")
+_STATE_COLOURS = {
+    "succeeded": "var(--success-text-color)", "partial": "var(--warning-text-color)",
+    "failed": "var(--danger-text-color)", "running": "var(--primary-text-color)",
+}  # fmt: skip
 _RUN_COLUMNS = ["run", "pipeline", "state", "started", "took", "owner"]
 _STEP_COLUMNS = ["step", "operation", "state", "done", "phase", "computed"]
 _POOL_COLUMNS = ["pool", "state", "instances", "slots free", "memory free", "running", "queued"]
@@ -37,6 +46,8 @@ _TABLE = {
     "sizing_mode": "stretch_width",
     "layout": "fit_data_stretch",
     "sortable": False,
+    "theme": "simple",
+    "stylesheets": [Path(__file__).with_name("table.css").read_text()],
     # As text: names are shown, whatever they hold.
     "formatters": {name: {"type": "plaintext"} for name in {*_RUN_COLUMNS, *_STEP_COLUMNS, *_POOL_COLUMNS}},
 }
@@ -50,6 +61,11 @@ def seconds_text(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def state_style(state: str) -> str:
+    """What distinguishes a state in a table, as CSS, in light and in dark."""
+    return f"color: {_STATE_COLOURS[state]}" if state in _STATE_COLOURS else ""
 
 
 def run_row(run: orchestrator_pb2.Run) -> dict[str, str]:
@@ -107,48 +123,65 @@ class RunsView(pn.viewable.Viewer):
         self.record = orchestrator_pb2.Run()
         self._form: PipelineForm | None = None
         self._pipelines: dict[str, orchestrator_pb2.PipelineDescription] = {}
-        theme = "midnight" if pn.config.theme == "dark" else "simple"
-        self._list = pn.widgets.Tabulator(_frame([], _RUN_COLUMNS), height=210, theme=theme, **_TABLE)
-        self._steps = pn.widgets.Tabulator(_frame([], _STEP_COLUMNS), height=280, theme=theme, **_TABLE)
-        self._pools = pn.widgets.Tabulator(_frame([], _POOL_COLUMNS), height=280, theme=theme, **_TABLE)
-        self._log = text(height="280px", overflow="auto", font_size="12px")
+        self._list = pn.widgets.Tabulator(_frame([], _RUN_COLUMNS), height=230, **_TABLE)
+        self._steps, self._pools = (
+            pn.widgets.Tabulator(_frame([], columns), **{**_TABLE, "sizing_mode": "stretch_both"}, min_height=200)
+            for columns in (_STEP_COLUMNS, _POOL_COLUMNS)
+        )
+        for table in (self._list, self._steps):
+            table.style.map(state_style, subset=["state"])
+        self._log, self._logged = text(font_size="12px"), text(font_size="12px")
+        self._log_is_whole = False
+        """Whether all is shown that will ever be logged."""
+        log = pn.Column(self._log, self._logged, sizing_mode="stretch_both", min_height=200, scroll="y")
+        self._details = pn.Tabs(
+            ("Steps", self._steps), ("Log", log), ("Pools", self._pools), sizing_mode="stretch_both", min_height=240
+        )
+        self._details.param.watch(self._turned_to, "active")
         self._list.on_click(self._clicked)  # type: ignore[arg-type]  # Panel awaits it
         self._title, self._why, self._start_said = text(font_weight="bold"), text(), text()
-        self._progress = pn.indicators.Progress(value=0, max=100, sizing_mode="stretch_width", height=12)
+        self._progress = pn.indicators.Progress(value=0, max=100, sizing_mode="stretch_width", height=8)
         self._cancel, self._resume, self._retry = (
             self._button(name, action)
             for name, action in (("Cancel", "cancel"), ("Resume", "resume"), ("Retry", "retry"))
         )
         self._volumes = pn.widgets.Select(label="Volume", options={}, sizing_mode="stretch_width")
         self._tables = pn.widgets.Select(label="Particles", options={"none": ""}, sizing_mode="stretch_width")
-        self._look = pn.widgets.Button(label="Look at it", color="primary")
-        self._look.on_click(self._looked)
+        self._look = button("Look at it", self._looked, "primary", margin=(24, 10, 5, 10))
+        self._nothing = text("Choose a run above to see its steps, log and results, or start one at the left.")
         self._which = pn.widgets.Select(label="Pipeline", options=[], sizing_mode="stretch_width")
         self._which.param.watch(lambda _: self._fill_form(), "value")
         self._form_place = pn.Column(sizing_mode="stretch_width")
-        self._start = pn.widgets.Button(label="Start", color="success")
-        self._start.on_click(self._started)
+        self._start = button("Start", self._started, "success")
+        look = pn.Row(self._volumes, self._tables, self._look, **_WIDE)
+        actions = button_row(self._cancel, self._resume, self._retry)
+        actions.justify_content = "flex-end"
+        head = pn.Row(self._title, actions, **_WIDE)
+        self._run = pn.Column(
+            head,
+            self._progress,
+            self._why,
+            look,
+            self._details,
+            sizing_mode="stretch_both",
+            visible=False,
+        )
+        self._layout = pn.Column(self._list, self._nothing, self._run, sizing_mode="stretch_both", scroll="y")
 
     def _button(self, name: str, action: str) -> Any:
         async def act(_: Any) -> None:
             await self._act(action)
 
-        button = pn.widgets.Button(label=name, disabled=True)
-        button.on_click(act)
-        return button
+        return button(name, act, disabled=True)
 
     def __panel__(self) -> pn.viewable.Viewable:
-        look = pn.Row(self._volumes, self._tables, pn.Column(pn.Spacer(height=12), self._look), **_WIDE)
-        buttons = pn.FlexBox(self._cancel, self._resume, self._retry, gap="6px")
-        details = pn.Tabs(("Steps", self._steps), ("Log", self._log), ("Pools", self._pools), **_WIDE)
-        run = (self._title, self._progress, self._why, buttons, look, details)
-        return pn.Column(self._list, *run, sizing_mode="stretch_both", scroll="y")
+        return self._layout
 
     def form(self) -> pn.Column:
         """What starts a run, to stand beside the list."""
         return pn.Column(
             text("Start a run", font_weight="bold"),
-            self._which, self._form_place, self._start, self._start_said,
+            self._which, self._form_place, button_row(self._start), self._start_said,
             sizing_mode="stretch_width",
         )  # fmt: skip
 
@@ -160,6 +193,26 @@ class RunsView(pn.viewable.Viewer):
             # One that hangs, or is just being started again, refuses nothing.
             self.problem = "the platform does not answer; waiting for it …"
         await asking
+        await self._read_log()
+
+    async def _turned_to(self, _: Any) -> None:
+        await self._read_log()
+
+    async def _read_log(self) -> None:
+        """What the processes logged, while somebody looks at it; of a run that has ended until nothing more comes."""
+        run = self.record
+        if self._details.active != _LOG_TAB or not run.id or self._log_is_whole:
+            return
+        try:
+            log = await off_the_loop(self._client.log, run.id, LOG_LINES)
+        except Failure as failure:
+            self._logged.object = f"what was logged cannot be read: {failure}"
+            return
+        if run.id != self.record.id:
+            return  # another one was chosen meanwhile
+        lines = "\n".join(["", *logged_lines(log)])
+        self._log_is_whole = state_name(run) in _ENDED and not log.unread and lines == self._logged.object
+        self._logged.object = lines
 
     async def _refresh(self) -> None:
         try:
@@ -236,6 +289,9 @@ class RunsView(pn.viewable.Viewer):
     def _show(self, run: orchestrator_pb2.Run) -> None:
         if run == self.record:
             return
+        if run.id != self.record.id:
+            self._logged.object = ""
+        self._log_is_whole = False
         self.record = run
         state = state_name(run)
         self._title.object = f"{run.id}: {state}" + (f", attempt {run.attempt}" if run.attempt > 1 else "")
@@ -244,6 +300,7 @@ class RunsView(pn.viewable.Viewer):
         self._progress.value = 100 if state == "succeeded" else int(100 * fraction)
         aside = [f"{each.step} {each.item}: {each.status} {each.cause}" for each in run.set_aside[:20]]
         self._why.object = "\n".join([run.error, *aside]).strip()
+        self._nothing.visible, self._run.visible = False, True
         self._cancel.disabled = state in _ENDED
         self._resume.disabled = state not in ("failed", "cancelled")
         self._retry.disabled = state != "partial"

@@ -26,6 +26,7 @@ from cryofleet.provenance import trace
 from cryofleet.server import Server
 from cryofleet.settings import Settings, TlsFiles
 from cryofleet.storage import Store
+from cryofleet.testing import call_operation
 from cryofleet.v1 import orchestrator_pb2 as pb
 from cryofleet.v1 import orchestrator_pb2_grpc, runtime_pb2, runtime_pb2_grpc
 from orchestrator.service import service as orchestrator_service
@@ -279,6 +280,30 @@ async def test_what_others_run_is_seen_without_whose_it_is(site: Site) -> None:
     for who in ("ana", "ana, of io"):
         assert seen[who].operation == "runtime.SelfTest"
         assert (seen[who].run_id, seen[who].project, seen[who].phase) == ("", "", ""), who
+
+
+async def test_the_log_of_a_run_is_for_those_of_its_project(site: Site) -> None:
+    text = WAITING.replace("{seconds:", "{fail_with: INVALID_ARGUMENT, seconds:")
+    async with site.channel("ana") as channel, site.channel("vera") as looking:
+        await stub_of(channel).SubmitRun(submission(text=text, run_id="failing"))
+        assert (await ended(stub_of(looking), "failing")).state == pb.RUN_STATE_FAILED
+        log = await stub_of(looking).ReadLog(pb.ReadLogRequest(run_id="failing"))
+    assert not log.unread
+    assert {line.instance for line in log.lines} == {"worker", "orchestrator"}
+    said = {line.message for line in log.lines}
+    assert "INVALID_ARGUMENT: failed with INVALID_ARGUMENT, as asked for" in said
+    assert "the task failed: INVALID_ARGUMENT: failed with INVALID_ARGUMENT, as asked for" in said
+    async with open_channel(site.io_address, site.tls("client"), token=lambda: site.tokens["ben"]) as io:
+        stub: Any = runtime_pb2_grpc.RuntimeServiceStub(io)
+        with refused(Code.PERMISSION_DENIED, "project 'apo'"):
+            await stub.GetLog(runtime_pb2.GetLogRequest(run_id="failing", project="apo"))
+        assert not (await stub.GetLog(runtime_pb2.GetLogRequest(run_id="failing", project="ribo"))).lines
+        # What somebody logs under the id of a run of others is not in its log.
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call_operation(io, runtime_pb2.SelfTestRequest(fail_with="ABORTED"), run_id="failing", project="ribo")
+        assert (await stub.GetLog(runtime_pb2.GetLogRequest(run_id="failing", project="ribo"))).lines
+    again = await asyncio.to_thread(site.client("vera").log, "failing")
+    assert {line.message for line in again.lines} == said
 
 
 async def test_a_run_in_what_others_have(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from cryofleet.channels import open_channel
 from cryofleet.cli import cli
+from cryofleet.errors import NotFound
 from cryofleet.server import Server
 from cryofleet.server.runtime_service import service as runtime_service
 from cryofleet.settings import Settings
@@ -191,3 +193,30 @@ async def test_97_of_100_done_3_set_aside(site: Site) -> None:
     step = (await site.get(run_id)).steps[0]
     assert (step.tasks_done, step.tasks_cached, step.tasks_set_aside) == (97, 97, 3), "the others are not done again"
     assert all(not instance.HasField("set_aside_until") for instance in (await site.pool()).instances)
+
+
+async def test_what_was_logged_about_a_run_is_printed_with_what_files_have_of_it(site: Site) -> None:
+    run_id = await site.submit(2, 1)
+    await site.ended(run_id)
+    listed = await site.cli(["logs", run_id, "--follow"])
+    assert (listed.exit_code, listed.stderr) == (0, "")
+    failed = "INVALID_ARGUMENT: failed with INVALID_ARGUMENT, as asked for"
+    assert f"WARNING orchestrator runtime.SelfTest {run_id}:1/each[1]: the task failed: {failed}\n" in listed.stdout
+    told = [json.loads(line) for line in (await site.cli(["logs", run_id, "--raw"])).stdout.splitlines()]
+    assert [line["time"] for line in told] == sorted(line["time"] for line in told)
+    # A file has one of these lines, what came before, and what is of another run.
+    before = {"time": "2026-01-01T00:00:00.000Z", "level": "INFO", "run_id": run_id, "message": "of old"}
+    written = [{**told[0], "run_id": run_id}, before, {**before, "run_id": f"{run_id}-2", "message": "of others"}]
+    folder = site.settings.log_folder
+    folder.mkdir()
+    (folder / "io.log").write_text("".join(json.dumps(line) + "\n" for line in written))
+    both = [json.loads(line) for line in (await site.cli(["logs", run_id, "--raw"])).stdout.splitlines()]
+    assert both == [before, *told]
+    of_files = (await site.cli(["logs", run_id, "--raw", "--files"])).stdout.splitlines()
+    assert {json.loads(line)["message"] for line in of_files} == {"of old", "of others", told[0]["message"]}
+    await site.workers.pop("worker-0").stop()
+    away = await site.cli(["logs", run_id])
+    assert "io: worker-0 did not say what it logged: UNAVAILABLE" in away.stderr
+    unknown = await site.cli(["logs", "nothing"])
+    assert isinstance(unknown.exception, NotFound)
+    assert "there is no run 'nothing'" in unknown.stderr

@@ -521,6 +521,35 @@ async def test_unforeseen_error_shows_its_traceback_in_the_log_alone(
     assert objects(store) == before
 
 
+async def test_what_was_logged_about_a_run_is_told_by_project_and_task(
+    channel: grpc.aio.Channel, an_input: str
+) -> None:
+    stub: Any = runtime_pb2_grpc.RuntimeServiceStub(channel)
+    request = picking_pb2.MergeSubtomogramsRequest(subtomograms_uris=[an_input])
+    for task in ("task-1", "task-2"):
+        with refused(grpc.StatusCode.INTERNAL):
+            await call_operation(channel, request, run_id="run-3", task_key=task)
+    with refused(grpc.StatusCode.NOT_FOUND):
+        failing = runtime_pb2.SelfTestRequest(fail_with="NOT_FOUND")
+        await call_operation(channel, failing, run_id="run-3", project="apo")
+    found = (await stub.GetLog(runtime_pb2.GetLogRequest(run_id="run-3"))).lines
+    assert {line.task_key for line in found} == {"task-1", "task-2"}
+    (error, *_) = [line for line in found if line.task_key == "task-2" and line.level == "ERROR"]
+    assert (error.service, error.instance, error.operation) == ("picking", "test", "picking.MergeSubtomograms")
+    assert error.message == "internal error"
+    assert error.traceback.endswith("RuntimeError: the secret of the house")
+    assert len(error.fields["error_id"]) == 12
+    assert abs(error.time.ToNanoseconds() / 1e9 - time.time()) < 60
+    asked = runtime_pb2.GetLogRequest(run_id="run-3", task_key="task-1", limit=1)
+    only = await stub.GetLog(asked)
+    assert ([line.task_key for line in only.lines], only.cut) == (["task-1"], True)
+    of_apo = (await stub.GetLog(runtime_pb2.GetLogRequest(run_id="run-3", project="apo"))).lines
+    assert "failed with NOT_FOUND, as asked for" in of_apo[0].message
+    assert not (await stub.GetLog(runtime_pb2.GetLogRequest(run_id="run-4"))).lines
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "run_id is ''"):
+        await stub.GetLog(runtime_pb2.GetLogRequest())
+
+
 async def test_want_of_memory_is_resource_exhausted(channel: grpc.aio.Channel, an_input: str) -> None:
     request = picking_pb2.MergeSubtomogramsRequest(subtomograms_uris=[an_input, an_input])
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory", reason="memory"):

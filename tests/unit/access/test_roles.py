@@ -89,7 +89,7 @@ def test_a_certificate_alone_does_what_the_orchestrator_does_and_no_more() -> No
             continue
         allowed.add(name)
     operations = {n for n, m in contract().items() if m.GetOptions().HasExtension(options_pb2.operation)}
-    runtime = {f"/cryofleet.v1.RuntimeService/{method}" for method in ("GetCapacity", "Estimate")}
+    runtime = {f"/cryofleet.v1.RuntimeService/{method}" for method in ("GetCapacity", "Estimate", "GetLog")}
     assert allowed == operations | runtime | {"/cryofleet.v1.OrchestratorService/GetPools"}
 
 

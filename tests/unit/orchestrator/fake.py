@@ -35,6 +35,10 @@ class FakeService(runtime_pb2_grpc.RuntimeServiceServicer):
         self.name = name
         self.slots = slots
         self.draining = False
+        self.log: list[runtime_pb2.LogLine] = []
+        """What it says it has logged."""
+        self.hangs = False
+        """Whether it never says that."""
         self.answers_for = ""
         """A task key to answer with instead of the right one."""
         self.behave: Behaviour | None = None
@@ -71,6 +75,14 @@ class FakeService(runtime_pb2_grpc.RuntimeServiceServicer):
             devices=["cpu"],
             draining=self.draining,
         )
+
+    async def GetLog(  # noqa: N802
+        self, request: runtime_pb2.GetLogRequest, context: Any
+    ) -> runtime_pb2.GetLogResponse:
+        if self.hangs:
+            await asyncio.Event().wait()
+        found = [line for line in self.log if request.task_key in ("", line.task_key)]
+        return runtime_pb2.GetLogResponse(lines=found)
 
     async def Estimate(  # noqa: N802
         self, request: runtime_pb2.EstimateRequest, context: Any

@@ -10,7 +10,7 @@ from google.protobuf.json_format import ParseDict
 from cryofleet.client import Client, RunHandle
 from cryofleet.errors import Unavailable
 from cryofleet.v1 import orchestrator_pb2
-from cryofleet.views.run_log import pool_row, run_log, running_lines
+from cryofleet.views.run_log import logged_lines, pool_row, run_log, running_lines
 from cryofleet.views.runs import RunsView
 
 RUN: dict[str, Any] = {
@@ -55,6 +55,24 @@ POOL: dict[str, Any] = {
 }  # fmt: skip
 
 
+LOG: dict[str, Any] = {
+    "lines": [
+        {
+            "time": "2026-05-04T10:00:05.250Z", "level": "ERROR", "instance": "picking-0", "task_key": "r-1:2/pick",
+            "operation": "picking.Saliency", "message": "internal <b>error</b>",
+            "traceback": "Traceback:\nValueError: 7",
+        },
+        {"time": "2026-05-04T10:01:00Z", "level": "INFO", "instance": "one", "message": "attempt 2 ended as failed"},
+    ],
+    "cut": True,
+    "unread": [{"pool": "io", "address": "10.0.0.2:50051", "cause": "it did not answer within 2 s"}],
+}  # fmt: skip
+
+
+def log(**other: Any) -> orchestrator_pb2.ReadLogResponse:
+    return ParseDict({**LOG, **other}, orchestrator_pb2.ReadLogResponse())
+
+
 def run(**other: Any) -> orchestrator_pb2.Run:
     return ParseDict({**RUN, **other}, orchestrator_pb2.Run())
 
@@ -79,6 +97,19 @@ def test_a_run_tells_what_happened_in_order() -> None:
     ]
 
 
+def test_what_processes_logged_is_told_line_by_line() -> None:
+    assert logged_lines(log()) == [
+        "logged:",
+        "(older lines are not kept)",
+        "10:00:05.250  ERROR  picking-0 picking.Saliency pick: internal <b>error</b>",
+        "    Traceback:",
+        "    ValueError: 7",
+        "10:01:00.000  INFO  one: attempt 2 ended as failed",
+        "10.0.0.2:50051 (io) does not say what it logged: it did not answer within 2 s",
+    ]
+    assert logged_lines(orchestrator_pb2.ReadLogResponse()) == []
+
+
 def test_a_pool_counts_what_is_ready() -> None:
     assert pool_row(pool()) == {
         "pool": "picking",
@@ -97,6 +128,8 @@ class Platform:
     def __init__(self) -> None:
         self.away = False
         self.done: list[str] = []
+        self.logged = log()
+        self.log_read = 0
 
     def pipelines(self) -> list[orchestrator_pb2.PipelineDescription]:
         return [orchestrator_pb2.PipelineDescription(name="pick-dog")]
@@ -108,6 +141,10 @@ class Platform:
 
     def pools(self) -> list[orchestrator_pb2.PoolStatus]:
         return [pool()]
+
+    def log(self, run_id: str, limit: int) -> orchestrator_pb2.ReadLogResponse:
+        self.log_read += 1
+        return self.logged
 
     def get(self, run_id: str) -> RunHandle:
         platform = self
@@ -143,3 +180,25 @@ async def test_the_view_shows_log_and_pools_and_resumes() -> None:
     platform.away = False
     await view.refresh()
     assert view.problem == ""
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+async def test_the_log_is_read_while_it_is_looked_at_and_until_all_of_it_is_there() -> None:
+    platform = Platform()
+    view = RunsView(cast(Client, platform), run_id="r-1")
+    await view.refresh()
+    assert platform.log_read == 0
+    view._details.active = 1
+    await view.refresh()
+    shown = view._logged.object.splitlines()
+    assert "10:00:05.250  ERROR  picking-0 picking.Saliency pick: internal <b>error</b>" in shown
+    assert "<b>" not in view._logged._transform_object(view._logged.object)["object"]
+    assert shown[-1].startswith("10.0.0.2:50051 (io) does not say")
+    read = platform.log_read
+    await view.refresh()
+    assert platform.log_read == read + 1, "an instance did not answer"
+    platform.logged = log(unread=[])
+    for _ in range(4):
+        await view.refresh()
+    assert platform.log_read == read + 3, "of a run that has ended, until nothing more comes"
+    assert "does not say" not in view._logged.object
