@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import HTTPCookieProcessor, HTTPSHandler, build_opener
 
 import grpc
 import numpy as np
@@ -29,6 +31,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cryofleet.access.certificates import make_set
 from cryofleet.channels import open_blocking_channel
 from cryofleet.client import Client
 from cryofleet.particles import Particles
@@ -36,6 +39,7 @@ from cryofleet.settings import SERVICES, Settings
 from cryofleet.v1 import viewer_pb2, viewer_pb2_grpc
 from cryofleet.volumes import VolumeInfo, encode_volume
 from tests.conftest import REPOSITORY
+from tests.faults.certificates import issue
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -45,6 +49,7 @@ WITH_TORCH = ("picking", "alignment", "learning")
 SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}
 """The Debian whose Python is the one that makes the wheelhouse."""
 FOLDER = Path(os.environ.get("CRYOFLEET_IMAGES_FOLDER", "/var/tmp/cryofleet-images"))
+RUNNING = FOLDER / "running"
 BASE = "localhost/cryofleet-base:test"
 USER = 10001
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "rustc", "nvcc")
@@ -61,6 +66,17 @@ wait $child; status=$?
 while test -e /tmp/read-only; do sleep 0.1; done
 exit $status
 """
+
+
+SETTINGS = {
+    "viewer": {
+        "PAGE": "127.0.0.1:0",
+        "TLS_CERTIFICATE": "/inputs/certificates/viewer/tls.crt",
+        "TLS_KEY": "/inputs/certificates/viewer/tls.key",
+        "TLS_AUTHORITY": "/inputs/certificates/viewer/ca.crt",
+    }
+}
+"""A service's own, beside those of all: the page is served over TLS."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,11 @@ def write_inputs(folder: Path) -> None:
     rows = {name: rng.uniform(8, 16, 6) for name in "xyz"}
     table = pd.DataFrame({"id": np.arange(6), **rows, "class_id": np.array([0, 1, 2, 0, 1, 2], dtype=np.int32)})
     (folder / "particles.parquet").write_bytes(Particles(table, 10.0, "t", (24, 32, 32)).to_parquet())
+    certificates = folder / "certificates"
+    make_set(certificates)
+    issue(certificates, "viewer", days=1)
+    for path in (certificates / "viewer", *(certificates / "viewer").iterdir()):
+        os.chown(path, USER, USER)
 
 
 def call_io(client: Client) -> None:
@@ -103,7 +124,7 @@ def call_alignment(client: Client) -> None:
 
 
 def call_learning(client: Client) -> None:
-    result = client.call("learning.SelectClusters", particles_uri=Inputs.particles, groups=["ring:0,2"])
+    result = client.call("learning.SelectClusters", particles_uri=Inputs.particles, groups=["ring:1,3"])
     assert result["count"] == 4
 
 
@@ -118,8 +139,25 @@ def call_orchestrator(client: Client) -> None:
 
 
 def call_viewer(client: Client) -> None:
-    stub = viewer_pb2_grpc.ViewerServiceStub(client._service("io"))
-    assert stub.GetPage(viewer_pb2.GetPageRequest(), timeout=30).url.startswith("http://localhost:")
+    url = viewer_pb2_grpc.ViewerServiceStub(client._service("io")).GetPage(viewer_pb2.GetPageRequest(), timeout=30).url
+    assert url.startswith("https://127.0.0.1:")
+    site = url.partition("login")[0]
+    authority = RUNNING / "viewer" / "inputs" / "certificates" / "viewer" / "ca.crt"
+    tls = ssl.create_default_context(cafile=authority)
+    browser = build_opener(HTTPSHandler(context=tls), HTTPCookieProcessor())
+    with browser.open(site, timeout=30) as answer:
+        assert answer.url == f"{site}login?next=%2F"
+        assert "signs you in" in answer.read().decode()
+    with browser.open(url, timeout=30) as answer:
+        assert answer.url == site
+        page = answer.read().decode()
+    # All that the page asks for comes from the image: it names no other place, and what it names is there.
+    assert "://" not in page
+    files = set(re.findall(r"static/[\w./@^?=-]+", page))
+    assert {"bokeh", "panel", "tabulator"} <= {Path(file).name.partition(".")[0] for file in files}
+    for file in files:
+        with browser.open(site + file, timeout=30) as answer:
+            assert answer.read(), file
 
 
 CALLS: dict[str, Callable[[Client], None]] = {
@@ -363,7 +401,7 @@ def test_it_serves_without_root_on_a_read_only_file_system(
     module = "orchestrator" if service == "orchestrator" else f"services.{service}"
     assert built.config["Entrypoint"] == ["python", "-m", module]
     # Not pytest's own folders: their paths are too long for sockets.
-    here = FOLDER / "running" / service
+    here = RUNNING / service
     shutil.rmtree(here, ignore_errors=True)
     state, temporary, inputs = here / "state", here / "tmp", here / "inputs"
     for folder, mode in ((state, 0o700), (temporary, 0o1777), (inputs, 0o755)):
@@ -372,7 +410,8 @@ def test_it_serves_without_root_on_a_read_only_file_system(
     os.chown(state, USER, USER)
     write_inputs(inputs)
     volumes = [f"--volume={state}:/var/lib/cryofleet", f"--volume={temporary}:/tmp", f"--volume={inputs}:/inputs:ro"]
-    environment = ["--env=CRYOFLEET_READ_ONLY_ROOTS=file:///inputs", "--env=CRYOFLEET_SLOTS=2"]
+    said = {"READ_ONLY_ROOTS": "file:///inputs", "SLOTS": "2", **SETTINGS.get(service, {})}
+    environment = [f"--env=CRYOFLEET_{name}={value}" for name, value in said.items()]
     log = here / "log"
     with container(built.name) as (name, root), container(built.name) as (other, _), log.open("wb") as output:
         # Of the image's own volume and one that is given for the same place, buildah 1.28 takes either, by chance.
