@@ -94,6 +94,7 @@ class SlicePane(JSComponent):
     ) -> None:
         super().__init__(**params)
         self._wanted, self._told = wanted, told
+        self._seen = False
 
     def go(self, position: int) -> None:
         """Show another plane."""
@@ -110,6 +111,10 @@ class SlicePane(JSComponent):
             return
         region = data.get("region")
         position = min(max(0, int(data["position"])), self.count - 1)
+        if not self._seen and position != self.start:
+            # What a notebook's next cell said before the browser had the pane.
+            self._send_msg({"type": "go", "position": self.start})
+        self._seen = True
         self.start = position
         part = None
         if region:
