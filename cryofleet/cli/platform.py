@@ -180,9 +180,11 @@ def logs(run: str, raw: bool, files: bool, follow: bool) -> None:
     with Client(settings, start=False) as client:
         found = None if files else _told_by_platform(client, run)
         entries = [_entry(line) for line in found.lines] if found is not None else []
-        known = {_identity(entry) for entry in entries}
-        written = _log_lines(settings, run, whole_id=found is not None)
-        entries += [entry for entry in written if _identity(entry) not in known]
+        written = list(_log_lines(settings, run, whole_id=found is not None))
+        # What a file has is whole, with its traceback.
+        known = {_identity(entry) for entry in written}
+        entries = written + [entry for entry in entries if _identity(entry) not in known]
+        known.update(map(_identity, entries))
         _print_entries(entries, raw)
         if found is None:
             if not entries:
@@ -212,7 +214,7 @@ def _told_by_platform(client: Client, run: str) -> orchestrator_pb2.ReadLogRespo
 def _entry(line: runtime_pb2.LogLine) -> dict[str, Any]:
     """The line as a log file has it."""
     seconds = f"{line.time.ToDatetime():%Y-%m-%dT%H:%M:%S}.{line.time.nanos // 1_000_000:03d}Z"
-    names = ("level", "service", "instance", "operation", "task_key", "message", "traceback")
+    names = ("level", "service", "instance", "operation", "task_key", "message")
     fields = {name: value for name in names if (value := getattr(line, name))}
     return {"time": seconds, **line.fields, **fields}
 
@@ -228,7 +230,8 @@ def _print_entries(entries: Iterable[Mapping[str, Any]], raw: bool) -> None:
             click.echo(json.dumps(entry))
         else:
             where = " ".join(str(entry[key]) for key in ("service", "operation", "task_key") if entry.get(key))
-            click.echo(f"{entry.get('time', '')} {entry.get('level', '')} {where}: {entry.get('message', '')}")
+            error = f" (error_id {entry['error_id']})" if entry.get("error_id") else ""
+            click.echo(f"{entry.get('time', '')} {entry.get('level', '')} {where}: {entry.get('message', '')}{error}")
             if entry.get("traceback"):
                 click.echo(str(entry["traceback"]).rstrip())
 

@@ -23,7 +23,7 @@ MOST_BYTES_OF_A_RUN = 2**20
 MOST_BYTES = 16 * 2**20
 """Of all runs; the run that was least recently written about is dropped first."""
 LONGEST = 8000
-"""Characters of a message, or of a traceback, whose end counts."""
+"""Characters of a message."""
 DEFAULT_LIMIT = 1000
 """Lines that are read where nobody says how many."""
 _LONGEST_FIELD = 500
@@ -97,7 +97,6 @@ class RecentLog(logging.Handler):
             operation=self._shown(fields.get("operation", ""), _LONGEST_FIELD),
             task_key=self._shown(fields.get("task_key", ""), _LONGEST_FIELD),
             message=self._shown(fields["message"]),
-            traceback=self._shown(fields.get("traceback", ""), end=True).rstrip(),
             fields={
                 self._shown(name, _LONGEST_FIELD): self._shown(value, _LONGEST_FIELD)
                 for name, value in fields.items()
@@ -108,18 +107,16 @@ class RecentLog(logging.Handler):
         line.time.FromMilliseconds(int(record.created) * 1000 + int(record.msecs))
         return line
 
-    def _shown(self, value: object, longest: int = 0, end: bool = False) -> str:
-        """The value's first so many characters, or its last, without secrets."""
+    def _shown(self, value: object, longest: int = 0) -> str:
+        """The value's first so many characters, without secrets."""
         longest = longest or LONGEST
         # Names of files may hold any bytes.
         text = str(value).encode(errors="replace").decode()
-        searched = self._redaction.hide(text[-2 * LONGEST :] if end else text[: 2 * LONGEST])
+        searched = self._redaction.hide(text[: 2 * LONGEST])
         # What is not searched may have the other half of a secret, whose first half nobody recognises.
         safe = len(searched) if len(text) <= 2 * LONGEST else max(0, len(searched) - LONGEST)
         kept = min(longest, safe)
-        if kept == len(searched):
-            return searched
-        return "…" + searched[len(searched) - kept :] if end else searched[:kept] + "…"
+        return searched if kept == len(searched) else searched[:kept] + "…"
 
     def _keep(self, key: tuple[str, str], line: bytes) -> None:
         run = self._runs.setdefault(key, _Lines())

@@ -198,7 +198,9 @@ Global___EstimateResponse: _TypeAlias = EstimateResponse  # noqa: Y015
 
 @_typing.final
 class LogLine(_message.Message):
-    """A line of a process's log, without secrets, cut where it is long."""
+    """A line of a process's log, without secrets, cut where it is long. A traceback stays in the process's own log, where
+    the field error_id finds it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -229,7 +231,6 @@ class LogLine(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     TASK_KEY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
-    TRACEBACK_FIELD_NUMBER: _builtins.int
     FIELDS_FIELD_NUMBER: _builtins.int
     level: _builtins.str
     """DEBUG, INFO, WARNING, ERROR or CRITICAL."""
@@ -240,7 +241,6 @@ class LogLine(_message.Message):
     """As picking.Extract; empty where the line is of none, as is task_key."""
     task_key: _builtins.str
     message: _builtins.str
-    traceback: _builtins.str
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -257,12 +257,11 @@ class LogLine(_message.Message):
         operation: _builtins.str = ...,
         task_key: _builtins.str = ...,
         message: _builtins.str = ...,
-        traceback: _builtins.str = ...,
         fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "instance", b"instance", "level", b"level", "message", b"message", "operation", b"operation", "service", b"service", "task_key", b"task_key", "time", b"time", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "instance", b"instance", "level", b"level", "message", b"message", "operation", b"operation", "service", b"service", "task_key", b"task_key", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

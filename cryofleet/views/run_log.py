@@ -55,14 +55,15 @@ def running_lines(run: orchestrator_pb2.Run, pools: Iterable[orchestrator_pb2.Po
 
 
 def logged_lines(log: orchestrator_pb2.ReadLogResponse) -> list[str]:
-    """What the processes logged, a traceback below its line; then which of them did not say."""
+    """What the processes logged; then which of them did not say."""
     lines = ["logged:", "(older lines are not kept)"] if log.cut else ["logged:"] if log.lines else []
-    for line in log.lines:
-        lines.append(_logged(line))
-        lines += [f"    {each}" for each in line.traceback.splitlines()]
-    return lines + [
-        f"{each.instance or each.address} ({each.pool}) does not say what it logged: {each.cause}"
-        for each in log.unread
+    return [
+        *lines,
+        *map(_logged, log.lines),
+        *(
+            f"{each.instance or each.address} ({each.pool}) does not say what it logged: {each.cause}"
+            for each in log.unread
+        ),
     ]
 
 
@@ -70,7 +71,9 @@ def _logged(line: runtime_pb2.LogLine) -> str:
     at = f"{line.time.ToDatetime():%H:%M:%S}.{line.time.nanos // 1_000_000:03d}"
     # The place of a task in the run, without the run's id.
     where = " ".join(part for part in (line.instance, line.operation, line.task_key.partition("/")[2]) if part)
-    return f"{at}  {line.level}  {where}: {line.message}"
+    # By which the traceback is found in the process's own log.
+    error = f" (error_id {line.fields['error_id']})" if line.fields.get("error_id") else ""
+    return f"{at}  {line.level}  {where}: {line.message}{error}"
 
 
 def pool_row(pool: orchestrator_pb2.PoolStatus) -> dict[str, str]:

@@ -537,7 +537,7 @@ async def test_what_was_logged_about_a_run_is_told_by_project_and_task(
     (error, *_) = [line for line in found if line.task_key == "task-2" and line.level == "ERROR"]
     assert (error.service, error.instance, error.operation) == ("picking", "test", "picking.MergeSubtomograms")
     assert error.message == "internal error"
-    assert error.traceback.endswith("RuntimeError: the secret of the house")
+    assert "the secret of the house" not in str(found)
     assert len(error.fields["error_id"]) == 12
     assert abs(error.time.ToNanoseconds() / 1e9 - time.time()) < 60
     asked = runtime_pb2.GetLogRequest(run_id="run-3", task_key="task-1", limit=1)

@@ -40,8 +40,7 @@ def test_a_line_says_what_the_logs_own_line_says(recent: RecentLog) -> None:
     assert not cut
     assert (line.level, line.service, line.instance) == ("ERROR", "picking", "picking-0")
     assert (line.operation, line.task_key, line.message) == ("picking.Extract", "r:1/pick", "it failed for a.mrc")
-    assert line.traceback.startswith("Traceback")
-    assert line.traceback.endswith("ValueError: no such box")
+    assert "ValueError" not in str(line), "a traceback stays in the process's own log"
     assert dict(line.fields) == {"logger": "cryofleet.somewhere", "user": "ana", "seconds": "1.5"}
 
 
@@ -89,14 +88,12 @@ def test_long_texts_are_cut_and_no_secret_is_left_at_the_cut(
     logger.warning(
         "%s hunter22 and more %s", "x" * 70, "y" * 1000, extra={"run_id": "r", "header": "Bearer abcdefghij"}
     )
-    logger.warning("%s hunter22", "x" * 95, extra={"run_id": "r", "traceback": "first\n" * 100 + "ValueError: last"})
+    logger.warning("%s hunter22", "x" * 95, extra={"run_id": "r"})
     (first, second), _ = recent.read("", "r")
     assert first.message.startswith("x" * 70 + " (hidden) and more y")
     assert (len(first.message), first.message[-1]) == (101, "…")
     assert first.fields["header"] == "Bearer (hidden)"
     assert second.message == "x" * 95 + " (hid" + "…"
-    assert second.traceback.startswith("…")
-    assert second.traceback.endswith("ValueError: last")
 
 
 def test_half_a_secret_at_the_end_of_what_is_searched_is_not_shown(

@@ -40,10 +40,8 @@ async def platform() -> AsyncIterator[Platform]:
         yield made
 
 
-def line(message: str, seconds: float, task_key: str = "", traceback: str = "") -> runtime_pb2.LogLine:
-    made = runtime_pb2.LogLine(
-        level="ERROR", service="io", instance="fake", task_key=task_key, message=message, traceback=traceback
-    )
+def line(message: str, seconds: float, task_key: str = "") -> runtime_pb2.LogLine:
+    made = runtime_pb2.LogLine(level="ERROR", service="io", instance="fake", task_key=task_key, message=message)
     made.time.FromMilliseconds(round(seconds * 1000))
     return made
 
@@ -102,7 +100,7 @@ async def test_what_a_failed_task_logged_outlives_its_instance(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform.service.behave = fail_unless_first
-    platform.service.log = [line(f"task {i}", i, f"run:1/each[{i}]", traceback=f"at {i}") for i in range(4)]
+    platform.service.log = [line(f"task {i}", i, f"run:1/each[{i}]") for i in range(4)]
     await platform.submit(FAILING, numbers=[0, 1, 2, 3])
     run = await platform.ended()
     assert len(run.set_aside) == 3
@@ -113,7 +111,6 @@ async def test_what_a_failed_task_logged_outlives_its_instance(
     found = await read(platform)
     assert len(found.unread) == 1
     assert messages(found) == ["task 1", "task 2", "task 3"], "not of those that did not fail, nor of too many"
-    assert [each.traceback for each in found.lines] == ["at 1", "at 2", "at 3"]
     await platform.engine.forget("run")
     assert platform.engine.runs.kept_log("run") == []
     platform.engine.runs.keep_log("run", 1, "run:1/each[1]", "[]")

@@ -60,7 +60,7 @@ LOG: dict[str, Any] = {
         {
             "time": "2026-05-04T10:00:05.250Z", "level": "ERROR", "instance": "picking-0", "task_key": "r-1:2/pick",
             "operation": "picking.Saliency", "message": "internal <b>error</b>",
-            "traceback": "Traceback:\nValueError: 7",
+            "fields": {"error_id": "0123456789ab"},
         },
         {"time": "2026-05-04T10:01:00Z", "level": "INFO", "instance": "one", "message": "attempt 2 ended as failed"},
     ],
@@ -101,9 +101,7 @@ def test_what_processes_logged_is_told_line_by_line() -> None:
     assert logged_lines(log()) == [
         "logged:",
         "(older lines are not kept)",
-        "10:00:05.250  ERROR  picking-0 picking.Saliency pick: internal <b>error</b>",
-        "    Traceback:",
-        "    ValueError: 7",
+        "10:00:05.250  ERROR  picking-0 picking.Saliency pick: internal <b>error</b> (error_id 0123456789ab)",
         "10:01:00.000  INFO  one: attempt 2 ended as failed",
         "10.0.0.2:50051 (io) does not say what it logged: it did not answer within 2 s",
     ]
@@ -191,7 +189,7 @@ async def test_the_log_is_read_while_it_is_looked_at_and_until_all_of_it_is_ther
     view._details.active = 1
     await view.refresh()
     shown = view._logged.object.splitlines()
-    assert "10:00:05.250  ERROR  picking-0 picking.Saliency pick: internal <b>error</b>" in shown
+    assert logged_lines(log())[2] in shown
     assert "<b>" not in view._logged._transform_object(view._logged.object)["object"]
     assert shown[-1].startswith("10.0.0.2:50051 (io) does not say")
     read = platform.log_read
