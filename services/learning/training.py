@@ -123,8 +123,8 @@ class TrainingOptions:
     """How to train. `betas` and `weight_decay` are those of Adam, the decay added to the gradient, or of AdamW with
     `decoupled_weight_decay`; the learning rate falls linearly to nothing from the share `decay_from` of `max_epochs`
     on; `mixed_precision` computes in bfloat16 on a GPU, with weights in float32, and changes nothing on a CPU; with
-    `keep_last` the last epoch's weights count, whatever its validation loss; a collapsed model is started again at most
-    `max_restarts` times.
+    `keep_last` the last epoch's weights count, whatever its validation loss, or with `averaging` their running mean, of
+    which each step keeps that share; a collapsed model is started again at most `max_restarts` times.
     """
 
     max_epochs: int
@@ -137,6 +137,7 @@ class TrainingOptions:
     decay_from: float = 1.0
     mixed_precision: bool = False
     keep_last: bool = False
+    averaging: float = 0.0
     max_restarts: int = 3
     checkpoint_seconds: float = 20.0
     report_seconds: float = 0.2
@@ -307,7 +308,8 @@ class _Run:
             else:
                 if validation["loss"] < state.best_loss or self.options.keep_last:
                     state.best_loss, state.best_epoch = validation["loss"], state.epoch
-                    self.best = self.weights()
+                    if not options.averaging:
+                        self.best = self.weights()
                 state.epoch += 1
             state.position, state.boxes, state.sums = 0, 0, {}
             self.save()
@@ -348,6 +350,7 @@ class _Run:
             self.peers.average([*gradients, *means.values()], boxes)
             self.set_learning_rate()
             self.optimiser.step()
+            self.average_weights()
             _add(sums, means, boxes_of(batch))
             state.boxes += boxes_of(batch)
             state.position += 1
@@ -374,6 +377,19 @@ class _Run:
         share = min(1.0, (1 - done) / (1 - options.decay_from))
         for group in self.optimiser.param_groups:
             group["lr"] = options.learning_rate * share
+
+    def average_weights(self) -> None:
+        """Move the running mean of the weights a step on: fast at first, or the first weights would stay in it."""
+        if not self.options.averaging:
+            return
+        done = (self.state.epoch - 1) * self.batches.training_batches + self.state.position
+        kept = min(self.options.averaging, (1 + done) / (10 + done))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    self.best[name].lerp_(value, 1 - kept)
+                else:
+                    self.best[name].copy_(value)
 
     def settle_statistics(self) -> None:
         """What batch normalisation goes by in use, by the weights as they are now.

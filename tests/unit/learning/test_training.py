@@ -77,9 +77,11 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("batches_before_the_kill", "decay_from"), [(1, 1.0), (4, 1.0), (6, 1.0), (11, 1.0), (6, 0.3)])
-def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int, decay_from: float) -> None:
-    how = {"decay_from": decay_from}
+@pytest.mark.parametrize(
+    ("batches_before_the_kill", "how"),
+    [(1, {}), (4, {}), (6, {}), (11, {}), (6, {"decay_from": 0.3}), (7, {"keep_last": True, "averaging": 0.9})],
+)
+def test_a_killed_run_resumes_bit_for_bit(batches_before_the_kill: int, how: dict[str, Any]) -> None:
     undisturbed = train_autoencoder(options=options(**how))
     saved: list[dict[str, bytes]] = []
     calls = itertools.count(1)
@@ -273,6 +275,16 @@ def test_the_learning_rate_falls_to_nothing() -> None:
     falling = run_script(Scripted([1.0] * 8), max_epochs=8, keep_last=True, decay_from=0.5)
     assert weight(kept) == pytest.approx(8.0, rel=1e-5)
     assert weight(falling) == pytest.approx(5 + 3 / 4 + 2 / 4 + 1 / 4, rel=1e-5)
+
+
+def test_the_running_mean_of_the_weights_counts() -> None:
+    averaged = run_script(Scripted([1.0] * 8), max_epochs=8, keep_last=True, averaging=0.5)
+    # The weight is 1, 2, ... after each step, and of the mean's first steps less is kept.
+    expected = 0.0
+    for step in range(8):
+        kept = min(0.5, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * (step + 1)
+    assert weight(averaged) == pytest.approx(expected, rel=1e-5)
 
 
 def test_weight_decay_is_adams() -> None:
