@@ -13,15 +13,16 @@ from cryofleet.client import Client, state_name
 from cryofleet.errors import Failure
 from cryofleet.provenance import Origin, trace
 from cryofleet.v1 import orchestrator_pb2
+from cryofleet.views.buttons import button, button_row
 from cryofleet.views.class_tree import ClassTree, class_tree_svg, classes_of_tables, tree_of_history, tree_of_steps
-from cryofleet.views.fsc_curve import fsc_curves, fsc_figure
+from cryofleet.views.fsc_curve import fsc_curves, fsc_svg
 from cryofleet.views.run_averages import AverageSet, RunAverage, average_sets, class_tables, tomograms
 from cryofleet.views.slices import off_the_loop
 from cryofleet.views.surface import Density, Surface, read_density
 from cryofleet.views.tables import read_json, read_particles
 from cryofleet.views.text import text
 from cryofleet.views.tomogram import TomogramView
-from cryofleet.views.view_directions import directions_figure, view_directions
+from cryofleet.views.view_directions import directions_svg, view_directions
 
 FOLLOW_MS = 1500
 HELP = """Slices: wheel, Page Up, Page Down; click or arrows move the crosshair
@@ -29,6 +30,8 @@ Surface: drag or arrows turn it; wheel, + and - zoom; 0 shows all"""
 _ENDED = ("succeeded", "partial", "failed", "cancelled")
 _WIDE = {"sizing_mode": "stretch_width"}
 _FULL = {"sizing_mode": "stretch_both"}
+# A drawing must not hold its cell open: it would lie over the next one where the window becomes smaller.
+_CELL = {"min-width": "0", "min-height": "0", "overflow": "hidden"}
 
 
 class AveragesView(pn.viewable.Viewer):
@@ -62,29 +65,28 @@ class AveragesView(pn.viewable.Viewer):
             label="Threshold of the surface", start=0.0, end=1.0, step=0.005, show_value=False, **_WIDE
         )
         self._cut_said, self._said, self._resolution = text(), text(), text()
-        self._look = pn.widgets.Button(label="Show particles", color="primary", disabled=True)
-        self._map = pn.widgets.Button(label="Map back", disabled=True)
-        self._labels = pn.widgets.Button(label="Show labels", color="success", visible=False)
+        self._look = button("Show particles", lambda _: self._show_particles(), "primary", disabled=True)
+        self._map = button("Map back", self._map_back, disabled=True)
+        self._labels = button("Show labels", lambda _: self._show_labels(), "success", visible=False)
         self._mapped: tuple[str, str, str, str] = ("", "", "", "")
         self._surface = Surface(**_FULL)
-        self._fsc, self._directions, self._classes = (pn.Column(**_FULL, min_height=180) for _ in range(3))
+        self._fsc, self._directions, self._classes = (pn.Column(**_FULL, styles=_CELL) for _ in range(3))
+        self._nothing = text(padding="24px", font_size="14px")
+        self._grid = pn.GridSpec(**_FULL, mode="override", styles={"gap": "8px"}, visible=False)
+        self._grid[0:11, 0:7], self._grid[0:11, 7:12] = self.slices, self._surface
+        for number, place in enumerate((self._fsc, self._directions, self._classes)):
+            self._grid[11:18, 4 * number : 4 * number + 4] = place
         self.slices.on_failure = self._fail
         self._which.param.watch(self._chosen, "value")
         self._slider.param.watch(self._moved, "value")
         self._tomogram.param.watch(lambda _: self._offer(), "value")
-        self._look.on_click(lambda _: self._show_particles())
-        self._labels.on_click(lambda _: self.on_look(*self._mapped) if self.on_look is not None else None)
-        self._map.on_click(self._map_back)  # Panel awaits it
 
     def __panel__(self) -> pn.viewable.Viewable:
-        grid = pn.GridSpec(**_FULL, mode="override")
-        grid[0:11, 0:7], grid[0:11, 7:12] = self.slices, self._surface
-        grid[11:18, 0:4], grid[11:18, 4:8], grid[11:18, 8:12] = self._fsc, self._directions, self._classes
-        return pn.Column(grid, **_FULL)
+        return pn.Column(self._nothing, self._grid, **_FULL)
 
     def controls(self) -> pn.Column:
         """What the view is steered by, to stand beside it."""
-        buttons = pn.FlexBox(self._look, self._map, self._labels, gap="6px")
+        buttons = button_row(self._look, self._map, self._labels)
         return pn.Column(
             self._which, self._slider, self._cut_said, self._resolution, self._tomogram, buttons, self._said, **_WIDE
         )
@@ -94,7 +96,7 @@ class AveragesView(pn.viewable.Viewer):
     async def open(self) -> None:
         """Look at the averages of the run. Call it after `run_id` was set, and to look again at one that goes on."""
         if not self.run_id:
-            self._empty("Choose a run on the page Runs: one that averages, such as average, faml, mine or discover.")
+            self._empty("No run is chosen. Go to Runs and choose one that averages: average, faml, mine or discover.")
             return
         try:
             handle = await off_the_loop(self._client.get, self.run_id)
@@ -109,7 +111,8 @@ class AveragesView(pn.viewable.Viewer):
         if not self._sets:
             self._empty(f"Run {self.run_id} has no averages" + ("" if self._ended else " yet") + ".")
             return
-        self._said.object = ""
+        self._said.object = self._nothing.object = ""
+        self._grid.visible = True
         options = {average.name: average.volume for each in self._sets for average in each.averages}
         kept = self._which.value if self._which.value in options.values() else next(iter(options.values()))
         self._which.param.update(options=options, value=kept)
@@ -126,8 +129,9 @@ class AveragesView(pn.viewable.Viewer):
     def _empty(self, why: str) -> None:
         self._shown, self.density, self._sets = "", None, []
         self._which.param.update(options={}, value=None)
-        self._said.object = why
-        self._surface.display(None, why)
+        self._said.object, self._nothing.object = "", why
+        self._grid.visible = False
+        self._surface.display(None, "")
         self.slices.volume = ""
         for place in (self._fsc, self._directions, self._classes):
             place[:] = []
@@ -189,7 +193,7 @@ class AveragesView(pn.viewable.Viewer):
         if average.fsc:
             curves = fsc_curves(await off_the_loop(read_json, self._client, average.fsc), average.fsc)
             self._resolution.object = curves.summary()
-            self._fsc[:] = [pn.pane.Bokeh(fsc_figure(curves), **_FULL)]
+            self._fsc[:] = [text("FSC of the half maps", font_size="12px"), pn.pane.HTML(fsc_svg(curves), **_FULL)]
 
     async def _show_directions(self, average: RunAverage) -> None:
         if not average.particles:
@@ -201,7 +205,7 @@ class AveragesView(pn.viewable.Viewer):
             self._directions[:] = [text("The particles of this average have no orientations.")]
             return
         caption = text(f"Sides that the beam saw, z upwards: {len(particles):,} particles", font_size="12px")
-        plot = pn.pane.Bokeh(directions_figure(view_directions(rotations)), **_FULL)
+        plot = pn.pane.HTML(directions_svg(view_directions(rotations)), **_FULL)
         self._directions[:] = [caption, plot]
 
     async def _show_classes(self, whole: AverageSet) -> None:
@@ -265,6 +269,10 @@ class AveragesView(pn.viewable.Viewer):
         found = self._average(self._shown)
         if found is not None and self.on_look is not None:
             self.on_look(self.run_id, self._tomogram.value, found[1].particles, "")
+
+    def _show_labels(self) -> None:
+        if self.on_look is not None:
+            self.on_look(*self._mapped)
 
     async def _map_back(self, _: Any) -> None:
         """Start a run that puts the average into the tomogram, at the poses of its particles."""

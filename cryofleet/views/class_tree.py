@@ -149,7 +149,7 @@ def class_tree_svg(tree: ClassTree) -> str:
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" height="100%" role="img" aria-label="classes by step">'
         f"{''.join(bands)}{''.join(bars)}"
-        f'<g fill="currentColor" font-size="11" font-family="sans-serif">{"".join(words)}</g></svg>'
+        f'<g fill="currentColor" font-size="13" font-family="sans-serif">{"".join(words)}</g></svg>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from cryofleet.numerics.label_colours import CLASS_COLOURS, OTHER_CLASSES_COLOUR
 from cryofleet.particles import Particles
 from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.boxes import Boxes, open_boxes, read_box, sections_picture
+from cryofleet.views.buttons import button, button_row
 from cryofleet.views.clustered_run import ClusteredRun, Embedding, clustered, embedding_of
 from cryofleet.views.gallery import Gallery, Item, Key, SmallPicture
 from cryofleet.views.groups import Groups, ranges_text
@@ -28,12 +30,15 @@ from cryofleet.views.slices import off_the_loop
 from cryofleet.views.tables import MOST_BYTES, read_particles
 from cryofleet.views.text import text
 
+CLUSTERING = ("mine-features", "discover", "mine")
+"""Pipelines whose runs have clusters."""
 STARTS = ("segment-weakly", "average", "faml")
 """Pipelines that a choice of clusters can be given to."""
 HELP = """In the gallery: click or space chooses, Shift with it all between; a all, Escape none;
 arrows, Page Up, Page Down move; g puts the chosen into the group named at the left.
 In the plot: drag a lasso, with Shift to add; wheel, + and - zoom; Alt and drag, arrows move; 0 all."""
-_RECENT = 100
+_RECENT, _OFFERED = 100, 20
+NOTHING = "No run has clusters yet. Go to Runs and start mine-features or discover, which make them."
 _GREY = "#bbbbbb"
 # What picks and boxes of further tomograms must have in common with those that were clustered.
 _AS_MINED = (
@@ -76,6 +81,9 @@ class ClustersView(pn.viewable.Viewer):
         super().__init__(**params)
         wide = {"sizing_mode": "stretch_width"}
         self._said, self._count, self._start_said = text(), text(font_weight="bold"), text()
+        self._nothing = text(NOTHING, padding="24px", font_size="14px")
+        self._nothing.visible = False
+        self._both = pn.Row(sizing_mode="stretch_both")
         self._runs = pn.widgets.Select(label="Run", options={"none": ""}, value="", **wide)
         self._runs.param.watch(self._run_chosen, "value")
         self._name = pn.widgets.TextInput(label="Name of a group", placeholder="membrane", max_length=100, **wide)
@@ -90,24 +98,21 @@ class ClustersView(pn.viewable.Viewer):
         takes = pn.widgets.RadioButtonGroup.from_param(self.param.lasso_takes, sizing_mode="stretch_width")
         beside = pn.Column(
             text("A lasso takes", font_weight="bold"), takes, self.plot, text(HELP, font_size="12px"),
-            width=360, sizing_mode="stretch_height",
+            sizing_mode="stretch_height", styles={"width": "38%", "min-width": "340px"},
         )  # fmt: skip
-        return pn.Row(self.gallery, beside, sizing_mode="stretch_both")
+        self._both[:] = [self.gallery, beside]
+        return pn.Column(self._nothing, self._both, sizing_mode="stretch_both")
 
     def controls(self) -> pn.Column:
         """What is done with the clusters, to stand beside them."""
         wide = {"sizing_mode": "stretch_width"}
-        group = pn.widgets.Button(label="Put into the group", color="primary")
-        group.on_click(lambda _: self._group())
-        release = pn.widgets.Button(label="Take out")
-        release.on_click(lambda _: self._release())
-        save = pn.widgets.Button(label="Save the particles")
-        save.on_click(self._save_clicked)
-        start = pn.widgets.Button(label="Start", color="success")
-        start.on_click(self._start_clicked)
+        group = button("Put into the group", lambda _: self._group(), "primary")
+        release = button("Take out", lambda _: self._release())
+        save = button("Save the particles", self._save_clicked)
+        start = button("Start", self._start_clicked, "success")
         return pn.Column(
-            self._runs, self._count, self._name, pn.FlexBox(group, release, save, gap="6px"), self._listed, self._said,
-            self._which, self._form_place, start, self._start_said,
+            self._runs, self._count, self._name, button_row(group, release, save), self._listed, self._said,
+            self._which, self._form_place, button_row(start), self._start_said,
             **wide,
         )  # fmt: skip
 
@@ -121,17 +126,22 @@ class ClustersView(pn.viewable.Viewer):
                 self._pipelines = {each.name: each for each in described}
                 starts = [name for name in STARTS if name in self._pipelines]
                 self._which.param.update(options=starts, value=next(iter(starts), None))
-            runs = await off_the_loop(self._client.runs, _RECENT)
-            offered = {f"{run.id}": run.id for run in runs if clustered(run) is not None}
+            offered = await self._with_clusters()
             if not self.run_id or self.run_id not in offered.values():
                 self.run_id = await self._other(offered)
             self._runs.param.update(options={**offered, **({} if offered else {"none": ""})}, value=self.run_id)
+            self._nothing.visible, self._both.visible = not self.run_id, bool(self.run_id)
             if self.run_id:
                 await self._show()
-            else:
-                self._say("No run has clusters yet: start mine-features or discover, which make them.")
         except Failure as failure:
             self._fail(failure)
+
+    async def _with_clusters(self) -> dict[str, str]:
+        """The newest runs that have clusters. A list comes without steps: those that may have some are asked."""
+        runs = await off_the_loop(self._client.runs, _RECENT)
+        made = [run.id for run in runs if run.pipeline in CLUSTERING and run.HasField("finished_at")][:_OFFERED]
+        handles = await asyncio.gather(*(off_the_loop(self._client.get, run) for run in made))
+        return {handle.id: handle.id for handle in handles if clustered(handle.record) is not None}
 
     async def _other(self, offered: dict[str, str]) -> str:
         """The run that is asked for where it has clusters after all, being an old one; else the newest that has."""
@@ -236,10 +246,10 @@ class ClustersView(pn.viewable.Viewer):
 
     def _group_row(self, name: str) -> pn.Row:
         members = self.groups.members(name)
-        choose = pn.widgets.Button(label="choose", width=70)
-        choose.on_click(lambda _: self.gallery.choose(members))
-        mark = pn.Spacer(width=12, height=12, styles={"background": self.groups.colour(name)}, margin=(10, 2))
+        choose = button("Choose", lambda _: self.gallery.choose(members), margin=(2, 10))
+        mark = pn.Spacer(width=12, height=12, styles={"background": self.groups.colour(name)}, margin=(10, 0, 10, 10))
         said = text(f"{name}: {ranges_text(members)} ({self._particles(members):,} particles)")
+        said.margin = (8, 6)
         return pn.Row(mark, said, choose, sizing_mode="stretch_width")
 
     # Going on with the choice

@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from bokeh.models import FixedTicker, HoverTool
-from bokeh.models.annotations import Span
-from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD
 from cryofleet.numerics.label_colours import CLASS_COLOURS
 
-# What its annotations allow is less than what it takes.
-_figure: Any = figure
 LEVELS = (HALF_MAP_THRESHOLD, 0.5)
 _CURVES = {"corrected": "fsc", "masked": "masked", "unmasked": "unmasked", "random phases": "randomised"}
+_WIDTH, _HEIGHT = 380, 290
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 372, 22, 250
+_LEAST = -0.2
+_LEAST_APART = 26
+_PLAIN = 'fill="currentColor" stroke="none"'
+_FONT = 'font-size="12" font-family="sans-serif"'
 _NICE_ANGSTROM = (200, 100, 60, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3)
 
 
@@ -85,36 +86,54 @@ def fsc_curves(table: Mapping[str, Any], uri: str) -> FscCurves:
     return FscCurves(frequency, curves, usable, tuple(remarks))
 
 
-def fsc_figure(fsc: FscCurves) -> Any:
-    """The curves with the levels 0.143 and 0.5, and the resolution at the first."""
+def fsc_svg(fsc: FscCurves) -> str:
+    """The curves with the levels 0.143 and 0.5, and the resolution at the first, as a drawing. Holds numbers alone."""
     highest = float(fsc.frequency_per_angstrom[-1])
-    plot: Any = _figure(
-        sizing_mode="stretch_both", min_height=140, tools="", toolbar_location=None, y_range=(-0.2, 1.05),
-        x_range=(0.0, highest), x_axis_label="resolution (Å)", y_axis_label="FSC",
-    )  # fmt: skip
-    ticks = [each for each in _NICE_ANGSTROM if 1 / each <= highest and 1 / each >= 0.12 * highest]
-    plot.xaxis.ticker = FixedTicker(ticks=[1 / each for each in ticks])
-    plot.xaxis.major_label_overrides = {1 / each: str(each) for each in ticks}
-    for number, (name, curve) in enumerate(fsc.curves.items()):
-        plot.line(
-            "frequency", "fsc", name=name, legend_label=name,
-            source={
-                "frequency": fsc.frequency_per_angstrom,
-                "fsc": np.nan_to_num(curve),
-                "angstrom": 1 / np.maximum(fsc.frequency_per_angstrom, 1e-9),
-            },
-            color=CLASS_COLOURS[(0, 1, 2, 6)[number]],
-            width=3 if name == "corrected" else 1.5, line_dash="solid" if number < 2 else "dashed",
-        )  # fmt: skip
-    for level in LEVELS:
-        plot.add_layout(Span(location=level, dimension="width", line_color="#888888", line_dash="dotted"))
-        plot.text([0.01 * highest], [level], [f"{level:g}"], text_font_size="11px", text_color="#888888")
+    wide, high = _RIGHT - _LEFT, _BOTTOM - _TOP
+
+    def across(frequency: float) -> float:
+        return _LEFT + wide * frequency / highest
+
+    def down(value: float) -> float:
+        return _BOTTOM - high * (min(max(value, _LEAST), 1.0) - _LEAST) / (1.0 - _LEAST)
+
+    grid, words, lines, legend = [], [], [], []
+    for level in (0.0, *LEVELS, 1.0):
+        y, dash = down(level), ' stroke-dasharray="2 3"' if level in LEVELS else ""
+        grid.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}"{dash}/>')
+        words.append(f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{level:g}</text>')
+    last = -math.inf
+    for each in _NICE_ANGSTROM:
+        x = across(1 / each)
+        if x <= _RIGHT and x - last >= _LEAST_APART:
+            last = x
+            grid.append(f'<path d="M{x:.1f} {_TOP}V{_BOTTOM}"/>')
+            words.append(f'<text x="{x:.1f}" y="{_BOTTOM + 14}" text-anchor="middle">{each}</text>')
     at = fsc.resolution_angstrom or fsc.crossing_angstrom(HALF_MAP_THRESHOLD)
     if at and fsc.crossing_angstrom(HALF_MAP_THRESHOLD):
-        plot.add_layout(Span(location=1 / at, dimension="height", line_color=CLASS_COLOURS[5], line_width=1.5))
-    plot.add_tools(HoverTool(tooltips=[("", "$name"), ("FSC", "@fsc{0.00}"), ("at", "@angstrom{0.0} Å")]))
-    plot.legend.label_text_font_size = "10px"
-    plot.legend.background_fill_alpha = 0.5
-    plot.legend.spacing = 0
-    plot.legend.padding = 2
-    return plot
+        x = across(1 / at)
+        lines.append(
+            f'<path d="M{x:.1f} {_TOP}V{_BOTTOM}" stroke="{CLASS_COLOURS[5]}"><title>{at:.1f} Å at 0.143</title></path>'
+        )
+    x = 8
+    for number, (name, curve) in enumerate(fsc.curves.items()):
+        points = " ".join(
+            f"{across(frequency):.1f},{down(value):.1f}"
+            for frequency, value in zip(fsc.frequency_per_angstrom.tolist(), np.nan_to_num(curve).tolist(), strict=True)
+        )
+        style = f'stroke="{CLASS_COLOURS[(0, 1, 2, 6)[number]]}" stroke-width="{3 if number == 0 else 1.5}"' + (
+            "" if number < 2 else ' stroke-dasharray="5 4"'
+        )
+        # The corrected one over the others.
+        lines.insert(0, f'<polyline points="{points}" {style}><title>{name}</title></polyline>')
+        legend.append(f'<path d="M{x} 7h16" {style}/><text x="{x + 20}" y="11" {_PLAIN}>{name}</text>')
+        x += 30 + round(6.3 * len(name))
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" height="100%" role="img" aria-label="FSC">'
+        f'<g stroke="#888888" stroke-opacity="0.5" fill="none">{"".join(grid)}</g>'
+        f'<g fill="none" stroke-width="1.5">{"".join(lines)}</g>'
+        f'<g fill="none" {_FONT}>{"".join(legend)}</g>'
+        f"<g {_PLAIN} {_FONT}>{''.join(words)}"
+        f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 3}" text-anchor="middle">resolution (Å)</text>'
+        f'<text transform="translate(11 {(_TOP + _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">FSC</text></g></svg>'
+    )

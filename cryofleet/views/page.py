@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlencode
 
 import panel as pn
+from panel.theme.base import Inherit
+from panel.theme.native import Native
 
 from cryofleet.client import Client
 from cryofleet.errors import Failure
 from cryofleet.views.averages import AveragesView
+from cryofleet.views.buttons import button
 from cryofleet.views.clustered_run import clustered
 from cryofleet.views.clusters import ClustersView
 from cryofleet.views.painting import PaintingView
@@ -22,10 +26,26 @@ from cryofleet.views.tomogram import TomogramView
 
 VIEWS = ("runs", "tomogram", "picking", "painting", "clusters", "averages")
 _SELDOM = 4
-_STYLE = """
-#main { padding: 0; } #sidebar { padding: 10px; }
-#header .title { font-size: 1.2em; }
+_SHEET = Path(__file__).with_name("page.css").read_text()
+_HEAD_PIXELS = 46
+_STYLE = (
+    f"#header {{ height: {_HEAD_PIXELS}px; }}"
+    + """
+#header { box-sizing: border-box; padding: 0 10px; box-shadow: none !important; }
+#header .title { font-size: 17px; font-weight: 600; } #header-items { padding-left: 8px; }
+#sidebar { padding: 6px 4px; } #main { padding: 0 6px 0 8px; overflow: hidden; }
 """
+)
+_HEADER_COLOUR = "#16242f"
+
+
+class _Look(Native):
+    """Panel's plainest design, and what all widgets of the page have in common."""
+
+    modifiers: ClassVar[Any] = {
+        **Native.modifiers,
+        **{kind: {"stylesheets": [Inherit, _SHEET]} for kind in (pn.widgets.Widget, pn.Tabs, pn.Accordion, pn.Card)},
+    }
 
 
 class _Template(pn.template.VanillaTemplate):
@@ -48,10 +68,9 @@ class Page:
         self.clusters = ClustersView(client)
         self.averages = AveragesView(client)
         self.choice = pn.widgets.RadioButtonGroup(
-            options={name.capitalize(): name for name in VIEWS}, value="runs", color="primary"
+            options={name.capitalize(): name for name in VIEWS}, value="runs", margin=0, css_classes=["tabs"]
         )
-        self._problem = text(background="#d55e00", color="#ffffff", padding="4px 10px")
-        self._problem.visible = False
+        self._problem = text(background="#a84300", color="#ffffff", padding="4px 10px")
         self._problem.css_classes = ["problem"]
         self._run = ""
         self._ticks = 0
@@ -66,14 +85,26 @@ class Page:
 
     def template(self) -> Any:
         """The page as Panel serves it."""
-        made: Any = _Template(title="Cryofleet", sidebar_width=300, raw_css=[_STYLE], busy_indicator=None)
-        made.header.append(self.choice)
+        made: Any = _Template(
+            title="Cryofleet", sidebar_width=300, raw_css=[_STYLE], busy_indicator=None, design=_Look,
+            header_background=_HEADER_COLOUR, header_color="#ffffff",
+        )  # fmt: skip
+        made.header.append(pn.Row(self.choice, pn.layout.HSpacer(), self._theme_button(), sizing_mode="stretch_width"))
         made.sidebar.append(self._side)
-        height = {"height": "calc(100vh - 80px)"}
-        made.main.append(pn.Column(self._problem, self._main, sizing_mode="stretch_both", styles=height))
-        self._main.styles = height
+        height = f"calc(100vh - {_HEAD_PIXELS}px)"
+        made.main.append(pn.Column(self._problem, self._main, sizing_mode="stretch_width", styles={"height": height}))
         self._follow()
         pn.state.onload(self._open)
+        return made
+
+    def _theme_button(self) -> pn.widgets.Button:
+        """Loads the page again in the other colours, which its address then names."""
+        other = "default" if _is_dark() else "dark"
+        made = button("Light" if _is_dark() else "Dark", lambda _: None, margin=(8, 0), css_classes=["quiet"])
+        made.description = "Light or dark colours"
+        made.js_on_click(
+            code=f"const at = new URL(window.location); at.searchParams.set('theme', '{other}'); window.location = at"
+        )
         return made
 
     def _follow(self) -> None:
@@ -101,8 +132,12 @@ class Page:
             self._put(chosen)
             await self.tomogram.open(place)
         view = str(asked.get("view", ""))
-        self.choice.value = view if view in VIEWS else "runs"
-        self._show()
+        view = view if view in VIEWS else "runs"
+        # Shown once: what is drawn a second time loses a click on what was there the first time.
+        if self.choice.value == view:
+            self._show()
+        else:
+            self.choice.value = view
         pn.state.add_periodic_callback(self._tick, period=REFRESH_MS)  # type: ignore[arg-type]  # awaited
 
     async def _tick(self) -> None:
@@ -132,15 +167,14 @@ class Page:
             self._main[:] = [self.runs]
             self._side[:] = [self.runs.form()]
         else:
-            files = pn.Column(*self._uris.values(), sizing_mode="stretch_width")
-            self._main[:] = [self.tomogram]
+            self._main[:] = [self.tomogram, *([self.picking.gallery] if view == "picking" else [])]
             if view == "picking":
-                self._main[:] = [self.tomogram, self.picking.gallery]
                 self._side[:] = [self._uris["volume"], self._uris["particles"], self.picking]
             elif view == "painting":
                 self._side[:] = [self._uris["volume"], self.painting]
             else:
-                self._side[:] = [files, self.tomogram.controls()]
+                files = [self._uris["volume"], self._uris["particles"], self._uris["labels"], self._uris["second"]]
+                self._side[:] = [*files, self.tomogram.comparing(), self.tomogram.controls()]
         self._address()
 
     async def _open_clusters(self) -> None:
@@ -209,16 +243,20 @@ class Page:
         at = ",".join(f"{value:.0f}" for value in self.tomogram.position) if self.tomogram.volume else ""
         wanted = {"view": self.choice.value, "run": self.runs.run_id, "at": at}
         wanted |= {name: getattr(self.tomogram, name) for name in self._uris}
+        wanted["theme"] = "dark" if _is_dark() else ""
         location.search = "?" + urlencode({name: value for name, value in wanted.items() if value})
 
     def _say(self) -> None:
         problems = dict.fromkeys(view.problem for view in (self.runs, self.tomogram, self.averages) if view.problem)
         self._problem.object = "\n".join(problems)
-        self._problem.visible = bool(problems)
 
     def _failed(self, failure: Failure) -> None:
         if failure.status == "UNAUTHENTICATED" and self._on_sign_out is not None:
             self._on_sign_out()
+
+
+def _is_dark() -> bool:
+    return bool(pn.config.theme == "dark")
 
 
 def _place(text: str) -> tuple[float, float, float] | None:

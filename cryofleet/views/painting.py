@@ -19,6 +19,7 @@ from cryofleet.client import Client, RunHandle
 from cryofleet.errors import Failure, InvalidArgument
 from cryofleet.numerics.label_colours import CLASS_COLOURS, rgb
 from cryofleet.v1 import common_pb2, orchestrator_pb2
+from cryofleet.views.buttons import button, button_row
 from cryofleet.views.painted_sections import (
     FEATURE,
     NOT_FEATURE,
@@ -113,14 +114,12 @@ class PaintingView(pn.viewable.Viewer):
     def __panel__(self) -> pn.viewable.Viewable:
         wide = {"sizing_mode": "stretch_width"}
         made, own = pn.widgets, self.param
-        buttons = [
-            ("Undo", "default", lambda _: self._key("u")),
-            ("Redo", "default", lambda _: self._key("r")),
-            ("Next section", "default", lambda _: self._key("n")),
-            ("Save", "success", lambda _: self._key("s")),
-        ]
-        start = pn.widgets.Button(label="Start annotate", color="primary")
-        start.on_click(self._start_clicked)
+        buttons = button_row(
+            button("Undo", lambda _: self._key("u")),
+            button("Redo", lambda _: self._key("r")),
+            button("Next section", lambda _: self._key("n")),
+            button("Save", lambda _: self._key("s"), "success"),
+        )
         return pn.Column(
             self._features,
             self._new,
@@ -128,12 +127,12 @@ class PaintingView(pn.viewable.Viewer):
             made.FloatSlider.from_param(own.radius_voxels, label="Radius of the brush (voxels)", step=0.5, **wide),
             self._size,
             made.IntInput.from_param(own.apart, label="Sections apart", **wide),
-            pn.FlexBox(*[_button(*each) for each in buttons], gap="6px"),
+            buttons,
             self._count,
             self._said,
             self._uri,
             self._form_place,
-            start,
+            button_row(button("Start annotate", self._start_clicked, "primary")),
             self._start_said,
             sizing_mode="stretch_width",
         )
@@ -391,9 +390,3 @@ def overlay_frame(z: int, labels: NDArray[np.uint8], stroke: int) -> bytes:
     image.save(buffer, "PNG", transparency=0, compress_level=1)
     region = (int(columns[0]), int(rows[0]), part.shape[1], part.shape[0])
     return frame(z, region, [Picture("painted", "image/png", buffer.getvalue())], answers=stroke)
-
-
-def _button(name: str, kind: str, action: Any) -> pn.widgets.Button:
-    button = pn.widgets.Button(label=name, color=kind)
-    button.on_click(action)
-    return button

@@ -16,6 +16,7 @@ from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.text import text
 
 _UNSET = ""
+_UNITS = {"angstrom": "Å", "degrees": "°", "voxels": "voxels", "seconds": "s"}
 
 
 class PipelineForm(pn.viewable.Viewer):
@@ -50,8 +51,7 @@ class PipelineForm(pn.viewable.Viewer):
         return found
 
     def _widget(self, parameter: orchestrator_pb2.PipelineParameter) -> Any:
-        unit = f" ({parameter.unit})" if parameter.unit else ""
-        label = parameter.name.replace("_", " ") + unit + (" *" if parameter.required else "")
+        label = _label(parameter) + (" *" if parameter.required else "")
         # What a description is, Panel reads as Markdown, in which HTML counts.
         shared = {"label": label, "description": escape(parameter.help) or None, "sizing_mode": "stretch_width"}
         given = self._given.get(parameter.name)
@@ -65,13 +65,27 @@ class PipelineForm(pn.viewable.Viewer):
             return pn.widgets.Select(options=options, value=given if given in choices else _UNSET, **shared)
         placeholder = _text(default) if default is not None else ""
         if parameter.type in ARTIFACT_KINDS and not placeholder:
-            placeholder = "URIs, one a line" if parameter.repeated else f"URI of a {parameter.type}"
+            placeholder = "URIs, one a line" if parameter.repeated else f"URI of {_a(parameter.type)}"
         value = _text(given) if given is not None else ""
         if parameter.repeated or parameter.type in ("list", "structure"):
             if parameter.repeated and isinstance(given, list):
                 value = "\n".join(map(str, given))
             return pn.widgets.TextAreaInput(value=value, placeholder=placeholder, rows=3, **shared)
         return pn.widgets.TextInput(value=value, placeholder=placeholder, **shared)
+
+
+def _label(parameter: orchestrator_pb2.PipelineParameter) -> str:
+    """The name in words, its unit as a sign and not in words as well."""
+    name = parameter.name
+    for word, sign in _UNITS.items():
+        if parameter.unit == sign:
+            name = name.removesuffix(f"_{word}")
+    return name[:1].upper() + name[1:].replace("_", " ") + (f" ({parameter.unit})" if parameter.unit else "")
+
+
+def _a(kind: str) -> str:
+    """As a tomogram, particles, an average."""
+    return kind if kind.endswith("s") else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def _text(value: Any) -> str:

@@ -19,6 +19,7 @@ from cryofleet.client import Client
 from cryofleet.errors import Failure
 from cryofleet.numerics.score_background import Background
 from cryofleet.particles import Particles
+from cryofleet.views.buttons import button, button_row
 from cryofleet.views.gallery import Gallery, Item, Key
 from cryofleet.views.histogram import Histogram, histogram_svg
 from cryofleet.views.pick_pictures import PickPictures
@@ -75,7 +76,7 @@ class PickingView(pn.viewable.Viewer):
         self._slider.param.watch(lambda event: setattr(self, "threshold", event.new), "value")
         self._expected = text()
         self._let_pass = pn.widgets.FloatInput(
-            label="Let so many false positives pass", value=None, start=0.001, step=1, disabled=True, **wide
+            label="Let so many false positives pass", value=None, start=0.001, step=1, visible=False, **wide
         )
         self._let_pass.param.watch(self._passed, "value")
         self._pictures = PickPictures(client)
@@ -84,11 +85,12 @@ class PickingView(pn.viewable.Viewer):
         self._chooser.on_failure = self._failed
         self._order = pn.widgets.RadioButtonGroup(options=["best first", "worst first"], value="best first")
         self._order.param.watch(lambda _: self._fill_gallery(), "value")
-        head = pn.FlexBox(
-            _button("Reject chosen", "danger", lambda _: self._reject()), self._order,
-            text(GALLERY_KEYS, font_size="12px", width="auto"), gap="8px",
+        head = button_row(
+            button("Reject chosen", lambda _: self._reject(), "danger"), self._order,
+            text(GALLERY_KEYS, font_size="12px", flex="1 1 0", min_width="0"),
         )  # fmt: skip
-        self.gallery = pn.Column(head, self._chooser, height=300, visible=False, **wide)
+        head.flex_wrap = "nowrap"
+        self.gallery = pn.Column(head, self._chooser, height=320, visible=False, **wide)
         """To stand below the slices."""
 
     def attach(self) -> None:
@@ -122,20 +124,19 @@ class PickingView(pn.viewable.Viewer):
             made.EditableFloatSlider.from_param(own.distance_angstrom, label="Least distance (Å)", step=5, **wide),
             made.IntSlider.from_param(own.slab_planes, label="Preview planes", step=8, **wide),
             self._sigma,
-            made.TextInput.from_param(own.editor, label="Edited by", sizing_mode="stretch_width"),
         )
-        buttons = [
-            ("Preview", "primary", self._preview_clicked),
-            ("Pick all", "default", self._all_clicked),
-            ("Undo", "default", lambda _: self._key("u")),
-            ("Redo", "default", lambda _: self._key("r")),
-            ("Save", "success", lambda _: self._key("s")),
-        ]
-        gallery = made.Toggle.from_param(own.show_gallery, label="Gallery")
-        row = pn.FlexBox(*[_button(name, kind, action) for name, kind, action in buttons], gallery, gap="6px")
+        row = button_row(
+            button("Preview", self._preview_clicked, "primary"),
+            button("Pick all", self._all_clicked),
+            button("Undo", lambda _: self._key("u")),
+            button("Redo", lambda _: self._key("r")),
+            button("Save", lambda _: self._key("s"), "success"),
+            made.Toggle.from_param(own.show_gallery, label="Gallery"),
+        )
         return pn.Column(
-            *settings, row, self._count, self._histogram, self._expected, self._let_pass,
-            _button("Estimate false positives", "default", self._estimate_clicked), self._said,
+            *settings, row, self._said, self._count, self._histogram, self._expected, self._let_pass,
+            button_row(button("Estimate false positives", self._estimate_clicked)),
+            made.TextInput.from_param(own.editor, label="Edited by", sizing_mode="stretch_width"),
             sizing_mode="stretch_width",
         )  # fmt: skip
 
@@ -439,7 +440,7 @@ class PickingView(pn.viewable.Viewer):
         self._count.object = f"{count:,} picks of {len(picks):,}" + (f", {unsaved} edits not saved" if unsaved else "")
         histogram = self._searched or Histogram.of(picks.scores, self.threshold)
         self._histogram.object = histogram_svg(histogram, self.threshold, self._background)
-        self._let_pass.disabled = self._background is None
+        self._let_pass.visible = self._background is not None
         self._expected.object = "" if self._background is None else self._expectation(self._background)
         self._fill_gallery()
 
@@ -450,12 +451,6 @@ class PickingView(pn.viewable.Viewer):
             f"Expected false positives above the threshold: {figure}, by the distribution of {background.peaks:,} "
             "scores (line: the background)"
         )
-
-
-def _button(name: str, kind: str, action: Any) -> pn.widgets.Button:
-    button = pn.widgets.Button(label=name, color=kind)
-    button.on_click(action)
-    return button
 
 
 def _own_name() -> str:

@@ -99,7 +99,7 @@ def tomograms(run: orchestrator_pb2.Run) -> dict[str, str]:
                 continue
             uris = [uri for uri in _texts(value) if uri.endswith(".mrc") and uri not in named.values()]
             for number, uri in enumerate(uris, start=1):
-                named[prefix + name + (f" {number}" if len(uris) > 1 else "")] = uri
+                named[prefix + name.removesuffix("_uri") + (f" {number}" if len(uris) > 1 else "")] = uri
     return named
 
 

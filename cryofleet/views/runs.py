@@ -105,7 +105,7 @@ def artifacts(run: orchestrator_pb2.Run) -> Iterator[tuple[str, str]]:
             for number, uri in enumerate(uris):
                 if "://" in uri and uri not in seen:
                     seen.add(uri)
-                    yield prefix + name + (f" {number + 1}" if len(uris) > 1 else ""), uri
+                    yield prefix + name.removesuffix("_uri") + (f" {number + 1}" if len(uris) > 1 else ""), uri
 
 
 class RunsView(pn.viewable.Viewer):
@@ -128,8 +128,9 @@ class RunsView(pn.viewable.Viewer):
             pn.widgets.Tabulator(_frame([], columns), **{**_TABLE, "sizing_mode": "stretch_both"}, min_height=200)
             for columns in (_STEP_COLUMNS, _POOL_COLUMNS)
         )
-        for table in (self._list, self._steps):
-            table.style.map(state_style, subset=["state"])
+        for style in (self._list.style, self._steps.style):
+            assert style is not None
+            style.map(state_style, subset=["state"])
         self._log, self._logged = text(font_size="12px"), text(font_size="12px")
         self._log_is_whole = False
         """Whether all is shown that will ever be logged."""

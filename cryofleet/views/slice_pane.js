@@ -4,6 +4,7 @@
 // asked for when the last has come, and only where the view is by then: a slow line skips planes, it is never behind.
 
 const AGAIN_MS = 350
+const LOST_MS = 5000
 const LARGEST_PIXELS = 1024
 const CLICK_PIXELS = 4
 const WHEEL_PIXELS = 30
@@ -27,7 +28,10 @@ export function render({model}) {
   let asked = null
   let pending = false
   let timer = 0
+  let opening = 0
+  let sent = false // to a plane since the volume came
   let wheel = 0
+  let fitted = true // until somebody zooms or moves, all is shown whatever the size
   let dragged = null
   let hover = null
   let painted = null // {header, images}: what is painted on a plane
@@ -61,7 +65,15 @@ export function render({model}) {
     if (key === asked) return
     asked = key
     pending = true
+    clearTimeout(timer)
+    timer = setTimeout(askAnew, LOST_MS) // an answer may be lost where the page is just being drawn
     model.send_msg({type: "want", ...now})
+  }
+
+  function askAnew() {
+    asked = null
+    pending = false
+    ask()
   }
 
   async function decoded(bytes) {
@@ -82,6 +94,7 @@ export function render({model}) {
     if (!bytes || bytes.byteLength < 4) return
     const {header, images} = await decoded(bytes)
     pending = false
+    clearTimeout(timer)
     note.textContent = header.note
     if (header.images.length) {
       for (const image of Object.values(frame ? frame.images : {})) image.close()
@@ -89,9 +102,7 @@ export function render({model}) {
     }
     root.dataset.shown = header.images.length ? header.position : ""
     if (header.again) {
-      asked = null
-      clearTimeout(timer)
-      timer = setTimeout(ask, AGAIN_MS)
+      timer = setTimeout(askAnew, AGAIN_MS)
     }
     draw()
     if (!header.again) ask()
@@ -249,6 +260,7 @@ export function render({model}) {
     if (!width || !height || model.columns < 1) return
     const scale = Math.min(width / model.columns, height / model.rows)
     view = {scale, column: (model.columns - width / scale) / 2, row: (model.rows - height / scale) / 2}
+    fitted = true
     draw()
     ask()
   }
@@ -269,6 +281,7 @@ export function render({model}) {
   }
 
   function moved() {
+    fitted = false
     draw()
     ask()
     if (model.paired) model.send_msg({type: "view", view})
@@ -351,7 +364,8 @@ export function render({model}) {
     else if (!hasMoved) {
       model.send_msg({type: "click", place, pick: pickAt(place), add: event.shiftKey, remove: event.altKey})
     }
-    moved()
+    if (hasMoved && pick === null) moved()
+    else draw()
   })
   canvas.addEventListener("pointerleave", () => { hover = null; if (view) draw() })
   canvas.addEventListener("dblclick", fit)
@@ -385,23 +399,34 @@ export function render({model}) {
   model.on(["marks", "cross", "selected", "wipe", "inverted"], draw)
   model.on("brush", () => { brush = model.brush; draw() })
   model.on("version", ask)
-  model.on(["columns", "rows", "count"], () => { frame = null; asked = null; fit() })
+  // Of another volume: once all of these have come, so that no plane is asked for that nobody wants to see.
+  model.on(["columns", "rows", "count"], () => {
+    frame = view = asked = null
+    sent = false
+    clearTimeout(opening)
+    opening = setTimeout(() => {
+      if (!sent) position = model.start
+      fit()
+    }, 0)
+  })
   model.on("msg:custom", message => {
     if (message.type === "go") {
       position = message.position
+      sent = true
       say()
     } else {
       view = message.view
+      fitted = false
       draw()
     }
     ask()
   })
   const observer = new ResizeObserver(() => {
-    if (!view || !frame) fit()
+    if (!view || fitted) fit()
     else { draw(); ask() }
   })
   observer.observe(canvas)
-  model.on("remove", () => { observer.disconnect(); clearTimeout(timer) })
+  model.on("remove", () => { observer.disconnect(); clearTimeout(timer); clearTimeout(opening) })
   if (model.frame) show(model.frame)
   if (model.painted) showPainted(model.painted)
   return root

@@ -105,22 +105,24 @@ export function render({model}) {
     note.textContent = model.note
     if (!width || !height) return
     const scale = Math.min(1, pixels / Math.max(width, height))
-    canvas.width = Math.max(1, Math.round(width * scale))
-    canvas.height = Math.max(1, Math.round(height * scale))
+    const [wide, high] = [width, height].map(side => Math.max(1, Math.round(side * scale)))
+    const ratio = window.devicePixelRatio || 1
+    canvas.width = Math.round(width * ratio)
+    canvas.height = Math.round(height * ratio)
     root.dataset.drawn = ""
     if (!map) return
-    const picture = context.createImageData(canvas.width, canvas.height)
+    const picture = context.createImageData(wide, high)
     const level = model.level
     const {sides, blocks, around} = map
     const centre = sides.map(side => (side - 1) / 2)
     const radius = Math.hypot(...sides) / 2
     // All of the map's longest side fits, at whatever turn.
-    const voxel = 1.15 * Math.max(...sides) / zoom / Math.min(canvas.width, canvas.height)
+    const voxel = 1.15 * Math.max(...sides) / zoom / Math.min(wide, high)
     const [right, down, sight] = turn
     let hits = 0
-    for (let row = 0, place = 0; row < canvas.height; row++) for (let column = 0; column < canvas.width; column++, place += 4) {
-      const a = (column - canvas.width / 2 + 0.5) * voxel
-      const b = (row - canvas.height / 2 + 0.5) * voxel
+    for (let row = 0, place = 0; row < high; row++) for (let column = 0; column < wide; column++, place += 4) {
+      const a = (column - wide / 2 + 0.5) * voxel
+      const b = (row - high / 2 + 0.5) * voxel
       const base = [0, 1, 2].map(n => centre[n] + a * right[n] + b * down[n])
       // Where the line enters and leaves the box, a voxel's margin about it.
       let [near, far] = [-radius - 2, radius + 2]
@@ -173,20 +175,24 @@ export function render({model}) {
       picture.data[place + 3] = 255
       hits++
     }
-    context.putImageData(picture, 0, 0)
-    scaleBar(canvas.width, canvas.height, voxel * model.voxel_size, scale)
+    // Cast in fewer pixels than the screen has; the scale bar has all of them.
+    const cast = new OffscreenCanvas(wide, high)
+    cast.getContext("2d").putImageData(picture, 0, 0)
+    context.setTransform(ratio, 0, 0, ratio, 0, 0)
+    context.drawImage(cast, 0, 0, width, height)
+    scaleBar(width, height, voxel * model.voxel_size * wide / width)
     root.dataset.drawn = hits
   }
 
-  function scaleBar(width, height, angstromPerPixel, scale) {
+  function scaleBar(width, height, angstromPerPixel) {
     const most = width / 4 * angstromPerPixel
     if (!(most > 0)) return
     const power = 10 ** Math.floor(Math.log10(most))
     const length = [5, 2, 1].map(step => step * power).find(step => step <= most)
     context.fillStyle = "#ffffff"
-    context.font = `${12 * scale}px sans-serif`
-    context.fillRect(12 * scale, height - 13 * scale, length / angstromPerPixel, 3 * scale)
-    context.fillText(length >= 10 ? `${length / 10} nm` : `${length} Å`, 12 * scale, height - 18 * scale)
+    context.font = "12px sans-serif"
+    context.fillRect(12, height - 13, length / angstromPerPixel, 3)
+    context.fillText(length >= 10 ? `${length / 10} nm` : `${length} Å`, 12, height - 18)
   }
 
   // Coarsely at once; finely when nothing has changed for a while.

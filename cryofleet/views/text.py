@@ -18,6 +18,11 @@ class Text(pn.pane.Str):
 
 
 def text(content: str = "", **styles: str) -> Any:
-    """A pane of text that breaks its lines where the page ends; `styles` are of CSS, with _ for -."""
+    """A pane of text that breaks its lines where the page ends, and takes no room while it is empty.
+
+    `styles` are of CSS, with _ for -.
+    """
     named = {name.replace("_", "-"): value for name, value in styles.items()}
-    return Text(content, styles=named, stylesheets=[_SHEET], sizing_mode="stretch_width")
+    made = Text(content, styles=named, stylesheets=[_SHEET], sizing_mode="stretch_width", visible=bool(content))
+    made.param.watch(lambda event: setattr(made, "visible", bool(event.new)), "object")
+    return made

@@ -20,10 +20,10 @@ from cryofleet.views.tables import read_particles
 from cryofleet.views.text import text
 
 AXES = ("x", "y", "z")
-HELP = """On a slice:
-Wheel or Page Up, Page Down: through the slices
+HELP = """Wheel or Page Up, Page Down: through the slices
 Ctrl or Shift and wheel, or + and -: zoom; 0 or double click: all
 Drag: move; click or arrows: crosshair"""
+NOTHING = "No tomogram is chosen. Take one at the left, or go to Runs, choose a run, and press Look at it."
 COMPARE = ("off", "wipe", "side by side")
 _ACROSS = {"x": ("y", "z"), "y": ("x", "z"), "z": ("x", "y")}
 _UNKNOWN = io_pb2.CutSliceResponse(size_x=1, size_y=1, size_z=1, voxel_size_angstrom=1.0)
@@ -69,8 +69,11 @@ class TomogramView(pn.viewable.Viewer):
         super().__init__(**params)
         self.message = text()
         self.help = text(HELP, padding="8px", font_size="12px", overflow="auto")
-        self._slices_layout = pn.Column(sizing_mode="stretch_both", min_height=300)
+        self._nothing = text(NOTHING, padding="24px", font_size="14px")
+        self._grid = pn.Column(sizing_mode="stretch_both", min_height=300)
+        self._slices_layout = pn.Column(self._nothing, self._grid, sizing_mode="stretch_both")
         self._arrange()
+        self._fill()
 
     def __panel__(self) -> pn.viewable.Viewable:
         return self._slices_layout
@@ -80,20 +83,32 @@ class TomogramView(pn.viewable.Viewer):
         wide = {"sizing_mode": "stretch_width"}
         made, own = pn.widgets, self.param
         return pn.Column(
-            made.RangeSlider.from_param(own.percentiles, label="Black and white (percentiles)", step=0.1, **wide),
+            self.message,
+            made.RangeSlider.from_param(
+                own.percentiles, label="Black and white (percentiles)", step=0.1, format="0.0", **wide
+            ),
             made.IntSlider.from_param(own.planes, label="Mean of planes", step=2, **wide),
             made.Checkbox.from_param(own.inverted, label="Low values bright", **wide),
             made.Select.from_param(own.colour_by, label="Colour of picks", **wide),
             made.FloatInput.from_param(own.diameter, label="Diameter of circles (Å)", step=10, **wide),
-            made.RadioButtonGroup.from_param(own.compare, **wide),
-            made.FloatSlider.from_param(own.wipe, label="Wipe", step=0.01, **wide),
-            self.message,
             **wide,
         )
 
+    def comparing(self) -> pn.Column:
+        """How the second volume is shown, to stand below its choice; empty while there is none."""
+        wide = {"sizing_mode": "stretch_width"}
+        how = pn.widgets.RadioButtonGroup.from_param(self.param.compare, **wide)
+        wipe = pn.widgets.FloatSlider.from_param(self.param.wipe, label="Wipe at", step=0.01, **wide)
+
+        def fit(*_: Any) -> None:
+            how.visible, wipe.visible = bool(self.second), bool(self.second) and self.compare == "wipe"
+
+        self.param.watch(fit, ["second", "compare"])
+        fit()
+        return pn.Column(how, wipe, **wide)
+
     async def open(self, position: tuple[float, float, float] | None = None) -> None:
         """Look at the volume, from a place in it or its middle. Call it after `volume` was set."""
-        self._limits.clear()
         if not self.volume:
             return
         try:
@@ -101,6 +116,8 @@ class TomogramView(pn.viewable.Viewer):
         except Failure as failure:
             self._fail(failure)
             return
+        # What panes have asked for until now was of another volume, or of a plane that nobody wants to see.
+        self._limits = {}
         self.info, self.problem = first, ""
         sizes = (first.size_x, first.size_y, first.size_z)
         middle = tuple(float(size // 2) for size in sizes)
@@ -201,12 +218,12 @@ class TomogramView(pn.viewable.Viewer):
         shared: dict[str, Any] = {"region": wanted.region, "pixels": wanted.pixels}
         grey = {**shared, "planes": self.planes, "percentiles": self.percentiles}
         pictures: list[Picture] = []
-        region = None
+        region, limits = None, self._limits
         for name, source, options in self._layers(pane, uri, grey, shared):
             zoom = 0 if wanted.region is None else round(math.log2(max(wanted.region[2:])))
             key = (source, pane.axis, self.planes, self.percentiles, zoom)
-            if name != "labels" and key in self._limits:
-                options["values"] = self._limits[key]
+            if name != "labels" and key in limits:
+                options["values"] = limits[key]
             cut = await self._slices.cut(source, pane.axis, wanted.position, **options)
             if cut.HasField("preparing_fraction"):
                 done = f"{cut.preparing_fraction:.0%}"
@@ -214,7 +231,7 @@ class TomogramView(pn.viewable.Viewer):
                 return frame(wanted.position, (0, 0, 1, 1), (), note, again=True)
             if name != "labels":
                 # Kept while one scrolls, so that the picture does not flicker.
-                self._limits[key] = (cut.black_value, cut.white_value)
+                limits[key] = (cut.black_value, cut.white_value)
             region = region or cut.region
             pictures.append(Picture(name, cut.media_type, cut.picture))
         assert region is not None
@@ -307,15 +324,27 @@ class TomogramView(pn.viewable.Viewer):
         self._beside.visible = beside
         for pane in (self.panes["z"], self._beside):
             pane.paired = beside
-        grid = pn.GridSpec(sizing_mode="stretch_both", mode="override")
+        grid = pn.GridSpec(sizing_mode="stretch_both", mode="override", styles={"gap": "0 8px"})
         if beside:
             grid[0, 0], grid[0, 1] = self.panes["z"], self._beside
         else:
-            grid[0:5, 0:5], grid[0:5, 5:8], grid[5:8, 0:5] = self.panes["z"], self.panes["x"], self.panes["y"]
-            grid[5:8, 5:8] = self.help
-        self._slices_layout[:] = [grid]
+            # Tomograms are thin along z: beside the large slice there is room for both others.
+            grid[0:20, 0:11] = self.panes["z"]
+            grid[0:8, 11:20], grid[8:16, 11:20], grid[16:20, 11:20] = self.panes["x"], self.panes["y"], self.help
+        self._grid[:] = [grid]
+
+    @param.depends("second", watch=True)
+    def _chosen_second(self) -> None:
+        if self.second and self.compare == "off":
+            self.compare = "wipe"
+
+    @param.depends("volume", watch=True)
+    def _fill(self) -> None:
+        self._nothing.visible, self._grid.visible = not self.volume, bool(self.volume)
 
     def _fail(self, failure: Failure) -> None:
         self.problem = str(failure)
         if self.on_failure is not None:
             self.on_failure(failure)
+        else:
+            self.message.object = self.problem

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from bokeh.models import LinearColorMapper
-from bokeh.models.annotations import ColorBar
 from bokeh.palettes import Viridis256
-from bokeh.plotting import figure
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-# What its annotations allow is less than what it takes.
-_figure: Any = figure
 _WIDE = 2 * np.sqrt(2.0)
 _HIGH = np.sqrt(2.0)
+_MAP_WIDTH, _TOP = 340, 12
 _NEWTON_STEPS = 12
 _CELL_PARTICLES = 4
 """So many would lie in a cell if directions were evenly spread, where there are enough."""
@@ -58,26 +52,48 @@ def counts_on_map(directions: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(inside | (counts > 0), counts, np.nan)
 
 
-def directions_figure(directions: NDArray[np.float64]) -> Any:
-    """The map, with circles of latitude and longitude each 30 degrees."""
+def directions_svg(directions: NDArray[np.float64]) -> str:
+    """The map, with circles of latitude and longitude each 30 degrees, as a drawing. Holds numbers alone."""
     counts = counts_on_map(directions)
-    plot: Any = _figure(sizing_mode="stretch_both", min_height=140, tools="", toolbar_location=None, match_aspect=True)
-    plot.axis.visible = False
-    plot.grid.visible = False
-    colours = LinearColorMapper(
-        palette=list(Viridis256), low=0, high=max(1.0, float(np.nanmax(counts))), nan_color="rgba(0, 0, 0, 0)"
-    )
-    plot.image([counts], x=-_WIDE, y=-_HIGH, dw=2 * _WIDE, dh=2 * _HIGH, color_mapper=colours)
+    rows, columns = counts.shape
+    most = max(1, int(np.nanmax(counts)))
+    side = _MAP_WIDTH / columns
+
+    def colour(share: float) -> str:
+        return str(Viridis256[round(255 * share)])
+
+    cells = [
+        f'<rect x="{side * column:.2f}" y="{_TOP + side * (rows - 1 - row):.2f}" width="{side + 0.3:.2f}" '
+        f'height="{side + 0.3:.2f}" fill="{colour(counts[row, column] / most)}">'
+        f"<title>{counts[row, column]:.0f}</title></rect>"
+        for row in range(rows)
+        for column in range(columns)
+        if np.isfinite(counts[row, column])
+    ]
     degrees = np.radians(np.arange(-180, 181, 5))
-    for fixed in np.radians(np.arange(-60, 61, 30)):
-        plot.line(*mollweide(_unit(degrees, np.full_like(degrees, fixed))), color="#aaaaaa", width=0.5)
+    lines = [_unit(degrees, np.full_like(degrees, fixed)) for fixed in np.radians(np.arange(-60, 61, 30))]
+    latitudes = degrees[np.abs(degrees) <= np.pi / 2]
     for fixed in np.radians(np.arange(-180, 181, 30)):
-        latitudes = degrees[np.abs(degrees) <= np.pi / 2]
         # The rim itself would lie on its other side by rounding.
         longitude = np.clip(fixed, -np.pi + 1e-9, np.pi - 1e-9)
-        plot.line(*mollweide(_unit(np.full_like(latitudes, longitude), latitudes)), color="#aaaaaa", width=0.5)
-    plot.add_layout(ColorBar(color_mapper=colours, width=10, padding=2, title=None), "right")
-    return plot
+        lines.append(_unit(np.full_like(latitudes, longitude), latitudes))
+    drawn = []
+    for line in lines:
+        x, y = mollweide(line)
+        places = zip((x + _WIDE) / (2 * _WIDE) * _MAP_WIDTH, _TOP + (_HIGH - y) / (2 * _WIDE) * _MAP_WIDTH, strict=True)
+        drawn.append(f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>')
+    left, high = _MAP_WIDTH + 14, _MAP_WIDTH / 2
+    stops = [f'<stop offset="{share}" stop-color="{colour(1 - share)}"/>' for share in np.linspace(0, 1, 9)]
+    ends = ((most, _TOP + 11.0), (0, _TOP + high))
+    words = [f'<text x="{left + 14}" y="{y:.1f}">{value}</text>' for value, y in ends]
+    return (
+        f'<svg viewBox="0 0 {_MAP_WIDTH + 50} {_MAP_WIDTH / 2 + 2 * _TOP}" width="100%" height="100%" role="img" '
+        f'aria-label="directions of view"><defs><linearGradient id="viridis" x2="0" y2="1">{"".join(stops)}'
+        f"</linearGradient></defs>{''.join(cells)}"
+        f'<g fill="none" stroke="#aaaaaa" stroke-width="0.5">{"".join(drawn)}</g>'
+        f'<rect x="{left}" y="{_TOP}" width="10" height="{high}" fill="url(#viridis)"/>'
+        f'<g fill="currentColor" font-size="12" font-family="sans-serif">{"".join(words)}</g></svg>'
+    )
 
 
 def _unit(longitude: NDArray[np.float64], latitude: NDArray[np.float64]) -> NDArray[np.float64]:

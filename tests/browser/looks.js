@@ -2,9 +2,8 @@
 // cut off, and texts that hardly differ from what is behind them. Goes through all shadow trees. Returns a list of texts.
 () => {
   const found = []
-  const kinds = /^(INPUT|SELECT|BUTTON|PRE|LABEL|CANVAS|TEXTAREA|TH)$/
-  const parts = ["bk-spin-btn", "bk-layer", "bk-glyph"] // lie over what they belong to
-  const classes = ["bk-Figure", "title", "bk-tab", "tabulator-cell", "tabulator-col-title", "where"]
+  const kinds = /^(INPUT|SELECT|BUTTON|PRE|LABEL|CANVAS|TEXTAREA|TH|svg)$/
+  const classes = ["title", "bk-tab", "tabulator-cell", "tabulator-col-title"]
   const parent = node => node.assignedSlot || node.parentElement || (node.getRootNode().host ?? null)
   const holds = (one, other) => {
     for (let at = other; at; at = parent(at)) if (at === one) return true
@@ -18,7 +17,7 @@
   const walk = (node, clip) => {
     for (const child of [...(node.shadowRoot ? node.shadowRoot.children : []), ...node.children]) {
       const style = getComputedStyle(child)
-      if (style.display === "none" || style.visibility === "hidden" || child.tagName === "svg") continue
+      if (style.display === "none" || style.visibility === "hidden" || node.tagName === "svg") continue
       const box = child.getBoundingClientRect()
       const part = {
         left: Math.max(clip.left, box.left), right: Math.min(clip.right, box.right),
@@ -33,7 +32,7 @@
   walk(document.body, {left: 0, top: 0, right: innerWidth, bottom: innerHeight})
   const controls = seen.filter(({node}) =>
     (kinds.test(node.tagName) || classes.some(each => node.classList.contains(each))) &&
-    !parts.some(each => node.classList.contains(each)))
+    !node.classList.contains("bk-spin-btn")) // which lies over its field
 
   // --- Over each other
 
@@ -55,7 +54,7 @@
     const limit = side && holds(side, node) ? side.getBoundingClientRect().right : innerWidth
     if (box.right > limit + 1) found.push(`${name(each)} ends ${Math.round(box.right - limit)} beyond its column`)
     const texts = /^(BUTTON|PRE|LABEL|DIV)$/.test(node.tagName)
-    const drawing = node.tagName === "CANVAS" || node.classList.contains("bk-Figure")
+    const drawing = node.tagName === "CANVAS" || node.tagName === "svg"
     if (texts && style.overflow !== "visible" && node.scrollWidth > node.clientWidth + 1) found.push(`${name(each)} is cut off`)
     if (drawing && (box.right > clip.right + 1 || box.bottom > clip.bottom + 1)) found.push(`${name(each)} is cut off`)
   }

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Site
-from tests.browser.test_page import SIZES, eventually, pane
+from tests.browser.looks import each_size, each_theme, looks_well, resize
+from tests.browser.test_page import eventually, pane
 from tests.platform import SMALL_DISCOVERY
 
 pytestmark = pytest.mark.browser
-SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "build/screenshots"))
 CUT = re.compile(r"standard deviations above the mean; encloses")
 
 
@@ -64,18 +62,30 @@ def test_an_average_goes_back_into_its_tomogram(page: Page, site: Site, averaged
     expect(pane(page, "z")).to_have_attribute("data-shown", re.compile(r"\d+"), timeout=30_000)
 
 
+def test_contrast_is_that_of_the_planes_shown(page: Page, site: Site, averaged: str) -> None:
+    # The first plane asked for says what is black and white on all of them: it must not be one that nobody looks at.
+    asked: list[str] = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda frame: asked.append(str(frame))))
+    open_averages(page, site, averaged)
+    for axis in "xyz":
+        expect(pane(page, axis)).to_have_attribute("data-shown", "8", timeout=20_000)
+    planes = [found for each in asked for found in re.findall(r'"want"\],\["position",(\d+)\]', each)]
+    assert len(planes) >= 3
+    assert set(planes) == {"8"}
+
+
 def test_a_run_without_averages_says_so(page: Page, site: Site) -> None:
     page.goto(f"{site.root}?{urlencode({'view': 'averages', 'run': site.run})}")
     expect(page.get_by_text(f"Run {site.run} has no averages.").first).to_be_visible(timeout=20_000)
 
 
-@pytest.mark.parametrize("theme", ["default", "dark"])
-@pytest.mark.parametrize("size", list(SIZES))
-def test_pictures_of_averages(page: Page, site: Site, averaged: str, size: str, theme: str) -> None:
-    width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
+@each_theme
+@each_size
+def test_averages_look_well(page: Page, site: Site, averaged: str, size: str, theme: str) -> None:
+    resize(page, size)
     open_averages(page, site, averaged, theme=theme)
     expect(page.get_by_label("classes by step")).to_be_visible(timeout=20_000)
-    page.wait_for_timeout(700)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"averages-{size}-{theme}.png")
+    looks_well(page, "averages", size, theme)
+    page.goto(f"{site.root}?{urlencode({'view': 'averages', 'theme': theme})}")
+    expect(page.get_by_text("No run is chosen")).to_be_visible(timeout=20_000)
+    looks_well(page, "no-averages", size, theme)

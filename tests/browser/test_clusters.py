@@ -10,7 +10,8 @@ from google.protobuf import json_format
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Site
-from tests.browser.test_page import MARKUP, OVERFLOWING, SCREENSHOTS, SIZES, eventually
+from tests.browser.looks import each_size, each_theme, looks_well, resize
+from tests.browser.test_page import MARKUP
 
 pytestmark = pytest.mark.browser
 CLUSTERS = 6
@@ -78,11 +79,10 @@ def test_clusters_are_chosen_named_and_learnt(page: Page, site: Site, mined: str
     assert arguments["tomograms"] == [site.tomogram]
 
 
-@pytest.mark.parametrize("theme", ["default", "dark"])
-@pytest.mark.parametrize("size", list(SIZES))
-def test_nothing_overlaps(page: Page, site: Site, mined: str, size: str, theme: str) -> None:
-    width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
+@each_theme
+@each_size
+def test_clusters_look_well(page: Page, site: Site, mined: str, size: str, theme: str) -> None:
+    resize(page, size)
     open_clusters(page, site, mined, theme=theme)
     cells = page.locator(".cell")
     for name, number in (("membrane", 0), ("ribosome", 2)):
@@ -91,6 +91,12 @@ def test_nothing_overlaps(page: Page, site: Site, mined: str, size: str, theme: 
         page.get_by_label("Name of a group").fill(name)
         page.get_by_role("button", name="Put into the group").click()
         expect(page.get_by_text(re.compile(f"^{name}: {number + 1}"))).to_be_visible()
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    eventually(lambda: page.evaluate(OVERFLOWING) == [])
-    page.screenshot(path=SCREENSHOTS / f"clusters-{size}-{theme}.png")
+    looks_well(page, "clusters", size, theme)
+
+
+def test_runs_with_clusters_are_offered(page: Page, site: Site, mined: str) -> None:
+    # Whatever run was looked at before.
+    page.goto(f"{site.root}?{urlencode({'view': 'clusters', 'run': site.run})}")
+    expect(page.locator(".cell img[src]")).to_have_count(CLUSTERS, timeout=60_000)
+    expect(page.get_by_label("Run", exact=True)).to_have_value(re.compile(".+"))
+    expect(page.get_by_role("option", name=mined)).to_be_attached()

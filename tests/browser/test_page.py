@@ -8,7 +8,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlsplit
 from urllib.request import urlopen
 
@@ -18,12 +17,12 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from cryofleet.particles import Particles
+from cryofleet.views.runs import artifacts
 from tests.browser.conftest import Site
+from tests.browser.looks import each_size, each_theme, looks_well, resize
 from tests.platform import running_platform
 
 pytestmark = pytest.mark.browser
-SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "build/screenshots"))
-SIZES = {"1280x800": (1280, 800), "1920x1080": (1920, 1080)}
 COUNT = re.compile(r"^[\d,]+ picks of")
 SLIDERS = ("diameter", "threshold", "distance")
 MARKUP = "<img src=x onerror=window.ran=1>"
@@ -140,7 +139,7 @@ def test_picks_are_tuned_corrected_and_saved_by_keyboard(page: Page, site: Site)
 def test_a_run_is_started_from_its_form(page: Page, site: Site) -> None:
     page.goto(site.root)
     page.get_by_label("Pipeline").select_option("pick-dog")
-    entry = page.get_by_label(re.compile(r"^tomograms \*"))
+    entry = page.get_by_label(re.compile(r"^Tomograms \*"))
     entry.fill(MARKUP)
     page.get_by_role("button", name="Start").click()
     # What the user wrote comes back as they wrote it.
@@ -148,7 +147,7 @@ def test_a_run_is_started_from_its_form(page: Page, site: Site) -> None:
     assert page.evaluate("window.ran") is None
     entry.fill(site.tomogram)
     page.get_by_role("heading", name="Further parameters").click()
-    diameter = page.get_by_label(re.compile("^particle diameter angstrom"))
+    diameter = page.get_by_label(re.compile(r"^Particle diameter \(Å\)"))
     diameter.fill("150")
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_text(re.compile(r"^pick-dog-\S+ is started"))).to_be_visible(timeout=20_000)
@@ -213,42 +212,75 @@ def test_signed_out_is_asked_again(page: Page, site: Site) -> None:
     expect(page.get_by_text("cryofleet up")).to_be_visible()
 
 
-@pytest.mark.parametrize("theme", ["default", "dark"])
-@pytest.mark.parametrize("size", list(SIZES))
-def test_nothing_overlaps(page: Page, site: Site, size: str, theme: str) -> None:
-    width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    for view in ("runs", "tomogram", "picking"):
-        open_view(page, site, view, theme=theme)
-        if view == "picking":
-            page.get_by_role("button", name="Preview").click()
-            eventually(lambda: count(page) > 0)
-        else:
-            expect(page.get_by_role("button", name="Look at it") if view == "runs" else pane(page, "z")).to_be_visible()
-        page.wait_for_timeout(700)
-        page.screenshot(path=SCREENSHOTS / f"{view}-{size}-{theme}.png")
-        wide = page.evaluate(OVERFLOWING)
-        assert wide == [], f"{view}: beyond the page or its column: {wide}"
+@each_theme
+@each_size
+def test_runs_look_well(page: Page, site: Site, size: str, theme: str) -> None:
+    resize(page, size)
+    page.goto(f"{site.root}?{urlencode({'theme': theme})}")
+    expect(page.get_by_text("Choose a run above")).to_be_visible(timeout=20_000)
+    expect(page.get_by_label(re.compile(r"^Tomogram \*"))).to_be_visible()  # of the form
+    looks_well(page, "home", size, theme)
+    open_view(page, site, "runs", theme=theme)
+    expect(page.get_by_text(f"{site.run}: succeeded")).to_be_visible(timeout=20_000)
+    looks_well(page, "runs", size, theme)
+    page.get_by_text("Log", exact=True).click()
+    expect(page.get_by_text(re.compile("submitted"))).to_be_visible()
+    looks_well(page, "log", size, theme)
+    page.get_by_text("Pools", exact=True).click()
+    expect(page.get_by_role("gridcell", name="simulation", exact=True)).to_be_visible()
+    looks_well(page, "pools", size, theme)
+    page.get_by_role("heading", name="Further parameters").click()
+    expect(page.get_by_label(re.compile("^Particle diameter"))).to_be_visible()
+    looks_well(page, "form", size, theme)
 
 
-OVERFLOWING = """() => {
-  const found = [], kinds = /^(INPUT|SELECT|BUTTON|PRE|LABEL|CANVAS|TEXTAREA)$/
-  const side = document.querySelector('#sidebar').getBoundingClientRect()
-  const walk = (node, limit) => {
-    for (const child of [...(node.shadowRoot ? node.shadowRoot.children : []), ...(node.children || [])]) {
-      const box = child.getBoundingClientRect()
-      const shown = box.width > 1 && box.height > 1 && getComputedStyle(child).visibility !== 'hidden'
-      if (shown && kinds.test(child.tagName) && box.right > limit + 1) {
-        found.push(`${child.tagName} ${(child.innerText || child.className).slice(0, 40)} ${Math.round(box.right)}`)
-      }
-      walk(child, limit)
-    }
-  }
-  walk(document.querySelector('#sidebar'), side.right)
-  walk(document.querySelector('#main'), window.innerWidth)
-  return found
-}"""
+@each_theme
+@each_size
+def test_tomograms_look_well(page: Page, site: Site, size: str, theme: str) -> None:
+    with site.platform.client() as client:
+        run = client.get(site.run)
+        table, filtered = run.outputs["picks"][0].uri, dict(artifacts(run.record))["tomogram.filter: volume"]
+    resize(page, size)
+    page.goto(f"{site.root}?{urlencode({'view': 'tomogram', 'theme': theme})}")
+    expect(page.get_by_text("No tomogram is chosen")).to_be_visible(timeout=20_000)
+    looks_well(page, "no-tomogram", size, theme)
+    open_view(page, site, "tomogram", theme=theme, particles=table, second=filtered)
+    # Two are compared at once, and the first can be wiped.
+    expect(page.get_by_text(re.compile("^Wipe at"))).to_be_visible()
+    looks_well(page, "wipe", size, theme)
+    page.get_by_role("button", name="side by side").click()
+    expect(pane(page, "x")).to_have_count(0)
+    expect(pane(page, "z").last).to_have_attribute("data-shown", re.compile(r"\d+"), timeout=20_000)
+    looks_well(page, "beside", size, theme)
+    page.get_by_role("button", name="off").click()
+    expect(pane(page, "x")).to_have_attribute("data-shown", re.compile(r"\d+"), timeout=20_000)
+    looks_well(page, "tomogram", size, theme)
+    assert parse_qs(urlsplit(page.url).query).get("theme", ["default"]) == [theme]
+
+
+@each_theme
+@each_size
+def test_picking_looks_well(page: Page, site: Site, size: str, theme: str) -> None:
+    resize(page, size)
+    open_view(page, site, "picking", theme=theme)
+    page.get_by_role("button", name="Preview").click()
+    eventually(lambda: count(page) > 0)
+    looks_well(page, "picking", size, theme)
+    page.get_by_role("button", name="Gallery").click()
+    picture = page.locator(".cell img[src]").first
+    expect(picture).to_be_visible(timeout=20_000)
+    looks_well(page, "gallery", size, theme)
+
+
+@each_theme
+@each_size
+def test_signing_in_looks_well(browser: Browser, site: Site, size: str, theme: str) -> None:
+    with browser.new_context(color_scheme="dark" if theme == "dark" else "light") as context:
+        page = context.new_page()
+        resize(page, size)
+        page.goto(site.root)
+        expect(page.get_by_text("cryofleet up")).to_be_visible()
+        looks_well(page, "sign-in", size, theme)
 
 
 def test_a_slice_is_soon_there_and_small(page: Page, site: Site) -> None:

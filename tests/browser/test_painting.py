@@ -13,7 +13,8 @@ from playwright.sync_api import Page, expect
 
 from cryofleet.views.painted_sections import FEATURE, NOT_FEATURE, from_png
 from tests.browser.conftest import Site
-from tests.browser.test_page import OVERFLOWING, SCREENSHOTS, SIZES, canvas, eventually, open_view, pane
+from tests.browser.looks import each_size, each_theme, looks_well, resize
+from tests.browser.test_page import canvas, eventually, open_view, pane
 
 pytestmark = pytest.mark.browser
 WIDE, HIGH = 160, 144
@@ -92,16 +93,13 @@ def test_what_is_painted_is_saved_and_learnt(page: Page, site: Site) -> None:
     assert arguments["tomograms"] == [site.tomogram]
 
 
-@pytest.mark.parametrize("theme", ["default", "dark"])
-@pytest.mark.parametrize("size", list(SIZES))
-def test_nothing_overlaps(page: Page, site: Site, size: str, theme: str) -> None:
-    width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
+@each_theme
+@each_size
+def test_painting_looks_well(page: Page, site: Site, size: str, theme: str) -> None:
+    resize(page, size)
     open_view(page, site, "painting", theme=theme)
     drag(page, (40, 30), (80, 40))
     canvas(page, "z").press("x")
     drag(page, (40, 80), (90, 100))
     eventually(lambda: ", 0 are not" not in said(page))
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    eventually(lambda: page.evaluate(OVERFLOWING) == [])
-    page.screenshot(path=SCREENSHOTS / f"painting-{size}-{theme}.png")
+    looks_well(page, "painting", size, theme)

@@ -74,9 +74,9 @@ def test_from_a_run_to_the_average_of_a_choice(page: Page, site: Site, discovere
         sheet.press(key)
     expect(page.locator('.cell[aria-selected="true"]')).to_have_count(2)
     page.get_by_label("Start from the choice").select_option("average")
-    expect(page.get_by_label(re.compile("^max candidates"))).to_be_attached()  # of the form of this pipeline
+    expect(page.get_by_label(re.compile("^Max candidates"))).to_be_attached()  # of the form of this pipeline
     page.get_by_role("heading", name="Further parameters").click()
-    page.get_by_label(re.compile("^iterations")).fill("1")
+    page.get_by_label(re.compile("^Iterations")).fill("1")
     page.get_by_role("button", name="Start", exact=True).click()
     started = page.get_by_text(re.compile(r"^average-\S+: "))
     expect(started).to_be_visible(timeout=30_000)

@@ -30,10 +30,16 @@ _LONGEST_TOKEN = 16_384
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Cryofleet</title>
 <meta name="viewport" content="width=device-width"><style>
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 sans-serif; max-width: 28em; margin: 12vh auto; padding: 0 1em }}
-input {{ font: inherit; width: 100%; box-sizing: border-box; margin: 0 0 1em; padding: 6px }}
-button {{ font: inherit; padding: 6px 20px }} .problem {{ color: #d55e00 }}</style>
-<h1>Cryofleet</h1><p class="problem" role="alert">{problem}</p>{form}</html>"""
+body {{ font: 15px/1.5 sans-serif; margin: 0; background: light-dark(#f3f3f3, #212529) }}
+header {{ background: #16242f; color: #fff; font-weight: 600; font-size: 17px; padding: 10px 24px }}
+main {{ max-width: 24em; margin: 12vh auto; padding: 20px 28px 28px; border-radius: 6px;
+border: 1px solid light-dark(#e0e0e0, #3a3f44); background: light-dark(#fff, #2b3035) }}
+h1 {{ font-size: 20px; margin: 0 0 12px }} p {{ margin: 0 0 8px }} label {{ display: block }}
+input {{ font: inherit; width: 100%; box-sizing: border-box; margin: 2px 0 1em; padding: 6px 8px; border-radius: 4px;
+border: 1px solid light-dark(#c0c0c0, #5a5f64); background: light-dark(#fff, #212529) }}
+button {{ font: inherit; padding: 6px 20px; color: #fff; background: #0072b2; border: 0; border-radius: 4px }}
+.problem {{ color: light-dark(#b02a37, #ea868f) }} .problem:empty {{ display: none }}</style>
+<header>Cryofleet</header><main><h1>Sign in</h1><p class="problem" role="alert">{problem}</p>{form}</main></html>"""
 _FORM = """<form method="post"><input type="hidden" name="next" value="{next}">
 <label>Token<input type="password" name="token" required autofocus autocomplete="off"></label>
 <label>Project<input name="project" value="{project}" required></label><button>Sign in</button></form>"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from cryofleet.provenance import Origin
 from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.averages import _tomograms_in
 from cryofleet.views.class_tree import class_tree_svg, classes_of_tables, tree_of_history, tree_of_steps
-from cryofleet.views.fsc_curve import fsc_curves, fsc_figure
+from cryofleet.views.fsc_curve import fsc_curves, fsc_svg
 from cryofleet.views.run_averages import average_sets, class_tables, tomograms
 from cryofleet.views.surface import Density, Surface
 from cryofleet.views.tables import read_json
-from cryofleet.views.view_directions import counts_on_map, directions_figure, mollweide, view_directions
+from cryofleet.views.view_directions import counts_on_map, directions_svg, mollweide, view_directions
 
 
 def run_of(outputs: dict[str, Any], *steps: tuple[str, str, dict[str, Any]]) -> orchestrator_pb2.Run:
@@ -64,7 +65,7 @@ def test_averages_of_each_kind_of_run_are_found() -> None:
         ("a.mrc", "", "a.parquet"), ("b.mrc", "", "b.parquet"),
     ]  # fmt: skip
     assert found.particles == ""
-    assert tomograms(discover) == {"ingest: tomogram_uri": "t.mrc"}
+    assert tomograms(discover) == {"ingest: tomogram": "t.mrc"}
     # Of a run that settled its classes before it averaged them, the tables are among its outputs.
     mine = run_of(
         {"averages": ["x.mrc"], "class_particles": ["x.parquet"], "particles": "all.parquet"},
@@ -137,8 +138,17 @@ def test_fsc_names_its_resolution() -> None:
         "Halves were aligned together up to 50 Å.",
         "<b>",
     ]
-    drawn = fsc_figure(curves)
-    assert {each.location for each in drawn.center if type(each).__name__ == "Span"} >= {0.143, 0.5}
+    drawn = ElementTree.fromstring(fsc_svg(curves))
+    words = [each.text for each in drawn.iter("text")]
+    assert {"0.143", "0.5", "corrected", "resolution (Å)"} <= set(words)
+    # The corrected curve is on top, and all lie within the drawing.
+    polylines = list(drawn.iter("polyline"))
+    assert [each.findtext("title") for each in polylines][-1] == "corrected"
+    places = np.array(
+        [[float(n) for n in pair.split(",")] for each in polylines for pair in each.get("points", "").split()]
+    )
+    assert places.min() >= 0
+    assert (places.max(axis=0) <= [380, 290]).all()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +185,9 @@ def test_even_directions_lie_evenly_on_the_map() -> None:
     mean = 20_000 / (rows * columns * np.pi / 4)
     assert whole.mean() == pytest.approx(mean, rel=0.05)
     assert whole.var() == pytest.approx(mean, rel=0.2)
-    assert directions_figure(directions).renderers
+    drawn = ElementTree.fromstring(directions_svg(directions))
+    cells = [each for each in drawn.iter("rect") if each.find("title") is not None]
+    assert sum(int(each.findtext("title") or 0) for each in cells) == 20_000
 
 
 def table(ids: list[int], classes: list[int] | None = None) -> Particles:

@@ -39,7 +39,7 @@ def test_what_is_left_empty_keeps_its_default() -> None:
     made._widgets["tomogram"].value = " file:///t.mrc "
     assert made.arguments() == {"tomogram": "file:///t.mrc"}
     assert made._widgets["diameter_angstrom"].placeholder == "200"
-    assert "diameter angstrom (Å)" in made._widgets["diameter_angstrom"].label
+    assert made._widgets["diameter_angstrom"].label == "Diameter (Å)"
 
 
 def test_values_have_their_types() -> None:
