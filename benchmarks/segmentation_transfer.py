@@ -146,6 +146,9 @@ def by_dual(store: Store, size: Size, specimens: Sequence[Scene]) -> list[str]:
             densities_uris=[each.density_uri for each in densities],
             max_epochs=size.dual_epochs,
             channels=size.dual_channels,
+            spacing_voxels=16,
+            batch_size=4,
+            learning_rate=4e-4,
         ),
         size.device,
     )
@@ -264,7 +267,7 @@ def transfer(size: Size, judged: bool) -> Iterator[Row]:
 QUICK = Size((32, 64, 64), ("double-ring", "icosahedral-shell"), 3, 1, 1.0, 1, 2, 24, 30, 4, 2, 64, "cpu")
 FULL = Size(
     (64, 192, 192), ("double-ring", "two-subunit-globule", "icosahedral-shell"),
-    20, 3, 0.2, 20, 8, 32, 300, 16, 20, 96, "cpu",
+    20, 3, 0.2, 7, 8, 32, 300, 16, 20, 96, "cpu",
 )  # fmt: skip
 
 

@@ -82,9 +82,11 @@ class Size:
     filters: Mapping[str, tuple[dict[str, Any], ...]] = field(default_factory=lambda: FILTERS)
     others_steps: int = 1000
     """Of noise-to-noise."""
+    spacing: int = 0
+    """Voxels from a subvolume to the next; their side where 0."""
 
 
-SMALL = Size((96, 256, 256), 1, 1, 40, 8, 4, 4e-4)
+SMALL = Size((96, 256, 256), 1, 1, 7, 8, 4, 4e-4, spacing=16)
 FULL = Size((180, 512, 512), 4, 4, 20, 16, 16, 1e-4, others_steps=5000)
 QUICK = Size((40, 64, 64), 1, 1, 1, 4, 4, 4e-4, {"Gaussian": FILTERS["Gaussian"][2:3]}, 4)
 
@@ -119,6 +121,7 @@ def train_dual(store: Store, given: Fields, size: Size, seed: int = 0) -> learni
             channels=size.channels,
             batch_size=size.batch,
             learning_rate=size.learning_rate,
+            spacing_voxels=size.spacing or None,
             seed=seed,
         ),
         store,

@@ -82,7 +82,7 @@ def mean_correlation(first: Array, second: Array, region: NDArray[np.bool_]) -> 
 
 
 def measure(quick: bool) -> Iterator[Row]:
-    side, epochs, channels = (64, 1, 4) if quick else (160, 40, 8)
+    side, epochs, channels = (64, 1, 4) if quick else (160, 7, 8)
     with TemporaryDirectory() as folder:
         store = store_in(Path(folder))
         shape = (side, side, side)
@@ -96,6 +96,7 @@ def measure(quick: bool) -> Iterator[Row]:
                 transposed_pair=True,
                 max_epochs=epochs,
                 channels=channels,
+                spacing_voxels=16,
                 batch_size=4,
                 learning_rate=4e-4,
             ),

@@ -51,6 +51,8 @@ JOINT_SHARE = 0.25
 """Of a training's steps, in which reconstructions teach all networks."""
 DECAY_FROM = 0.5
 """Share of a training after which the learning rate falls: an adversarial training does not settle by itself."""
+AVERAGING = 0.995
+"""Share of their running mean that the weights keep in a step: the mean is what a training ends with."""
 
 USE = "Its denoiser takes noise from tomograms, its generators make tomograms of density maps."
 LIMITS = (

@@ -206,7 +206,7 @@ def train_dual(request: learning_pb2.TrainDualRequest, task: Task) -> learning_p
             "matching_weight": request.matching_weight,
             "joint_steps": _joint_steps(request, max(len(boxes), len(densities))),
         },
-        # An adversarial loss does not say which epoch is best.
+        # An adversarial loss does not say which epoch is best, and the networks swing about what they have learnt.
         options=inputs.training_options(
             request,
             patience_epochs=request.max_epochs,
@@ -215,6 +215,7 @@ def train_dual(request: learning_pb2.TrainDualRequest, task: Task) -> learning_p
             decoupled_weight_decay=True,
             decay_from=dual.DECAY_FROM,
             keep_last=True,
+            averaging=dual.AVERAGING,
         ),
         batch_size=request.batch_size,
         validation_fraction=VALIDATION_FRACTION,
