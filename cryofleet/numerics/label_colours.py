@@ -7,9 +7,8 @@ import colorsys
 import numpy as np
 from numpy.typing import NDArray
 
-#: Of the first labels; those behind go on round the colour circle.
-FIRST_COLOURS = ("#ffb000", "#36c5ff", "#4be38a", "#ff6fa3", "#ffe75c", "#bd93ff", "#ff7a4d", "#7fe7dd")
-#: Of classes that must be told apart by everybody: the seven colours of Okabe & Ito 2008 (https://jfly.uni-koeln.de/color/).
+#: Of classes, and of the first labels, for they must be told apart by everybody: the seven colours of Okabe & Ito 2008
+#: (https://jfly.uni-koeln.de/color/).
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 OTHER_CLASSES_COLOUR = "#bbbbbb"
 _GOLDEN_ANGLE = 0.381966
@@ -17,9 +16,11 @@ _GOLDEN_ANGLE = 0.381966
 
 
 def label_colour(label: int) -> str:
-    """The colour of a label from 1 on, as #rrggbb; bright, to lie on grey pictures."""
-    if label <= len(FIRST_COLOURS):
-        return FIRST_COLOURS[label - 1]
+    """The colour of a label from 1 on, as #rrggbb, to lie on grey pictures; beyond classes' they go on round the colour
+    circle.
+    """
+    if label <= len(CLASS_COLOURS):
+        return CLASS_COLOURS[label - 1]
     red, green, blue = colorsys.hls_to_rgb((label * _GOLDEN_ANGLE) % 1, 0.65, 0.9)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 

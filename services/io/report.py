@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cryofleet.errors import InvalidArgument
 from cryofleet.numerics.fsc import HALF_MAP_THRESHOLD
-from cryofleet.numerics.label_colours import FIRST_COLOURS, label_colour
+from cryofleet.numerics.label_colours import CLASS_COLOURS, OTHER_CLASSES_COLOUR, label_colour
 from cryofleet.progress import Progress, no_progress
 from services.io import figures
 from services.io.figures import Circle, Dots, Line
@@ -282,7 +282,7 @@ def _tomogram(tomogram: TomogramView, picks: Picks | None) -> str:
 
 def _circles(tomogram: TomogramView, picks: Picks) -> tuple[tuple[list[Circle], list[Circle], list[Circle]], str]:
     """Circles on xy, xz and yz, and the legend of their colours."""
-    colours = class_colours(picks.names(), FIRST_COLOURS[:_COLOURED_CLASSES], FIRST_COLOURS[_COLOURED_CLASSES])
+    colours = class_colours(picks.names(), CLASS_COLOURS, OTHER_CLASSES_COLOUR)
     yz, xz, xy = (
         circles_on(picks, Slab(axis, middle, middle + 1), tomogram.voxel_size_angstrom, colours)
         for axis, middle in zip(_AXES, tomogram.centre, strict=True)

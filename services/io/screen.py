@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cryofleet.errors import InvalidArgument
-from cryofleet.numerics.label_colours import CLASS_COLOURS, label_colour, rgb
+from cryofleet.numerics.label_colours import label_colour, rgb
 
 _SAMPLES = 1 << 17
 _QUALITIES = (85, 70, 55, 40, 25)
@@ -73,11 +73,6 @@ def jpeg(levels: NDArray[np.uint8], max_bytes: int) -> bytes:
         image = image.resize((width, height), Image.Resampling.BOX)
 
 
-def screen_colour(label: int) -> str:
-    """The colour of a label from 1 on, as #rrggbb: the first seven are told apart by everybody."""
-    return CLASS_COLOURS[label - 1] if label <= len(CLASS_COLOURS) else label_colour(label)
-
-
 def labels_png(labels: NDArray[np.float32], longest_side: int, max_bytes: int, name: str) -> bytes:
     """Labels in their colours as PNG, 0 transparent, every n-th voxel where a side is longer.
 
@@ -90,7 +85,7 @@ def labels_png(labels: NDArray[np.float32], longest_side: int, max_bytes: int, n
         if not np.array_equal(whole, values):
             raise InvalidArgument(f"{name}: labels must be whole numbers from 0 to 65535")
         present, places = np.unique(whole, return_inverse=True)
-        colours = np.array([(*rgb(screen_colour(int(label))), 255) if label else (0, 0, 0, 0) for label in present])
+        colours = np.array([(*rgb(label_colour(int(label))), 255) if label else (0, 0, 0, 0) for label in present])
         packed = io.BytesIO()
         Image.fromarray(colours.astype(np.uint8)[places.reshape(whole.shape)]).save(packed, "PNG", compress_level=6)
         if packed.tell() <= max_bytes or max(values.shape) <= _LEAST_SIDE:

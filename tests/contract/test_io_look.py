@@ -29,7 +29,7 @@ from services.io.service import meshes, service
 from tests.contract.conftest import channel_to
 
 SHAPE, VOXEL = (40, 330, 340), 10.0
-GOLDEN = ["d67c32d627a3aee4", "2cceaacfd38396cd"]
+GOLDEN = ["d67c32d627a3aee4", "e7580685bd554e19"]
 """Of the pixels of a slice with circles, and of a scene: the digests' first 16 digits."""
 RNG = np.random.default_rng(8)
 VOXELS = RNG.normal(0, 1, SHAPE).astype(np.float32)

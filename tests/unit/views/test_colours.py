@@ -9,8 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from cryofleet.numerics.label_colours import CLASS_COLOURS, rgb
-from services.io.screen import screen_colour
+from cryofleet.numerics.label_colours import CLASS_COLOURS, label_colour, rgb
 
 # Machado, Oliveira and Fernandes 2009, IEEE TVCG 15, 1291: of full severity, on linear RGB.
 VISION = {
@@ -48,7 +47,7 @@ def least_difference(colours: tuple[str, ...], kind: str) -> float:
 def test_seven_classes_and_seven_labels_are_told_apart(kind: str) -> None:
     assert len(CLASS_COLOURS) == 7
     assert least_difference(CLASS_COLOURS, kind) > LEAST
-    assert least_difference(tuple(screen_colour(label) for label in range(1, 8)), kind) > LEAST
+    assert least_difference(tuple(label_colour(label) for label in range(1, 8)), kind) > LEAST
 
 
 @pytest.mark.parametrize("kind", VISION)
