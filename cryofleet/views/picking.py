@@ -198,15 +198,17 @@ class PickingView(pn.viewable.Viewer):
             return
         if asked != self._asked:
             return  # another one is on its way
+        threshold = ""
         if self._from_elsewhere:
             # What was opened before had scores of its own.
             self._scores_from(LEAST_SCORE, MOST_SCORE, 0.1, USUAL_THRESHOLD)
+            threshold = f"; the threshold is {USUAL_THRESHOLD:g} now, as the table before may have had other scores"
         self._table, self._background, self._searched = result["particles_uri"], None, None
         self.view.show_picks(Picks.of(particles, self.view.info.voxel_size_angstrom))
         self._known, self._from_elsewhere = self.view.picks, False
         self._edited_since = 0
         where = f"planes around z {parameters['preview_z']}" if preview else "the whole tomogram"
-        self._say(f"picked in {where}" + (f"; the best {_MOST:,}" if len(particles) >= _MOST else ""))
+        self._say(f"picked in {where}" + (f"; the best {_MOST:,}" if len(particles) >= _MOST else "") + threshold)
         self._counted()
 
     def _failed(self, failure: Failure) -> None:

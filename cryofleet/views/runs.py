@@ -30,6 +30,7 @@ FIRST = "discover"
 LOG_LINES = 500
 """The newest so many lines of the processes' logs are shown."""
 _LOG_TAB = 1
+FILES = "A file of your own gets its URI by: cryofleet put FILE"
 _ENDED = ("succeeded", "partial", "failed", "cancelled")
 _STATE_COLOURS = {
     "succeeded": "var(--success-text-color)", "partial": "var(--warning-text-color)",
@@ -182,7 +183,7 @@ class RunsView(pn.viewable.Viewer):
         """What starts a run, to stand beside the list."""
         return pn.Column(
             text("Start a run", font_weight="bold"),
-            self._which, self._form_place, button_row(self._start), self._start_said,
+            self._which, self._form_place, text(FILES, font_size="12px"), button_row(self._start), self._start_said,
             sizing_mode="stretch_width",
         )  # fmt: skip
 

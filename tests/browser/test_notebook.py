@@ -17,27 +17,19 @@ from playwright.sync_api import Browser, Page, expect
 from tests.browser.conftest import Site
 from tests.browser.looks import SCREENSHOTS
 from tests.browser.test_page import eventually, pane
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.browser
 
-VIEW = """
-import panel as pn
-from cryofleet import Client
-from cryofleet.views import TomogramView
-
-pn.extension("tabulator", inline=True)
-run = Client().get("{run}")
-view = TomogramView(Client(), volume="{volume}", particles=run.outputs["picks"][0].uri)
-await view.open()
-pn.Row(pn.Column(view.controls(), width=280), view, height=700)
-"""
 MOVE = "view.go((40, 50, 7)); print('it has', len(view.picks), 'picks')"
 
 
 @pytest.fixture
 def notebook(site: Site, tmp_path: Path) -> Iterator[str]:
     """The address of a notebook with a view in it, in a JupyterLab that sees the platform."""
-    cells = [VIEW.format(run=site.run, volume=site.tomogram).strip(), MOVE]
+    with site.platform.client() as client:
+        client.artifact(site.tomogram).save(tmp_path / "tomogram.mrc")
+    cells = [documented(), MOVE]
     document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
     document.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(document, tmp_path / "view.ipynb")
@@ -54,6 +46,12 @@ def notebook(site: Site, tmp_path: Path) -> Iterator[str]:
     finally:
         lab.terminate()
         lab.wait(30)
+
+
+def documented() -> str:
+    """The cell that docs/views.md shows."""
+    text = (REPOSITORY / "docs/views.md").read_text().partition("## In a notebook")[2]
+    return text.partition("```python\n")[2].partition("\n```")[0]
 
 
 def answers(url: str) -> bool:
