@@ -79,9 +79,14 @@ class Background:
         above = -noise * math.expm1(self.maxima * float(scipy.special.log_ndtr(z)))
         middle, width = middle_and_width(self.maxima)
         above += self.tail_fraction * _tail_above((z - middle) / width, self.tail / (self.deviation * width))
-        for kind in self.others:
-            above += kind.fraction * float(scipy.special.ndtr((kind.mean - threshold) / kind.deviation))
-        return self.peaks * above
+        return self.peaks * above + self.others_above(threshold)
+
+    def others_above(self, threshold: float) -> float:
+        """How many of these are of further kinds of complexes: no errors where any kind is looked for."""
+        shares = (
+            kind.fraction * float(scipy.special.ndtr((kind.mean - threshold) / kind.deviation)) for kind in self.others
+        )
+        return self.peaks * sum(shares)
 
     def threshold(self, expected_false_positives: float) -> float:
         """The height above which so many peaks are expected to be background."""

@@ -447,12 +447,21 @@ class PickingView(pn.viewable.Viewer):
         self._fill_gallery()
 
     def _expectation(self, background: Background) -> str:
-        passing = background.false_positives(self.threshold)
-        figure = f"{passing:.0f}" if passing >= 10 else f"{passing:.2g}"
-        return (
-            f"Expected false positives above the threshold: {figure}, by the distribution of {background.peaks:,} "
-            "scores (line: the background)"
+        passing, others = background.false_positives(self.threshold), background.others_above(self.threshold)
+        kinds = (
+            f"; {_number(others)} of these are a kind of its own with lower scores, errors only where that kind is "
+            "not looked for"
+            if others >= 0.1
+            else ""
         )
+        return (
+            f"Expected false positives above the threshold: {_number(passing)}, by the distribution of "
+            f"{background.peaks:,} scores (line: the background){kinds}"
+        )
+
+
+def _number(expected: float) -> str:
+    return f"{expected:.0f}" if expected >= 10 else f"{expected:.2g}"
 
 
 def _own_name() -> str:

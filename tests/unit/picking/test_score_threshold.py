@@ -50,6 +50,10 @@ def test_other_kinds_of_complexes_are_background() -> None:
     for asked in (20, 60, 120):
         passed = (np.concatenate([below, others]) >= fitted.threshold(asked)).sum()
         assert asked / 2 <= passed <= 2 * asked
+    # Halfway between the kinds all of the lower one are below, and under it all are above.
+    assert fitted.others_above(0.24) < 1
+    assert fitted.others_above(0.13) == pytest.approx(80, rel=0.25)
+    assert fitted.others_above(0.13) <= fitted.false_positives(0.13)
 
 
 def test_a_few_background_peaks_below_many_particles_are_told_apart() -> None:
