@@ -206,12 +206,13 @@ async def test_what_was_logged_about_a_run_is_printed_with_what_files_have_of_it
     assert [line["time"] for line in told] == sorted(line["time"] for line in told)
     # A file has one of these lines, what came before, and what is of another run.
     before = {"time": "2026-01-01T00:00:00.000Z", "level": "INFO", "run_id": run_id, "message": "of old"}
-    written = [{**told[0], "run_id": run_id}, before, {**before, "run_id": f"{run_id}-2", "message": "of others"}]
+    whole = {**told[0], "run_id": run_id, "traceback": "Traceback"}
+    written = [whole, before, {**before, "run_id": f"{run_id}-2", "message": "of others"}]
     folder = site.settings.log_folder
     folder.mkdir()
     (folder / "io.log").write_text("".join(json.dumps(line) + "\n" for line in written))
     both = [json.loads(line) for line in (await site.cli(["logs", run_id, "--raw"])).stdout.splitlines()]
-    assert both == [before, *told]
+    assert both == [before, whole, *told[1:]], "the file's line is the whole one"
     of_files = (await site.cli(["logs", run_id, "--raw", "--files"])).stdout.splitlines()
     assert {json.loads(line)["message"] for line in of_files} == {"of old", "of others", told[0]["message"]}
     await site.workers.pop("worker-0").stop()
