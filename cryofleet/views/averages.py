@@ -9,7 +9,7 @@ from typing import Any
 import panel as pn
 import param
 
-from cryofleet.client import Client, state_name
+from cryofleet.client import ENDED, Client, state_name
 from cryofleet.errors import Failure
 from cryofleet.provenance import Origin, trace
 from cryofleet.v1 import orchestrator_pb2
@@ -27,7 +27,6 @@ from cryofleet.views.view_directions import directions_svg, view_directions
 FOLLOW_MS = 1500
 HELP = """Slices: wheel, Page Up, Page Down; click or arrows move the crosshair
 Surface: drag or arrows turn it; wheel, + and - zoom; 0 shows all"""
-_ENDED = ("succeeded", "partial", "failed", "cancelled")
 _WIDE = {"sizing_mode": "stretch_width"}
 _FULL = {"sizing_mode": "stretch_both"}
 # A drawing must not hold its cell open: it would lie over the next one where the window becomes smaller.
@@ -124,7 +123,7 @@ class AveragesView(pn.viewable.Viewer):
 
     @property
     def _ended(self) -> bool:
-        return state_name(self.record) in _ENDED
+        return self.record.state in ENDED
 
     def _empty(self, why: str) -> None:
         self._shown, self.density, self._sets = "", None, []
@@ -314,7 +313,7 @@ class AveragesView(pn.viewable.Viewer):
             self._stop_following(str(failure))
             return
         state = state_name(handle.record)
-        if state not in _ENDED:
+        if handle.record.state not in ENDED:
             self._said.object = f"{run_id}: {state}"
             return
         labels = handle.outputs.get("labels")

@@ -13,7 +13,7 @@ import param
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cryofleet.client import Client, RunHandle, state_name
+from cryofleet.client import ENDED, Client, RunHandle, state_name
 from cryofleet.errors import Failure
 from cryofleet.v1 import orchestrator_pb2
 from cryofleet.views.buttons import button, button_row
@@ -31,7 +31,6 @@ LOG_LINES = 500
 """The newest so many lines of the processes' logs are shown."""
 _LOG_TAB = 1
 FILES = "A file of your own gets its URI by: cryofleet put FILE"
-_ENDED = ("succeeded", "partial", "failed", "cancelled")
 _STATE_COLOURS = {
     "succeeded": "var(--success-text-color)", "partial": "var(--warning-text-color)",
     "failed": "var(--danger-text-color)", "running": "var(--primary-text-color)",
@@ -213,7 +212,7 @@ class RunsView(pn.viewable.Viewer):
         if run.id != self.record.id:
             return  # another one was chosen meanwhile
         lines = "\n".join(["", *logged_lines(log)])
-        self._log_is_whole = state_name(run) in _ENDED and not log.unread and lines == self._logged.object
+        self._log_is_whole = run.state in ENDED and not log.unread and lines == self._logged.object
         self._logged.object = lines
 
     async def _refresh(self) -> None:
@@ -303,7 +302,7 @@ class RunsView(pn.viewable.Viewer):
         aside = [f"{each.step} {each.item}: {each.status} {each.cause}" for each in run.set_aside[:20]]
         self._why.object = "\n".join([run.error, *aside]).strip()
         self._nothing.visible, self._run.visible = False, True
-        self._cancel.disabled = state in _ENDED
+        self._cancel.disabled = run.state in ENDED
         self._resume.disabled = state not in ("failed", "cancelled")
         self._retry.disabled = state != "partial"
         self._steps.value = _frame([step_row(step) for step in run.steps], _STEP_COLUMNS)
